@@ -1,0 +1,1 @@
+"""Hot paths in Cython, each beside a plain Python twin of the same interface."""

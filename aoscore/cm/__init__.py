@@ -1,0 +1,1 @@
+"""Communication Manager: the link to the cloud, updates and orchestration of the Unit."""

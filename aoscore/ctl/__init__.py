@@ -1,0 +1,1 @@
+"""aosctl: looks at and drives a Unit from the command line."""

@@ -1,0 +1,1 @@
+"""Message Proxy: the multiplexed link of a Secondary Node to the Main Node."""

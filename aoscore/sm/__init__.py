@@ -1,0 +1,1 @@
+"""Service Manager: runs the instances of one Node within their limits."""

@@ -1,0 +1,51 @@
+"""Build steps that pyproject.toml cannot say: protobuf code and Cython extensions."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildPy(build_py):
+    """Generates aoscore/_pb before Python files are collected."""
+
+    def run(self) -> None:
+        runpy.run_path(str(ROOT / "tools" / "build_protos.py"))["build"]()
+        self.distribution.packages = sorted(
+            {
+                *self.distribution.packages,
+                *(
+                    str(path.parent.relative_to(ROOT)).replace("/", ".")
+                    for path in (ROOT / "aoscore" / "_pb").rglob("__init__.py")
+                ),
+            }
+        )
+        self.packages = self.distribution.packages
+        super().run()
+
+
+def extensions() -> list[Extension]:
+    sources = sorted((ROOT / "aoscore" / "_speedups").glob("*.pyx"))
+    if not sources:
+        return []
+    from Cython.Build import cythonize
+
+    libraries = {"unpack": ["z", "zstd", "crypto"]}
+    return cythonize(
+        [
+            Extension(
+                f"aoscore._speedups.{path.stem}",
+                [str(path.relative_to(ROOT))],
+                libraries=libraries.get(path.stem, []),
+                extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+            )
+            for path in sources
+        ],
+        compiler_directives={"language_level": 3},
+    )
+
+
+setup(cmdclass={"build_py": BuildPy}, ext_modules=extensions())
