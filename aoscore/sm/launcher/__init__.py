@@ -1,0 +1,1 @@
+"""Launcher: keeps the wanted instances running on this Node."""

@@ -1,0 +1,1 @@
+"""Runtimes: what turns an instance into something that runs (the interface is in ``base``)."""
