@@ -1,4 +1,7 @@
-"""Generates aoscore/_pb (messages, stubs, type hints) from proto/. Called by setup.py and the Makefile; output is never committed."""
+"""Generates aoscore/_pb (messages, stubs, type hints) from proto/.
+
+Called by setup.py and the Makefile; output is never committed.
+"""
 
 import re
 import shutil
