@@ -1,0 +1,168 @@
+"""Structured concurrency: services that start in order and stop in reverse, workers, back-off, broadcasts."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, ParamSpec, Protocol, Self, TypeVar
+
+from aoscore.common.errors import FailedError, first_cause
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Service(Protocol):
+    """A long-running object."""
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Set up, call `started` once, work until cancelled, clean up.
+
+        Tasks it needs belong to a TaskGroup inside. Returning before being cancelled counts as a failure.
+        """
+
+
+@contextlib.contextmanager
+def log_and_continue(logger: logging.Logger, what: str) -> Iterator[None]:
+    """The one place that logs an error and goes on. `what` says what was tried, e.g. "Can't send unit status"."""
+    try:
+        yield
+    except Exception as error:
+        cause = first_cause(error)
+        # A stack helps only where the error was not raised on purpose.
+        expected = not isinstance(cause, (TypeError, AttributeError, KeyError, IndexError, AssertionError, NameError))
+        logger.error("%s: %s", what, cause or type(cause).__name__, exc_info=None if expected else cause)
+
+
+@contextlib.asynccontextmanager
+async def _running(service: Service) -> AsyncIterator[asyncio.Task[None]]:
+    """Start one service; on leaving, cancel it and wait for its clean-up."""
+    started = asyncio.Event()
+    task = asyncio.create_task(service.run(started.set), name=type(service).__name__)
+    waiter = asyncio.create_task(started.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done() and not started.is_set():
+            await task
+            raise FailedError(f"{type(service).__name__} ended before it had started")
+        yield task
+    finally:
+        waiter.cancel()
+        task.cancel()
+        # A second cancellation must not cut the clean-up short: wait for the end in any case.
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()):
+            cause = first_cause(error)
+            _log.debug("%s ended with: %s", type(service).__name__, cause)
+
+
+async def run_services(services: Sequence[Service], ready: Callable[[], None]) -> None:
+    """Start services in order, call `ready`, then run until cancelled or until one ends.
+
+    Stops in reverse order, each fully before the next. Raises the error of the service that ended first.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        tasks = [await stack.enter_async_context(_running(service)) for service in services]
+        ready()
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        task = done.pop()
+        await task
+        raise FailedError(f"{task.get_name()} ended by itself")
+
+
+class Backoff:
+    """Growing pauses between attempts. Pure: give `rng` for repeatable tests."""
+
+    def __init__(
+        self,
+        first_s: float,
+        limit_s: float,
+        *,
+        factor: float = 2.0,
+        jitter: float = 0.1,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._first_s = first_s
+        self._limit_s = limit_s
+        self._factor = factor
+        self._jitter = jitter
+        self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._pause_s = first_s
+
+    def next(self) -> float:
+        """The pause before the next attempt, seconds; grows until `limit_s`."""
+        pause_s = self._pause_s
+        self._pause_s = min(self._pause_s * self._factor, self._limit_s)
+        return pause_s * (1 + self._jitter * (2 * self._rng.random() - 1))
+
+    def reset(self) -> None:
+        """Begin with the first pause again, after a success."""
+        self._pause_s = self._first_s
+
+
+class Worker:
+    """Bounded threads for blocking or CPU-heavy work, so that nothing blocks the loop."""
+
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run the function in a thread.
+
+        On cancellation the caller goes on at once only after the function has ended, so that files and handles it
+        uses are never pulled away under it.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                await asyncio.wait({future})
+            raise
+
+    def close(self) -> None:
+        """End the threads; what is queued and not begun is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Broadcast(Generic[T]):
+    """Tells every subscriber each value. A slow subscriber loses its oldest values, which is logged with a count."""
+
+    def __init__(self, name: str, limit: int = 1024) -> None:
+        self._name = name
+        self._limit = limit
+        self._queues: set[asyncio.Queue[T]] = set()
+        self._dropped = 0
+
+    def publish(self, value: T) -> None:
+        """Hand value to all subscribers; never waits."""
+        for queue in self._queues:
+            if queue.full():
+                queue.get_nowait()
+                self._dropped += 1
+                _log.warning(
+                    "Subscriber is too slow, oldest value dropped: name=%s, dropped=%d", self._name, self._dropped
+                )
+            queue.put_nowait(value)
+
+    @contextlib.contextmanager
+    def subscribe(self) -> Iterator[asyncio.Queue[T]]:
+        """A queue that gets every value published from now on, until the block ends."""
+        queue: asyncio.Queue[T] = asyncio.Queue(self._limit)
+        self._queues.add(queue)
+        try:
+            yield queue
+        finally:
+            self._queues.discard(queue)

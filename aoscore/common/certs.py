@@ -1,0 +1,155 @@
+"""X.509 certificates: reading, naming, and checking chains at a point in time."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from aoscore.common.errors import InvalidArgumentError, NotFoundError, NotSupportedError, SignatureError
+
+_MAX_CHAIN = 8
+
+
+def load_certificates(pem: bytes, *, what: str = "certificate") -> list[x509.Certificate]:
+    """All certificates of a PEM text, in its order. Raises InvalidArgumentError naming `what`."""
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{what} is no PEM certificate: {error}") from error
+
+
+def url_path(url: str) -> Path:
+    """The file of a `file:` URL as IAM writes it: `file:///path` or `file:/path` (cm-cloud.md §8.3)."""
+    parts = urlsplit(url)
+    if parts.scheme == "pkcs11":
+        raise NotSupportedError("PKCS#11 URLs are not supported by this build")
+    if parts.scheme != "file" or not parts.path:
+        raise InvalidArgumentError(f"certificate URL {url!r} is no file: URL")
+    return Path(unquote(parts.path))
+
+
+def file_url(path: Path) -> str:
+    """The `file:` URL of an absolute path."""
+    return f"file://{path}"
+
+
+def read_file_url(url: str) -> bytes:
+    """Content behind a `file:` URL; NotFoundError when the file is not there."""
+    path = url_path(url)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist") from None
+
+
+def load_chain_url(cert_url: str) -> list[x509.Certificate]:
+    """The chain behind a certificate URL, leaf first."""
+    chain = load_certificates(read_file_url(cert_url), what=cert_url)
+    if not chain:
+        raise InvalidArgumentError(f"{cert_url} holds no certificate")
+    return chain
+
+
+def serial_hex(certificate: x509.Certificate) -> str:
+    """Serial as lower-case hex of whole bytes, the form of CertInfo.serial (observed.md, wire 4)."""
+    number = certificate.serial_number
+    return number.to_bytes((number.bit_length() + 7) // 8 or 1, "big").hex()
+
+
+def issuer_der(certificate: x509.Certificate) -> bytes:
+    """DER of the issuer's name."""
+    return certificate.issuer.public_bytes()
+
+
+def dns_names(certificate: x509.Certificate) -> list[str]:
+    """Names a TLS client may know the certificate by: DNS SANs, else the common names of the subject."""
+    try:
+        san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        san = None
+    names = san.get_values_for_type(x509.DNSName) if san else []
+    return names or [
+        str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    ]
+
+
+def is_self_signed(certificate: x509.Certificate) -> bool:
+    """Whether the certificate is its own issuer, signature checked."""
+    if certificate.issuer != certificate.subject:
+        return False
+    try:
+        certificate.verify_directly_issued_by(certificate)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def verify_chain(
+    leaf: x509.Certificate,
+    intermediates: Sequence[x509.Certificate],
+    roots: Sequence[x509.Certificate],
+    *,
+    at: datetime,
+) -> list[x509.Certificate]:
+    """Find and check the path from leaf to one of the roots, valid at the time `at`.
+
+    The check of RFC 5280 §6 as far as item signatures need it: issuer names, signatures, validity of every
+    certificate at that time, CA flag, key usage and path length of issuers. Revocation is the caller's matter.
+    Returns the path, leaf first, root last. Raises SignatureError saying which certificate fails and why.
+    """
+    path = [leaf]
+    while True:
+        current = path[-1]
+        _check_validity(current, at)
+        if any(current == root for root in roots):
+            return path
+        if len(path) > _MAX_CHAIN:
+            raise SignatureError(f"certificate chain of {_name(leaf)} is longer than {_MAX_CHAIN}")
+        issuer = _find_issuer(current, [*roots, *intermediates])
+        _check_is_ca(issuer, below=len(path) - 1)
+        path.append(issuer)
+
+
+def _find_issuer(certificate: x509.Certificate, candidates: Sequence[x509.Certificate]) -> x509.Certificate:
+    for candidate in candidates:
+        if candidate.subject != certificate.issuer or candidate == certificate:
+            continue
+        try:
+            certificate.verify_directly_issued_by(candidate)
+        except (InvalidSignature, ValueError, TypeError):
+            continue
+        return candidate
+    raise SignatureError(f"issuer of {_name(certificate)} is not trusted: {certificate.issuer.rfc4514_string()}")
+
+
+def _check_validity(certificate: x509.Certificate, at: datetime) -> None:
+    if not certificate.not_valid_before_utc <= at <= certificate.not_valid_after_utc:
+        raise SignatureError(
+            f"certificate {_name(certificate)} is not valid at {at.isoformat()}, only from "
+            f"{certificate.not_valid_before_utc.isoformat()} to {certificate.not_valid_after_utc.isoformat()}"
+        )
+
+
+def _check_is_ca(certificate: x509.Certificate, *, below: int) -> None:
+    """`below`: number of CA certificates between this one and the leaf."""
+    try:
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    except x509.ExtensionNotFound:
+        raise SignatureError(f"certificate {_name(certificate)} is no CA") from None
+    if not constraints.ca:
+        raise SignatureError(f"certificate {_name(certificate)} is no CA")
+    if constraints.path_length is not None and below > constraints.path_length:
+        raise SignatureError(f"certificate {_name(certificate)} allows only {constraints.path_length} CAs below it")
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return
+    if not usage.key_cert_sign:
+        raise SignatureError(f"certificate {_name(certificate)} may not sign certificates")
+
+
+def _name(certificate: x509.Certificate) -> str:
+    return certificate.subject.rfc4514_string() or serial_hex(certificate)

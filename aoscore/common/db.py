@@ -1,0 +1,214 @@
+"""SQLite by apsw: one connection, one worker thread, explicit transactions, migrations, a broken file set aside.
+
+Rules of database.md §5 and §6: WAL with full sync, a step and its version number in one transaction, quick_check at
+open. Files stay readable for AosCore 9.1.
+"""
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import apsw
+
+from aoscore.common.aio import Worker
+from aoscore.common.errors import AlreadyExistsError, FailedError, InvalidArgumentError, NoSpaceError
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+_SCRIPT = re.compile(r"(\d+)_update\.(up|down)\.sql")
+_TRANSACTION_WORDS = re.compile(
+    r"^\s*(BEGIN( TRANSACTION)?|COMMIT|END TRANSACTION)\s*;\s*$", re.IGNORECASE | re.MULTILINE
+)
+
+
+class Schema:
+    """What a database must look like.
+
+    `create`: statements that make missing tables of the current version (CREATE TABLE IF NOT EXISTS …).
+    `version`: the number in SchemaVersion. `migrations`: directory with `<n>_update.up.sql`/`.down.sql`, None when
+    there are none. `merged`: writable directory that keeps scripts of newer versions for the way back.
+    `base`: tables of version 0, made in a fresh file before the migrations when there are some.
+    """
+
+    def __init__(
+        self,
+        *,
+        create: Sequence[str],
+        version: int = 0,
+        migrations: Path | None = None,
+        merged: Path | None = None,
+        foreign_keys: bool = False,
+        convert: dict[int, Callable[[apsw.Connection, bool], None]] | None = None,
+    ) -> None:
+        self.create = create
+        self.version = version
+        self.migrations = migrations
+        self.merged = merged
+        self.foreign_keys = foreign_keys
+        # Steps done in Python instead of SQL: version -> function(connection, is_up).
+        self.convert = convert or {}
+
+
+class Database:
+    """One SQLite file. Use as an async context manager.
+
+    `recovered` is the path of the broken file that was set aside at open, None normally: the owner then rebuilds what
+    it can from elsewhere.
+    """
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        self._path = path
+        self._schema = schema
+        self._worker = Worker(f"db-{path.stem}")
+        self._connection: apsw.Connection | None = None
+        self.recovered: Path | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._worker.run(self._open)
+        except BaseException:
+            self._worker.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # A clean close checkpoints and removes -wal and -shm, so that copies of the single file stay complete.
+        if self._connection is not None:
+            await self._worker.run(self._connection.close)
+        self._worker.close()
+
+    async def read(self, function: Callable[[apsw.Connection], T]) -> T:
+        """Run `function(connection)` in the worker thread, without a write transaction."""
+        return await self._worker.run(self._call, function, False)
+
+    async def write(self, function: Callable[[apsw.Connection], T]) -> T:
+        """Run `function(connection)` in one transaction: all of it is durable on return, or nothing."""
+        return await self._worker.run(self._call, function, True)
+
+    async def execute(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
+        """One statement in a transaction of its own; its rows."""
+        return await self.write(lambda connection: list(connection.execute(sql, values)))
+
+    async def select(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
+        """Rows of a query."""
+        return await self.read(lambda connection: list(connection.execute(sql, values)))
+
+    def _call(self, function: Callable[[apsw.Connection], T], write: bool) -> T:
+        connection = self._connection
+        if connection is None:
+            raise FailedError(f"database {self._path.name} is not open")
+        try:
+            if not write:
+                return function(connection)
+            with transaction(connection):
+                return function(connection)
+        except apsw.ConstraintError as error:
+            raise AlreadyExistsError(f"database {self._path.name}: {error}") from error
+        except apsw.FullError as error:
+            raise NoSpaceError(f"database {self._path.name}: no space left") from error
+        except apsw.Error as error:
+            raise FailedError(f"database {self._path.name}: {error}") from error
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._connection = self._prepare()
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            self.recovered = self._set_aside()
+            _log.error("Database is damaged, begun anew: file=%s, kept=%s, error=%s", self._path, self.recovered, error)
+            self._connection = self._prepare()
+        self._path.chmod(0o600)
+
+    def _prepare(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self._path))
+        try:
+            connection.set_busy_timeout(5000)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(f"PRAGMA foreign_keys={'ON' if self._schema.foreign_keys else 'OFF'}")
+            problems = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
+            if problems != ["ok"]:
+                raise apsw.CorruptError(str(problems[0]))
+            self._merge_scripts()
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _set_aside(self) -> Path:
+        kept = self._path.with_name(f"{self._path.name}.broken-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+        self._path.rename(kept)
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self._path.with_name(self._path.name + suffix).rename(kept.with_name(kept.name + suffix))
+        return kept
+
+    def _merge_scripts(self) -> None:
+        """Keep our scripts beside those of newer versions, so that an older image finds the way back."""
+        schema = self._schema
+        if schema.migrations is None or schema.merged is None:
+            return
+        if not schema.migrations.is_dir():
+            raise InvalidArgumentError(f"migration folder {schema.migrations} does not exist")
+        schema.merged.mkdir(parents=True, exist_ok=True)
+        for script in schema.migrations.iterdir():
+            match = _SCRIPT.fullmatch(script.name)
+            kept = schema.merged / script.name
+            if match and (int(match[1]) <= schema.version or not kept.exists()):
+                shutil.copyfile(script, kept)
+
+    def _migrate(self, connection: apsw.Connection) -> None:
+        schema = self._schema
+        with transaction(connection):
+            connection.execute("CREATE TABLE IF NOT EXISTS SchemaVersion (version INTEGER)")
+            rows = list(connection.execute("SELECT version FROM SchemaVersion"))
+            fresh = not rows
+            if fresh:
+                connection.execute("INSERT INTO SchemaVersion VALUES (?)", (schema.version,))
+        current = schema.version if fresh else int(rows[0][0])
+        while current != schema.version:
+            up = current < schema.version
+            step = current + 1 if up else current
+            after = step if up else step - 1
+            with transaction(connection):
+                self._run_step(connection, step, up)
+                connection.execute("UPDATE SchemaVersion SET version = ?", (after,))
+            _log.info("Database migrated: file=%s, version=%d", self._path.name, after)
+            current = after
+        with transaction(connection):
+            for statement in schema.create:
+                connection.execute(statement)
+
+    def _run_step(self, connection: apsw.Connection, step: int, up: bool) -> None:
+        if step in self._schema.convert:
+            self._schema.convert[step](connection, up)
+            return
+        name = f"{step}_update.{'up' if up else 'down'}.sql"
+        for directory in (self._schema.merged, self._schema.migrations):
+            if directory is not None and (directory / name).is_file():
+                # Scripts of 9.1 open transactions themselves; ours is already open (database.md §6, item 1).
+                connection.execute(_TRANSACTION_WORDS.sub("", (directory / name).read_text()))
+                return
+        raise FailedError(f"database {self._path.name}: migration script {name} is missing")
+
+
+@contextlib.contextmanager
+def transaction(connection: apsw.Connection) -> Any:
+    """BEGIN IMMEDIATE … COMMIT, rolled back on any error."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")

@@ -1,0 +1,91 @@
+"""Files that survive power loss, paths that cannot escape, directories with one owner."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from aoscore.common.errors import AlreadyExistsError, InvalidArgumentError
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names inside a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace a file so that after a power cut either the old or the new content is there, whole."""
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        Path(name).rename(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise
+    fsync_dir(path.parent)
+
+
+def safe_join(root: Path, relative: str) -> Path:
+    """`root/relative`, refused when it would lie outside root, symbolic links followed.
+
+    Raises InvalidArgumentError naming the path.
+    """
+    if not relative or relative.startswith("/") or "\0" in relative or ".." in Path(relative).parts:
+        raise InvalidArgumentError(f"path {relative!r} is not inside {root}")
+    joined = root / relative
+    if not joined.resolve().is_relative_to(root.resolve()):
+        raise InvalidArgumentError(f"path {relative!r} leads out of {root}")
+    return joined
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a directory with all below it; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def available_bytes(path: Path) -> int:
+    """Free space for us on the file system of path, bytes."""
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
+
+
+class DirectoryLock:
+    """One process per working directory: held until released or until the process ends, however it ends."""
+
+    def __init__(self, directory: Path) -> None:
+        """Creates the directory (0700) if needed. Raises AlreadyExistsError when another process holds it."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise AlreadyExistsError(f"working directory {directory} is in use by another process") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        os.close(self._fd)

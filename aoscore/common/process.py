@@ -1,0 +1,88 @@
+"""The one place that runs programs."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from aoscore.common.errors import DeadlineError, FailedError, NotFoundError
+
+OUTPUT_LIMIT_BYTES = 1024 * 1024
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """How a program ended; a negative code is the signal that ended it."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+
+
+async def run_program(
+    args: Sequence[str | Path],
+    *,
+    timeout_s: float,
+    stdin: bytes | None = None,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Finished:
+    """Run a program to its end and collect its output (at most 1 MiB of each stream, the rest is dropped).
+
+    Raises NotFoundError when the program is missing, DeadlineError when it had to be killed after `timeout_s`
+    (its whole process group is), and with `check` FailedError for a non-zero exit, with its last words.
+    """
+    name = Path(args[0]).name
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *args,
+            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env) if env is not None else None,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise NotFoundError(f"program {args[0]} is not installed") from None
+    assert process.stdout is not None and process.stderr is not None  # noqa: S101 - both are pipes
+    try:
+        async with asyncio.timeout(timeout_s):
+            stdout, stderr, _ = await asyncio.gather(
+                _read_limited(process.stdout), _read_limited(process.stderr), _feed(process, stdin)
+            )
+            code = await process.wait()
+    except TimeoutError:
+        raise DeadlineError(f"{name} did not end within {timeout_s:g} s and was killed") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    finished = Finished(code, stdout, stderr)
+    if check and code != 0:
+        words = (stderr.strip() or stdout.strip()).decode(errors="replace").splitlines()
+        raise FailedError(f"{name} failed with code {code}: {words[-1] if words else 'no output'}")
+    return finished
+
+
+async def _feed(process: asyncio.subprocess.Process, data: bytes | None) -> None:
+    if data is None or process.stdin is None:
+        return
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        process.stdin.write(data)
+        await process.stdin.drain()
+    process.stdin.close()
+
+
+async def _read_limited(stream: asyncio.StreamReader) -> bytes:
+    """All of a stream is read, so that the program never blocks; only the first part is kept."""
+    kept = bytearray()
+    while chunk := await stream.read(65536):
+        if len(kept) < OUTPUT_LIMIT_BYTES:
+            kept += chunk[: OUTPUT_LIMIT_BYTES - len(kept)]
+    return bytes(kept)

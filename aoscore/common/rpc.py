@@ -1,0 +1,209 @@
+"""gRPC as this system uses it: channels with the contract's keepalive, servers that really own their port, errors."""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from cryptography import x509
+
+from aoscore.common.certs import dns_names
+from aoscore.common.errors import (
+    AlreadyExistsError,
+    AosError,
+    CanceledError,
+    DeadlineError,
+    FailedError,
+    InvalidArgumentError,
+    NotFoundError,
+    NotSupportedError,
+    first_cause,
+)
+
+_log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# grpc.md, "Keepalive": ping every 10 s also without calls, 3 s for the answer, 1..3 s between connection attempts.
+_CLIENT_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+    # A channel of its own per object: a shared one would keep credentials that were replaced.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_SERVER_OPTIONS: list[tuple[str, Any]] = [
+    # Without this a second process could silently share the port (observed.md, defect 7).
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+_STOP_GRACE_S = 1.0
+_HANDSHAKE_TIMEOUT_S = 10.0
+
+
+def split_address(address: str, *, default_host: str = "0.0.0.0") -> tuple[str, int]:  # noqa: S104 - ":8090" means all
+    """Host and port of "host:port", "[v6]:port" or ":port". Raises InvalidArgumentError naming the address."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise InvalidArgumentError(f"{address!r} is no address, write host:port")
+    return host.strip("[]") or default_host, int(port)
+
+
+async def peer_name(address: str, context: ssl.SSLContext) -> str:
+    """A name that the server at `address` proves by its certificate.
+
+    The chain is checked by `context`, the name is not: gRPC insists on one, so it gets a name that is in the
+    certificate (design, "TLS names").
+    """
+    host, port = split_address(address)
+    context.check_hostname = False
+    try:
+        async with asyncio.timeout(_HANDSHAKE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=host)
+    except TimeoutError:
+        raise DeadlineError(f"no TLS answer from {address} within {_HANDSHAKE_TIMEOUT_S:g} s") from None
+    except ssl.SSLError as error:
+        raise FailedError(f"TLS with {address} failed: {error.reason or error}") from error
+    except OSError as error:
+        raise FailedError(f"can't connect to {address}: {error.strerror or error}") from error
+    try:
+        transport: ssl.SSLObject = writer.get_extra_info("ssl_object")
+        der = transport.getpeercert(binary_form=True)
+    finally:
+        writer.transport.abort()
+    names = dns_names(x509.load_der_x509_certificate(der)) if der else []
+    if not names:
+        raise FailedError(f"the certificate of {address} names nobody")
+    return names[0]
+
+
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None, *, name: str | None = None
+) -> grpc.aio.Channel:
+    """A channel with the contract's keepalive; `name` is the certificate name to expect instead of the host."""
+    options = list(_CLIENT_OPTIONS)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    if name is not None:
+        options.append(("grpc.ssl_target_name_override", name.replace("*", "any")))
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+@contextlib.contextmanager
+def rpc_errors(what: str) -> Iterator[None]:
+    """Turn gRPC failures of a client call into our errors; `what` names the call, e.g. "GetCert from IAM"."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        text = f"{what}: {error.details() or error.code().name}"
+        match error.code():
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineError(text) from error
+            case grpc.StatusCode.NOT_FOUND:
+                raise NotFoundError(text) from error
+            case grpc.StatusCode.UNIMPLEMENTED:
+                raise NotSupportedError(text) from error
+            case grpc.StatusCode.CANCELLED:
+                raise CanceledError(text) from error
+            case _:
+                raise FailedError(f"{text} ({error.code().name})") from error
+
+
+def _describe(method: Callable[..., Any]) -> str:
+    return method.__qualname__.rsplit(".", 1)[-1]
+
+
+async def _abort(context: Any, method: Callable[..., Any], error: BaseException) -> None:
+    cause = first_cause(error)
+    if isinstance(cause, AosError | OSError):
+        _log.error("Request failed: method=%s, error=%s", _describe(method), cause)
+    else:
+        _log.error("Request failed unexpectedly: method=%s", _describe(method), exc_info=cause)
+    await context.abort(grpc.StatusCode.INTERNAL, str(cause) or type(cause).__name__)
+
+
+def handler(method: F) -> F:
+    """Server method whose errors reach the caller as status INTERNAL with the text (grpc.md, "gRPC status").
+
+    Works for unary answers and for answer streams (async generators).
+    """
+    if inspect.isasyncgenfunction(method):
+
+        @functools.wraps(method)
+        async def stream(self: object, request: object, context: Any) -> AsyncIterator[Any]:
+            try:
+                async for answer in method(self, request, context):
+                    yield answer
+            except (Exception, BaseExceptionGroup) as error:
+                await _abort(context, method, error)
+
+        return stream  # type: ignore[return-value]
+
+    @functools.wraps(method)
+    async def unary(self: object, request: object, context: Any) -> Any:
+        try:
+            return await method(self, request, context)
+        except (Exception, BaseExceptionGroup) as error:
+            await _abort(context, method, error)
+
+    return unary  # type: ignore[return-value]
+
+
+class Server:
+    """A gRPC server as a service. Fails to start when its port is taken.
+
+    `register` are functions that add services to the server, e.g. `partial(add_XServicer_to_server, servicer)`.
+    `port` is the bound port once started (useful with port 0).
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Callable[[], grpc.ServerCredentials] | None,
+        register: Sequence[Callable[[grpc.aio.Server], None]],
+        *,
+        before_start: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._host, self._wanted_port = split_address(address)
+        self._credentials = credentials
+        self._register = register
+        self._before_start = before_start
+        self.port = 0
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Serve until cancelled; running calls get a second to end."""
+        if self._before_start:
+            await self._before_start()
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        for register in self._register:
+            register(server)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = f"{host}:{self._wanted_port}"
+        try:
+            if self._credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, self._credentials())
+        except RuntimeError as error:
+            raise AlreadyExistsError(f"can't listen on {address}: is it in use?") from error
+        if self.port == 0:
+            raise AlreadyExistsError(f"can't listen on {address}: is it in use?")
+        await server.start()
+        _log.info("Listening: address=%s, tls=%s", f"{host}:{self.port}", self._credentials is not None)
+        started()
+        try:
+            await server.wait_for_termination()
+        finally:
+            await server.stop(_STOP_GRACE_S)
