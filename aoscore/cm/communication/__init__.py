@@ -1,0 +1,1 @@
+"""The link to the cloud: messages, service discovery, delivery session and WebSocket."""
