@@ -105,6 +105,16 @@ def from_json(data: bytes | str, kind: type[T], *, what: str) -> T:
         raise InvalidArgumentError(f"{what}: {error}") from error
 
 
+def from_json_caseless(data: bytes | str, kind: type[T], *, what: str) -> T:
+    """Like from_json for documents from outside that AosCore 9.1 reads without case: unknown members are ignored."""
+    try:
+        raw = msgspec.json.decode(data)
+        fitted = _fit(raw, inspect.type_info(kind), "", None, what)
+        return msgspec.convert(fitted, kind, strict=False, dec_hook=decode_hook)
+    except msgspec.DecodeError as error:
+        raise InvalidArgumentError(f"{what}: {error}") from error
+
+
 def to_json(value: Any) -> bytes:
     """Encode a document."""
     return msgspec.json.encode(value, enc_hook=encode_hook)
@@ -131,8 +141,11 @@ def load_config(path: Path, kind: type[T], *, ignored: frozenset[str] = frozense
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _fit(raw: Any, kind: inspect.Type, where: str, ignored: frozenset[str], path: Path) -> Any:
-    """Give keys the spelling of the Struct, drop nulls and ignored keys, refuse unknown ones."""
+def _fit(raw: Any, kind: inspect.Type, where: str, ignored: frozenset[str] | None, path: Path | str) -> Any:
+    """Give keys the spelling of the Struct and drop nulls.
+
+    Unknown keys are refused unless they are in `ignored`; with `ignored` None all unknown keys are dropped.
+    """
     match kind:
         case inspect.StructType() if isinstance(raw, dict):
             fields = {field.encode_name.lower(): field for field in kind.fields}
@@ -141,6 +154,8 @@ def _fit(raw: Any, kind: inspect.Type, where: str, ignored: frozenset[str], path
                 here = f"{where}.{key}" if where else key
                 field = fields.get(key.lower())
                 if field is None:
+                    if ignored is None:
+                        continue
                     if here.lower() in ignored:
                         _log.warning("Configuration key has no effect: file=%s, key=%s", path, here)
                         continue

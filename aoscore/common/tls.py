@@ -110,5 +110,7 @@ def grpc_server_credentials(
         return fresh
 
     return grpc.dynamic_ssl_server_credentials(
-        configuration(current), fetch, require_client_authentication=require_client
+        configuration(current),
+        fetch,  # type: ignore[arg-type]  # None keeps the present one, as gRPC documents
+        require_client_authentication=require_client,
     )

@@ -1,0 +1,181 @@
+"""Download of one file over http, https or file, going on where an earlier attempt stopped (cm-cloud.md §6)."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from aoscore.common.aio import Backoff, Worker
+from aoscore.common.errors import (
+    AosError,
+    FailedError,
+    InvalidArgumentError,
+    NoSpaceError,
+    NotFoundError,
+    OutOfRangeError,
+    RuntimeFailure,
+)
+from aoscore.common.http import open_stream
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int | None], None]
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_WRITE_BYTES = 1024 * 1024
+
+
+class HttpStatusError(RuntimeFailure):
+    """The server answered with an error status; `errno` is that status, as the cloud expects it (cm-cloud.md §6)."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same request will never work: the link is wrong, expired or forbidden."""
+        return 400 <= self.errno < 500 and self.errno not in (408, 425, 429)
+
+
+class Downloader:
+    """Fetches files. One object serves many downloads at a time.
+
+    `idle_timeout_s`: longest silence of a server. `attempts`: tries per call, with growing pauses between them; the
+    count begins anew whenever data came, so a long download over a weak link ends.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        attempts: int = 3,
+        idle_timeout_s: float = 60.0,
+        backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 5.0),
+    ) -> None:
+        self._worker = worker
+        self._ssl_context = ssl_context
+        self._attempts = attempts
+        self._idle_timeout_s = idle_timeout_s
+        self._backoff = backoff
+
+    async def download(
+        self, url: str, path: Path, *, size: int | None = None, progress: Progress | None = None
+    ) -> None:
+        """Bring `path` to the full content of `url`.
+
+        What `path` already holds is taken as the beginning and only the rest is asked for. `size`: expected length in
+        bytes; more than that is refused with OutOfRangeError. `progress(bytes_so_far, total or None)` is called for
+        every piece. On an error the partial file stays for the next attempt. Raises HttpStatusError, NoSpaceError,
+        FailedError, DeadlineError.
+        """
+        if urlsplit(url).scheme == "file":
+            await self._worker.run(_copy_local, url, path)
+            return
+        backoff = self._backoff()
+        left = self._attempts
+        while True:
+            before = path.stat().st_size if path.exists() else 0
+            try:
+                await self._attempt(url, path, size, progress)
+                return
+            except (NoSpaceError, OutOfRangeError, InvalidArgumentError):
+                raise
+            except HttpStatusError as error:
+                left -= 1
+                if error.is_final or left <= 0:
+                    raise
+                reason: AosError = error
+            except AosError as error:
+                advanced = path.exists() and path.stat().st_size > before
+                if advanced:
+                    backoff.reset()
+                left = self._attempts if advanced else left - 1
+                if left <= 0:
+                    raise
+                reason = error
+            pause_s = backoff.next()
+            _log.warning(
+                "Download interrupted, trying again: url=%s, pause=%.1fs, error=%s", _safe(url), pause_s, reason
+            )
+            await asyncio.sleep(pause_s)
+
+    async def _attempt(self, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
+        offset = path.stat().st_size if path.exists() else 0
+        if size is not None and offset == size and size > 0:
+            return
+        if size is not None and offset > size:
+            offset = 0
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        async with open_stream("GET", url, headers=headers, ssl_context=self._ssl_context) as stream:
+            total: int | None
+            match stream.status:
+                case 206:
+                    match = _CONTENT_RANGE.fullmatch(stream.headers.get("content-range", ""))
+                    if not match or int(match[1]) != offset:
+                        path.unlink(missing_ok=True)
+                        raise FailedError(f"server sent another range of {_safe(url)} than asked for")
+                    total = None if match[3] == "*" else int(match[3])
+                case 200:
+                    offset = 0
+                    length = stream.headers.get("content-length", "")
+                    total = int(length) if length.isdigit() else None
+                case 416:
+                    # The partial file is not a beginning of what is there now.
+                    path.unlink(missing_ok=True)
+                    raise FailedError(f"{_safe(url)} has changed, starting it anew")
+                case status:
+                    raise HttpStatusError(f"server answered {status} for {_safe(url)}", status)
+            if size is not None and total is not None and total != size:
+                path.unlink(missing_ok=True)
+                raise OutOfRangeError(f"{_safe(url)} has {total} bytes, {size} were announced")
+            limit = size if size is not None else total
+            with _no_space_is_clear(path), path.open("r+b" if offset else "wb") as file:
+                file.seek(offset)
+                received = offset
+                pending = bytearray()
+                try:
+                    async for chunk in stream.chunks(self._idle_timeout_s):
+                        received += len(chunk)
+                        if limit is not None and received > limit:
+                            raise OutOfRangeError(f"{_safe(url)} is longer than {limit} bytes")
+                        pending += chunk
+                        if len(pending) >= _WRITE_BYTES:
+                            await self._worker.run(file.write, bytes(pending))
+                            pending.clear()
+                        if progress:
+                            progress(received, total if total is not None else size)
+                finally:
+                    # Also when the link broke: what has arrived need not be sent again.
+                    file.write(pending)
+        if limit is not None and received != limit:
+            raise FailedError(f"{_safe(url)} ended after {received} of {limit} bytes")
+
+
+@contextlib.contextmanager
+def _no_space_is_clear(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"no space left for {path.name} on its disk") from error
+        raise
+
+
+def _copy_local(url: str, path: Path) -> None:
+    source = Path(unquote(urlsplit(url).path))
+    try:
+        with _no_space_is_clear(path), source.open("rb") as reader, path.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, _WRITE_BYTES)
+            os.fsync(writer.fileno())
+    except FileNotFoundError:
+        raise NotFoundError(f"{source} does not exist") from None
+
+
+def _safe(url: str) -> str:
+    """The URL without its query: signed links carry their access right there."""
+    return url.partition("?")[0]

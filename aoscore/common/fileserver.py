@@ -1,0 +1,204 @@
+"""A small HTTP file server for blobs: GET and HEAD, single ranges, sendfile, bounded connections."""
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import BinaryIO
+
+import h11
+
+from aoscore.common.aio import log_and_continue
+from aoscore.common.errors import AlreadyExistsError, AosError
+from aoscore.common.rpc import split_address
+
+_log = logging.getLogger(__name__)
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_HEAD_TIMEOUT_S = 30.0
+_SEND_TIMEOUT_S = 600.0
+
+
+class FileServer:
+    """Serves the files that `resolve` names.
+
+    `resolve(url_path)` gives the file for a path, or None or an AosError for "not found": it decides what is
+    reachable, the server itself opens nothing else. `allow(peer_host)` can refuse peers. `port` is bound once
+    started.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        resolve: Callable[[str], Path | None],
+        *,
+        allow: Callable[[str], bool] = lambda _: True,
+        max_connections: int = 64,
+    ) -> None:
+        self._host, self._wanted_port = split_address(address)
+        self._resolve = resolve
+        self._allow = allow
+        self._slots = asyncio.Semaphore(max_connections)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Serve until cancelled; open transfers are cut then, clients resume."""
+        try:
+            server = await asyncio.start_server(self._accept, self._host, self._wanted_port)
+        except OSError as error:
+            raise AlreadyExistsError(
+                f"file server can't listen on {self._host}:{self._wanted_port}: {error}"
+            ) from error
+        self.port = server.sockets[0].getsockname()[1]
+        _log.info("File server listens: address=%s:%d", self._host, self.port)
+        started()
+        try:
+            async with server:
+                await asyncio.get_running_loop().create_future()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - asyncio runs us in one
+        self._tasks.add(task)
+        try:
+            with log_and_continue(_log, "File server connection ended"), contextlib.suppress(ConnectionError):
+                async with self._slots:
+                    peer = writer.get_extra_info("peername")
+                    if self._allow(peer[0]):
+                        await self._serve(reader, writer)
+                    else:
+                        _log.warning("File server refuses peer: address=%s", peer[0])
+        except asyncio.CancelledError:
+            # Only run() cancels us, when the server stops.
+            writer.transport.abort()
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = h11.Connection(h11.SERVER)
+        while True:
+            try:
+                async with asyncio.timeout(_HEAD_TIMEOUT_S):
+                    request = await _read_request(connection, reader)
+            except (TimeoutError, h11.RemoteProtocolError):
+                return
+            if request is None:
+                return
+            await self._answer(connection, writer, request)
+            if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
+                return
+            connection.start_next_cycle()
+
+    async def _answer(self, connection: h11.Connection, writer: asyncio.StreamWriter, request: h11.Request) -> None:
+        if request.method not in (b"GET", b"HEAD"):
+            _head(connection, writer, HTTPStatus.METHOD_NOT_ALLOWED, [("Allow", "GET, HEAD"), ("Content-Length", "0")])
+            return
+        path = self._find(request.target.decode("ascii").partition("?")[0])
+        try:
+            file = path.open("rb") if path else None
+        except OSError:
+            file = None
+        if path is None or file is None:
+            _head(connection, writer, HTTPStatus.NOT_FOUND, [("Content-Length", "0")])
+            return
+        with file:
+            size = path.stat().st_size
+            headers = {name.lower(): value for name, value in request.headers}
+            etag = f'"{path.name}"'
+            first, length, status = 0, size, HTTPStatus.OK
+            extra = [("Content-Type", "application/octet-stream"), ("Accept-Ranges", "bytes"), ("ETag", etag)]
+            wanted = headers.get(b"range", b"").decode("latin-1")
+            if wanted and headers.get(b"if-range", etag.encode()).decode("latin-1") == etag:
+                part = parse_range(wanted, size)
+                if part is None:
+                    _head(
+                        connection,
+                        writer,
+                        HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+                        [("Content-Range", f"bytes */{size}"), ("Content-Length", "0")],
+                    )
+                    return
+                first, length = part
+                status = HTTPStatus.PARTIAL_CONTENT
+                extra.append(("Content-Range", f"bytes {first}-{first + length - 1}/{size}"))
+            body = request.method == b"GET"
+            _head(connection, writer, status, [*extra, ("Content-Length", str(length))], end=not body)
+            if body:
+                await self._send(connection, writer, file, first, length)
+
+    async def _send(
+        self, connection: h11.Connection, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int
+    ) -> None:
+        await writer.drain()
+        if length:
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                await asyncio.get_running_loop().sendfile(writer.transport, file, first, length)
+            # The kernel has sent the bytes; h11 only counts them.
+            connection.send_with_data_passthrough(h11.Data(data=_Counted(length)))  # type: ignore[arg-type]
+        writer.write(connection.send(h11.EndOfMessage()) or b"")
+
+    def _find(self, target: str) -> Path | None:
+        try:
+            return self._resolve(target)
+        except AosError as error:
+            _log.warning("File server: no such file: path=%s, error=%s", target, error)
+            return None
+
+
+class _Counted:
+    """Stands for bytes that went out by sendfile: h11 asks only for their number."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def parse_range(text: str, size: int) -> tuple[int, int] | None:
+    """First byte and length of a single range (RFC 9110 §14.1.2), None when it cannot be satisfied."""
+    match = _RANGE.fullmatch(text.strip())
+    if not match or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        length = min(int(match[2]), size)
+        return (size - length, length) if length else None
+    first = int(match[1])
+    last = min(int(match[2]), size - 1) if match[2] else size - 1
+    return (first, last - first + 1) if first <= last else None
+
+
+def _head(
+    connection: h11.Connection,
+    writer: asyncio.StreamWriter,
+    status: HTTPStatus,
+    headers: list[tuple[str, str]],
+    *,
+    end: bool = True,
+) -> None:
+    writer.write(connection.send(h11.Response(status_code=status, headers=headers, reason=status.phrase)) or b"")
+    if end:
+        writer.write(connection.send(h11.EndOfMessage()) or b"")
+
+
+async def _read_request(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
+    request = None
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await reader.read(65536))
+        elif isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.EndOfMessage):
+            return request
+        elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+            return None
