@@ -1,0 +1,183 @@
+"""Host resources of the node: what ``resources.cfg`` offers and what an instance that asks for one is given (sm.md §6).
+
+The file is read once at start. Whether devices and groups exist is checked there (a warning names what is missing) and
+again, as an error, when an instance asks (sm.md §12, D18).
+"""
+
+import grp
+import logging
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from aoscore.common.config import load_config
+from aoscore.common.errors import AosError, ConfigError, InvalidArgumentError, NotFoundError
+from aoscore.common.oci import ResourceRef
+from aoscore.common.types import ResourceInfo
+
+_log = logging.getLogger(__name__)
+
+_KINDS = ((stat.S_ISCHR, "c"), (stat.S_ISBLK, "b"), (stat.S_ISFIFO, "p"))
+
+
+class _Section(msgspec.Struct, frozen=True, rename="camel"):
+    """Base of all members of the file."""
+
+
+class MountConfig(_Section, frozen=True):
+    """A mount inside the container; an empty type means bind."""
+
+    destination: str
+    type: str = ""
+    source: str = ""
+    options: tuple[str, ...] = ()
+
+
+class HostConfig(_Section, frozen=True):
+    """A line of /etc/hosts."""
+
+    ip: str
+    hostname: str
+
+
+class ResourceConfig(_Section, frozen=True):
+    """One entry of the file; `shared_count` 0 means unlimited and is enforced by CM."""
+
+    name: str
+    shared_count: int = 0
+    groups: tuple[str, ...] = ()
+    mounts: tuple[MountConfig, ...] = ()
+    envs: tuple[str, ...] = ()
+    hosts: tuple[HostConfig, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+class DeviceNode(msgspec.Struct, frozen=True):
+    """A device node inside the container; `access` are cgroup permissions out of "rwm"."""
+
+    path: str
+    type: str
+    major: int
+    minor: int
+    mode: int
+    uid: int
+    gid: int
+    access: str
+
+
+class GrantedResource(msgspec.Struct, frozen=True):
+    """A node resource, looked up on the host for one instance."""
+
+    name: str
+    gids: tuple[int, ...] = ()
+    mounts: tuple[MountConfig, ...] = ()
+    env: tuple[str, ...] = ()
+    hosts: tuple[HostConfig, ...] = ()
+    devices: tuple[DeviceNode, ...] = ()
+
+
+class Resources:
+    """The node's resources by name."""
+
+    def __init__(self, configs: Iterable[ResourceConfig]) -> None:
+        self._configs: Mapping[str, ResourceConfig] = {config.name: config for config in configs}
+
+    def infos(self) -> tuple[ResourceInfo, ...]:
+        """What CM is told."""
+        return tuple(ResourceInfo(config.name, config.shared_count) for config in self._configs.values())
+
+    def hosts(self, wanted: Sequence[ResourceRef]) -> tuple[HostConfig, ...]:
+        """Lines for /etc/hosts of an instance that asks for these resources. Raises NotFoundError."""
+        return tuple(host for reference in wanted for host in self._config(reference.name).hosts)
+
+    def grant(self, wanted: Sequence[ResourceRef]) -> list[GrantedResource]:
+        """Look up everything on the host; short blocking file system calls.
+
+        Raises NotFoundError for an unknown resource, group or device, InvalidArgumentError for something that is no
+        device. The message names the resource.
+        """
+        return [_grant(self._config(reference.name), reference.mode) for reference in wanted]
+
+    def check(self) -> None:
+        """Warn about resources that nothing could use as the host is now."""
+        for config in self._configs.values():
+            try:
+                _grant(config, "")
+            except AosError as error:
+                _log.warning("Resource can't be used: resource=%s, reason=%s", config.name, error)
+
+    def _config(self, name: str) -> ResourceConfig:
+        config = self._configs.get(name)
+        if config is None:
+            raise NotFoundError(f"the node has no resource {name!r}")
+        return config
+
+
+def load_resources(path: Path) -> Resources:
+    """Read the file; without one the node has no resources. Raises ConfigError naming file and key."""
+    if not path.exists():
+        _log.warning("No resources file, the node offers none: file=%s", path)
+        return Resources(())
+    configs = load_config(path, tuple[ResourceConfig, ...])
+    names = [config.name for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: resource {name!r} is there twice")
+    resources = Resources(configs)
+    resources.check()
+    return resources
+
+
+def _grant(config: ResourceConfig, access: str) -> GrantedResource:
+    if set(access) - set("rwm"):
+        raise InvalidArgumentError(f"resource {config.name}: device permissions {access!r} are not out of 'rwm'")
+    gids = []
+    for group in config.groups:
+        try:
+            gids.append(grp.getgrnam(group).gr_gid)
+        except KeyError:
+            raise NotFoundError(f"resource {config.name}: the host has no group {group!r}") from None
+    return GrantedResource(
+        name=config.name,
+        gids=tuple(gids),
+        mounts=config.mounts,
+        env=config.envs,
+        hosts=config.hosts,
+        devices=tuple(node for text in config.devices for node in _device_nodes(config.name, text, access)),
+    )
+
+
+def _device_nodes(resource: str, text: str, access: str) -> Iterable[DeviceNode]:
+    # "host[:container[:permissions]]"; the permissions come from the item instead (sm.md §6).
+    host, _, rest = text.partition(":")
+    inside = rest.split(":")[0] or host
+    root = Path(host)
+    if not root.exists():
+        raise NotFoundError(f"resource {resource}: the host has no device {host}")
+    if not root.is_dir():
+        yield _device_node(resource, root, inside, access)
+        return
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in sorted(names):
+            path = Path(folder, name)
+            yield _device_node(resource, path, str(Path(inside, path.relative_to(root))), access)
+
+
+def _device_node(resource: str, path: Path, inside: str, access: str) -> DeviceNode:
+    status = path.stat()
+    kind = next((letter for test, letter in _KINDS if test(status.st_mode)), None)
+    if kind is None:
+        raise InvalidArgumentError(f"resource {resource}: {path} is no device")
+    return DeviceNode(
+        path=inside,
+        type=kind,
+        major=os.major(status.st_rdev),
+        minor=os.minor(status.st_rdev),
+        mode=stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+        access=access,
+    )
