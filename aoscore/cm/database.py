@@ -1,0 +1,92 @@
+"""Tables of CM's database `cm.db`, schema version 0 (database.md §2).
+
+Names, columns and value forms are those of AosCore 9.1, so that a Unit can change between it and us in place. What we
+need beyond is in tables of our own, prefix `aoscore_`, which 9.1 ignores (database.md §5). The functions that read and
+write a table live with the module that owns it.
+"""
+
+from typing import Final
+
+from aoscore.cm.config import Config
+from aoscore.common.db import Database, Schema
+
+SCHEMA_VERSION: Final = 0
+
+_IDENT: Final = "itemID TEXT, subjectID TEXT, instance INTEGER, type TEXT, preinstalled INTEGER"
+_IDENT_KEY: Final = "itemID, subjectID, instance, type, preinstalled"
+
+UPDATE_MANAGER_TABLES: Final = (
+    "CREATE TABLE IF NOT EXISTS updatemanager (desiredStatus TEXT, updateState TEXT)",
+    "INSERT INTO updatemanager SELECT '{}', 'none' WHERE NOT EXISTS (SELECT 1 FROM updatemanager)",
+)
+
+IMAGE_MANAGER_TABLES: Final = (
+    """CREATE TABLE IF NOT EXISTS imagemanager (
+        itemID TEXT, type TEXT, version TEXT, indexDigest TEXT, state TEXT, timestamp INTEGER,
+        PRIMARY KEY (itemID, version))""",
+)
+
+STORAGE_STATE_TABLES: Final = (
+    f"""CREATE TABLE IF NOT EXISTS storagestate (
+        {_IDENT}, storageQuota INTEGER, stateQuota INTEGER, stateChecksum BLOB,
+        PRIMARY KEY ({_IDENT_KEY}))""",
+)
+
+NETWORK_MANAGER_TABLES: Final = (
+    "CREATE TABLE IF NOT EXISTS networks (networkID TEXT NOT NULL PRIMARY KEY, subnet TEXT, vlanID INTEGER)",
+    """CREATE TABLE IF NOT EXISTS hosts (
+        networkID TEXT NOT NULL, nodeID TEXT NOT NULL, ip TEXT,
+        PRIMARY KEY (networkID, nodeID),
+        FOREIGN KEY (networkID) REFERENCES networks (networkID))""",
+    f"""CREATE TABLE IF NOT EXISTS networkmanager_instances (
+        {_IDENT}, networkID TEXT, nodeID TEXT, ip TEXT, exposedPorts TEXT, dnsServers TEXT,
+        PRIMARY KEY ({_IDENT_KEY}),
+        FOREIGN KEY (networkID) REFERENCES networks (networkID),
+        FOREIGN KEY (networkID, nodeID) REFERENCES hosts (networkID, nodeID))""",
+    """CREATE TABLE IF NOT EXISTS pending_connections (
+        requesterItemID TEXT, requesterSubjectID TEXT, requesterInstance INTEGER, requesterType TEXT,
+        requesterPreinstalled INTEGER, nodeID TEXT, networkID TEXT, requesterIP TEXT, requesterSubnet TEXT,
+        targetItemID TEXT, port TEXT, protocol TEXT)""",
+)
+
+LAUNCHER_TABLES: Final = (
+    f"""CREATE TABLE IF NOT EXISTS launcher_instances (
+        {_IDENT}, version TEXT, manifestDigest TEXT, nodeID TEXT, prevNodeID TEXT, runtimeID TEXT,
+        uid INTEGER, gid INTEGER, timestamp INTEGER, state TEXT, isUnitSubject INTEGER, subjectType TEXT, ownerID TEXT,
+        labels TEXT, priority INTEGER, disableRebalancing INTEGER,
+        PRIMARY KEY ({_IDENT_KEY}, version))""",
+    """CREATE TABLE IF NOT EXISTS launcher_run_requests (
+        itemID TEXT, type TEXT, version TEXT, ownerID TEXT, subjectID TEXT, subjectType TEXT, isUnitSubject INTEGER,
+        priority INTEGER, numInstances INTEGER, labels TEXT)""",
+    "CREATE TABLE IF NOT EXISTS launcher_override_envvars (itemID TEXT, subjectID TEXT, instance TEXT, variables TEXT)",
+)
+
+# Tables that AosCore 9.1 does not have.
+OWN_TABLES: Final = ()
+
+
+def schema(config: Config) -> Schema:
+    """What `cm.db` must look like.
+
+    AosCore 9.1 refuses to start without its folder of scripts; there is no script for CM, so we go without it.
+    """
+    scripts = config.migration.migration_path
+    return Schema(
+        create=(
+            *UPDATE_MANAGER_TABLES,
+            *IMAGE_MANAGER_TABLES,
+            *STORAGE_STATE_TABLES,
+            *NETWORK_MANAGER_TABLES,
+            *LAUNCHER_TABLES,
+            *OWN_TABLES,
+        ),
+        version=SCHEMA_VERSION,
+        migrations=scripts if scripts.is_dir() else None,
+        merged=config.migration.merged_migration_path,
+        foreign_keys=True,
+    )
+
+
+def open_database(config: Config) -> Database:
+    """The database of a CM; enter it as an async context manager before use."""
+    return Database(config.database_file, schema(config))
