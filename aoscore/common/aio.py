@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from aoscore.common.errors import FailedError, first_cause
 
@@ -38,6 +38,14 @@ def log_and_continue(logger: logging.Logger, what: str) -> Iterator[None]:
         logger.error("%s: %s", what, cause or type(cause).__name__, exc_info=None if expected else cause)
 
 
+async def _end_of(future: asyncio.Future[Any]) -> BaseException | None:
+    """Wait for the end however often we are cancelled meanwhile: clean-up must not be cut short. Its error, if any."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({future})
+    return None if future.cancelled() else future.exception()
+
+
 @contextlib.asynccontextmanager
 async def _running(service: Service) -> AsyncIterator[asyncio.Task[None]]:
     """Start one service; on leaving, cancel it and wait for its clean-up."""
@@ -53,13 +61,8 @@ async def _running(service: Service) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         waiter.cancel()
         task.cancel()
-        # A second cancellation must not cut the clean-up short: wait for the end in any case.
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-        if not task.cancelled() and (error := task.exception()):
-            cause = first_cause(error)
-            _log.debug("%s ended with: %s", type(service).__name__, cause)
+        if error := await _end_of(task):
+            _log.debug("%s ended with: %s", type(service).__name__, first_cause(error))
 
 
 async def run_services(services: Sequence[Service], ready: Callable[[], None]) -> None:
@@ -124,12 +127,13 @@ class Worker:
         On cancellation the caller goes on at once only after the function has ended, so that files and handles it
         uses are never pulled away under it.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        job = self._pool.submit(function, *args, **kwargs)
+        future = asyncio.wrap_future(job)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            if not future.cancel():
-                await asyncio.wait({future})
+            if not job.cancel():
+                await _end_of(future)
             raise
 
     def close(self) -> None:

@@ -173,9 +173,13 @@ class IamPublicClient:
 
     async def watch_nodes(self) -> AsyncIterator[NodeInfo]:
         """Changes of any node of the Unit."""
-        async for message in self._watch(
-            "node changes", stubs.IAMPublicNodesServiceStub, "SubscribeNodeChanged", Empty()
-        ):
+        stub = stubs.IAMPublicNodesServiceStub
+
+        async def present() -> list[pb.NodeInfo]:
+            requests = [pb.GetNodeInfoRequest(node_id=node_id) for node_id in await self.get_node_ids()]
+            return [await self._call(f"node {request.node_id}", stub, "GetNodeInfo", request) for request in requests]
+
+        async for message in self._watch("node changes", stub, "SubscribeNodeChanged", Empty(), present):
             yield convert.node_info_from_pb(message)
 
 

@@ -1,0 +1,48 @@
+"""Fixtures for all tests."""
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("AOSCORE_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Top of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of facts and recordings; tests that need it are skipped with a reason where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here (set AOSCORE_SHARED)")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks_the_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In unit tests a call that waits for disk, time or a program inside the event loop is an error (design rule 5)."""
+    if "unit" not in request.path.relative_to(ROOT).parts:
+        return
+
+    def guard(owner: Any, name: str) -> None:
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            assert asyncio._get_running_loop() is None, f"{name} blocks the event loop: use a Worker"
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, checked)
+
+    guard(time, "sleep")
+    guard(os, "fsync")
+    guard(subprocess, "run")

@@ -1,0 +1,120 @@
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+
+from aoscore.common.aio import Backoff, Broadcast, Worker, log_and_continue, run_services
+from aoscore.common.errors import FailedError
+
+
+class Recorder:
+    def __init__(self, name: str, log: list[str], fail: str = "", cleanup_s: float = 0.0) -> None:
+        self.name, self.log, self.fail, self.cleanup_s = name, log, fail, cleanup_s
+
+    async def run(self, started: Callable[[], None]) -> None:
+        if self.fail == "before":
+            raise FailedError(f"{self.name} can't start")
+        if self.fail == "returns early":
+            return
+        self.log.append(f"+{self.name}")
+        started()
+        try:
+            if self.fail == "later":
+                await asyncio.sleep(0.01)
+                raise FailedError(f"{self.name} broke")
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(self.cleanup_s)
+            self.log.append(f"-{self.name}")
+
+
+async def test_services_start_in_order_and_stop_in_reverse() -> None:
+    log: list[str] = []
+    ready = asyncio.Event()
+    services = [Recorder("a", log), Recorder("b", log, cleanup_s=0.02), Recorder("c", log)]
+    task = asyncio.create_task(run_services(services, ready.set))
+    await ready.wait()
+    assert log == ["+a", "+b", "+c"]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert log[3:] == ["-c", "-b", "-a"]
+
+
+async def test_second_cancellation_does_not_cut_clean_up() -> None:
+    log: list[str] = []
+    ready = asyncio.Event()
+    task = asyncio.create_task(run_services([Recorder("a", log, cleanup_s=0.05)], ready.set))
+    await ready.wait()
+    task.cancel()
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert log == ["+a", "-a"]
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [("before", "b can't start"), ("returns early", "ended before it had started"), ("later", "b broke")],
+)
+async def test_failing_service_stops_the_others_and_is_named(fail: str, message: str) -> None:
+    log: list[str] = []
+    with pytest.raises(FailedError, match=message):
+        await run_services([Recorder("a", log), Recorder("b", log, fail)], lambda: None)
+    assert log[-1] == "-a"
+
+
+def test_backoff_grows_to_its_limit_and_resets() -> None:
+    backoff = Backoff(1, 10, jitter=0)
+    assert [backoff.next() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    backoff.reset()
+    assert backoff.next() == 1
+    jittered = Backoff(1, 10, jitter=0.1, rng=random.Random(1))
+    assert 0.9 <= jittered.next() <= 1.1
+
+
+async def test_worker_runs_beside_the_loop_and_is_waited_for() -> None:
+    ended: list[float] = []
+
+    def work() -> int:
+        time.sleep(0.05)
+        ended.append(time.monotonic())
+        return 7
+
+    async with Worker("w") as worker:
+        assert await worker.run(work) == 7
+        task = asyncio.create_task(worker.run(work))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(ended) == 2, "a cancelled caller goes on only after the function has ended"
+
+
+async def test_broadcast_drops_the_oldest_of_a_slow_subscriber(caplog: pytest.LogCaptureFixture) -> None:
+    broadcast: Broadcast[int] = Broadcast("numbers", limit=2)
+    with broadcast.subscribe() as slow, broadcast.subscribe() as quick:
+        for number in range(3):
+            broadcast.publish(number)
+            if number < 2:
+                assert quick.get_nowait() == number
+        assert [slow.get_nowait(), slow.get_nowait()] == [1, 2]
+    assert "name=numbers, dropped=1" in caplog.text
+    broadcast.publish(9)
+
+
+def test_log_and_continue_names_what_was_tried(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("test")
+    with log_and_continue(logger, "Can't do it"):
+        raise FailedError("disk is away")
+    assert caplog.records[0].getMessage() == "Can't do it: disk is away"
+    assert caplog.records[0].exc_info is None
+    with log_and_continue(logger, "Can't do that"):
+        raise TypeError("bug")
+    assert caplog.records[1].exc_info is not None, "a programming error shows where it is"
+    with pytest.raises(KeyboardInterrupt), log_and_continue(logger, "x"):
+        raise KeyboardInterrupt
