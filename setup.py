@@ -13,7 +13,7 @@ class BuildPy(build_py):
     """Generates aoscore/_pb before Python files are collected."""
 
     def run(self) -> None:
-        runpy.run_path(str(ROOT / "tools" / "build_protos.py"))["build"]()
+        runpy.run_path(str(ROOT / "proto" / "build.py"))["build"]()
         self.distribution.packages = sorted(
             {
                 *self.distribution.packages,

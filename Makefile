@@ -1,0 +1,75 @@
+# make demo: a whole Unit with its cloud, on this machine.   make test: everything that CI checks.
+# Both set up what they need, as root on Debian 12/13 or Ubuntu 24.04. `make help` lists the rest.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+TOOLS := .venv-tools
+BIN := $(VENV)/bin
+JOBS ?= 2
+SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.pyx)
+
+.PHONY: help demo demo-down test lint unit integration system bench setup packages clean
+
+help:
+	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
+	@echo "make lint | unit | integration | system: parts of make test"
+	@echo "make bench: speed and memory figures into docs/"
+	@echo "make demo-down: end the demo and remove all of it"
+
+demo: setup $(TOOLS)/.done
+	$(BIN)/aosctl demo up
+
+demo-down:
+	@if [ -x $(BIN)/aosctl ]; then $(BIN)/aosctl demo down; else echo "nothing to end: the demo was never set up"; fi
+
+test: lint unit integration system
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/pytest tests/unit tests/wire -n $(JOBS) -q
+
+integration: setup $(TOOLS)/.done
+	$(BIN)/pytest tests/integration -n $(JOBS) -q
+
+system: setup $(TOOLS)/.done
+	$(BIN)/pytest tests/system -q
+
+bench: setup
+	$(BIN)/python tests/benchmarks/run.py
+
+setup: packages $(VENV)/.done
+
+# Asks dpkg first: nothing is installed, and no network needed, when all is there.
+packages:
+	@missing=$$(grep -v '^#' packages.txt | while read -r name; do \
+	    [ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$name" 2>/dev/null)" = installed ] || echo "$$name"; done); \
+	if [ -n "$$missing" ]; then \
+	    [ "$$(id -u)" = 0 ] || { echo "not installed: $$missing" >&2; echo "run as root, or: apt-get install $$missing" >&2; exit 1; }; \
+	    echo "Installing: $$missing"; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=500 install -y --no-install-recommends $$missing >/dev/null; \
+	fi
+
+$(VENV)/.done: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11" >&2; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q -e '.[cm,sm,iam,mp,devcloud,test]'
+	$(BIN)/python proto/build.py
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+# The cloud's public tools pin old versions of what we use new: they live apart.
+$(TOOLS)/.done: tests/requirements-cloud-tools.txt
+	[ -x $(TOOLS)/bin/python ] || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --upgrade pip 'setuptools<81' wheel
+	$(TOOLS)/bin/python -m pip install -q -r tests/requirements-cloud-tools.txt
+	touch $@
+
+clean: demo-down
+	rm -rf $(VENV) $(TOOLS) build .state .cache aoscore/_pb aoscore/_speedups/*.c aoscore/_speedups/*.so *.egg-info
