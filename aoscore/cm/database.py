@@ -62,7 +62,22 @@ LAUNCHER_TABLES: Final = (
 )
 
 # Tables that AosCore 9.1 does not have.
-OWN_TABLES: Final = ()
+OWN_TABLES: Final = (
+    # What an instance asked for, so that host names and rules survive a restart.
+    f"""CREATE TABLE IF NOT EXISTS aoscore_network_wishes (
+        {_IDENT}, hosts TEXT, connections TEXT,
+        PRIMARY KEY ({_IDENT_KEY}))""",
+    # When an instance was put aside; its data are kept for a time from then on.
+    f"""CREATE TABLE IF NOT EXISTS aoscore_launcher_cached (
+        {_IDENT}, version TEXT, cachedSince INTEGER,
+        PRIMARY KEY ({_IDENT_KEY}, version))""",
+    # Digest of the start list that a node confirmed last, so that a restart of CM sends nothing anew.
+    "CREATE TABLE IF NOT EXISTS aoscore_launcher_confirmed (nodeID TEXT NOT NULL PRIMARY KEY, digest TEXT)",
+    # Checksum of a state that the cloud has not accepted yet.
+    f"""CREATE TABLE IF NOT EXISTS aoscore_state_unaccepted (
+        {_IDENT}, checksum BLOB,
+        PRIMARY KEY ({_IDENT_KEY}))""",
+)
 
 
 def schema(config: Config) -> Schema:

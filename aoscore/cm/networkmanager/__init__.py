@@ -1,0 +1,1 @@
+"""Networks of the Unit: addresses, firewall rules between instances, host names (cm-orchestration §6)."""
