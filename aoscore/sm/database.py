@@ -1,0 +1,78 @@
+"""The tables of `servicemanager.db`, schema version 5 (database.md §3), and how the file is opened.
+
+AosCore 9.1 reads and writes the same file, so the shared tables stay as they are; what only we keep is in tables with
+the prefix `aoscore_`, which it ignores. The code that reads and writes rows lives with the part that owns them.
+"""
+
+import contextlib
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+import apsw
+
+from aoscore.common.db import Database, Schema
+
+_log = logging.getLogger(__name__)
+
+VERSION = 5
+
+_IDENT = """itemID TEXT NOT NULL, subjectID TEXT NOT NULL, instance INTEGER NOT NULL,
+    type TEXT NOT NULL DEFAULT 'service', preinstalled INTEGER NOT NULL DEFAULT 0"""
+_IDENT_KEY = "PRIMARY KEY (itemID, subjectID, instance, type, preinstalled)"
+
+_CREATE = (
+    "CREATE TABLE IF NOT EXISTS config (cursor TEXT)",
+    "INSERT INTO config (cursor) SELECT '' WHERE NOT EXISTS (SELECT 1 FROM config)",
+    """CREATE TABLE IF NOT EXISTS network (
+        networkID TEXT NOT NULL PRIMARY KEY, ip TEXT, subnet TEXT, vlanID INTEGER, vlanIfName TEXT,
+        bridgeIfName TEXT)""",
+    "CREATE TABLE IF NOT EXISTS trafficmonitor (chain TEXT NOT NULL PRIMARY KEY, time TIMESTAMP, value INTEGER)",
+    """CREATE TABLE IF NOT EXISTS instancenetwork (
+        instanceID TEXT NOT NULL, networkID TEXT NOT NULL, networkConfig TEXT, allocatedParams TEXT, hostIfName TEXT,
+        PRIMARY KEY (instanceID, networkID))""",
+    """CREATE TABLE IF NOT EXISTS items (
+        itemID TEXT, type TEXT, version TEXT, manifestDigest TEXT, state TEXT, timestamp INTEGER,
+        PRIMARY KEY (itemID, type, version))""",
+    f"""CREATE TABLE IF NOT EXISTS instances (
+        {_IDENT}, version TEXT, manifestDigest TEXT, runtimeID TEXT, ownerID TEXT, subjectType TEXT, uid INTEGER,
+        gid INTEGER, priority INTEGER, storagePath TEXT, statePath TEXT, envVars TEXT, monitoringParams TEXT,
+        {_IDENT_KEY})""",
+    # Wanted by CM and not applied yet: the InstanceInfo as JSON, empty text = to be removed.
+    f"CREATE TABLE IF NOT EXISTS aoscore_changes ({_IDENT}, info TEXT NOT NULL, {_IDENT_KEY})",
+    # Stopped because their offline time ran out; they wait for CM to send them again.
+    f"CREATE TABLE IF NOT EXISTS aoscore_expired ({_IDENT}, {_IDENT_KEY})",
+    # Small facts of the launcher by name.
+    "CREATE TABLE IF NOT EXISTS aoscore_launcher (name TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL)",
+)
+
+
+def open_database(path: Path, migrations: Path, merged: Path) -> Database:
+    """The database, to be entered as a context manager.
+
+    A file of the former Go generation is foreign and set aside together with its collected scripts, which have the
+    same names as ours (database.md §5).
+    """
+    if path.exists() and _is_foreign(path):
+        suffix = f".foreign-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        _log.warning("Database of another generation set aside: file=%s, suffix=%s", path, suffix)
+        for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+            with contextlib.suppress(FileNotFoundError):
+                name.rename(name.with_name(name.name + suffix))
+        with contextlib.suppress(FileNotFoundError):
+            merged.rename(merged.with_name(merged.name + suffix))
+    return Database(path, Schema(create=_CREATE, version=VERSION, migrations=migrations, merged=merged))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the file is one of the Go generation; a damaged file is none, opening it deals with that."""
+    try:
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    except apsw.Error:
+        return False
+    try:
+        return bool(list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_migrations'")))
+    except (apsw.NotADBError, apsw.CorruptError):
+        return False
+    finally:
+        connection.close()

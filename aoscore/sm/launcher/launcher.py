@@ -1,0 +1,438 @@
+"""Launcher: brings the node to the set of instances that CM wants, and keeps it there.
+
+All decisions are in `plan`; this shell gathers the situation, does the steps it is told, four at a time, and asks
+again. `update` only stores what CM wants and wakes the loop, so an update that arrives during another one is never
+lost or refused (sm.md §12, D2).
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from datetime import UTC, datetime
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from aoscore.common.aio import Backoff, Broadcast, log_and_continue
+from aoscore.common.errors import NotFoundError, to_error_info
+from aoscore.common.log import kv
+from aoscore.common.types import ErrorInfo, InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, ItemType
+from aoscore.sm.imagemanager.model import InstalledImage, ItemKey, item_key
+from aoscore.sm.launcher.offline import OfflineClock
+from aoscore.sm.launcher.plan import Plan, Situation, desired, plan
+from aoscore.sm.launcher.retries import Retries
+from aoscore.sm.launcher.runtimes.base import Runtime
+from aoscore.sm.launcher.store import LauncherStore, Stored
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PARALLEL = 4
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 300.0
+
+
+class Images(Protocol):
+    """What the launcher needs from the image manager."""
+
+    @property
+    def broken(self) -> Broadcast[ItemKey]:
+        """Items whose files turned out to be damaged; they are not installed any more."""
+        ...
+
+    def installed(self) -> Set[ItemKey]:
+        """Items ready for use."""
+        ...
+
+    async def install(self, key: ItemKey) -> None:
+        """Fetch and unpack; repeatable."""
+        ...
+
+    async def load(self, key: ItemKey) -> InstalledImage:
+        """An installed item."""
+        ...
+
+    def want(self, keys: Set[ItemKey]) -> None:
+        """Items that instances run or shall run: what was fetched for these is kept."""
+        ...
+
+    async def remove(self, keys: Iterable[ItemKey]) -> None:
+        """Nobody needs these any more."""
+        ...
+
+
+class Networks(Protocol):
+    """What the launcher needs from the network manager: instances take their networks when they start."""
+
+    async def release_instance(self, ident: InstanceIdent) -> None:
+        """Give the network of a removed instance back; repeatable."""
+        ...
+
+
+class NodeStatuses(msgspec.Struct, frozen=True):
+    """The complete list, sent after every finished update."""
+
+    statuses: tuple[InstanceStatus, ...]
+
+
+class Launcher:
+    """See the module text. A Service; `changed` tells each new status and, after an update, the complete list."""
+
+    def __init__(
+        self,
+        store: LauncherStore,
+        runtimes: Sequence[Runtime],
+        images: Images,
+        networks: Networks,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        backoff: Callable[[], Backoff] = lambda: Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S),
+    ) -> None:
+        self._store = store
+        self._runtimes = {runtime.info.runtime_id: runtime for runtime in runtimes}
+        self._images = images
+        self._networks = networks
+        self._clock = clock
+        self.changed: Broadcast[InstanceStatus | NodeStatuses] = Broadcast("instance statuses")
+        self.settled = asyncio.Event()
+        """Set once the stored instances have been adopted or started (or failed to)."""
+        self._wake = asyncio.Event()
+        self._report_due = False
+        self._instances: dict[InstanceIdent, InstanceInfo] = {}
+        self._changes: dict[InstanceIdent, InstanceInfo | None] = {}
+        self._expired: set[InstanceIdent] = set()
+        self._up: dict[InstanceIdent, Runtime] = {}
+        self._started: set[InstanceIdent] = set()
+        self._renewed: set[InstanceIdent] = set()
+        self._ttls_s: dict[ItemKey, float] = {}
+        self._statuses: dict[InstanceIdent, InstanceStatus] = {}
+        self._installing: dict[ItemKey, asyncio.Task[None]] = {}
+        self._broken: set[ItemKey] = set()
+        self._retries: Retries[InstanceIdent] = Retries(backoff)
+        self._install_retries: Retries[ItemKey] = Retries(backoff)
+        self._offline = OfflineClock(None, datetime.now(UTC), clock())
+        self._stored_offline_since: datetime | None = None
+
+    # What CM says
+
+    async def update(self, start: Sequence[InstanceInfo], stop: Sequence[InstanceIdent]) -> None:
+        """Take over what CM wants: `start` must run, `stop` must go, others stay. Returns when it is stored."""
+        wanted = desired(self._situation())
+        changes: dict[InstanceIdent, InstanceInfo | None] = dict.fromkeys(stop)
+        changes |= {info.ident: info for info in start}
+        new = {ident: info for ident, info in changes.items() if wanted.get(ident) != info or ident in self._expired}
+        if new:
+            await self._store.add_changes(new)
+        self._changes |= new
+        self._expired -= new.keys()
+        self._retries.forget(changes)
+        self._install_retries.forget(item_key(info) for info in start)
+        for info in new.values():
+            if info is not None:
+                self._report(_status(info, InstanceState.ACTIVATING))
+        for key in self._installing.keys() - self._tell_wanted():
+            self._installing[key].cancel()
+        self._report_due = True
+        self._wake.set()
+
+    def cm_connected(self, connected: bool) -> None:
+        """The link to CM came up or broke. With CM back, what failed is tried again at once."""
+        self._offline.cm(connected, self._clock())
+        if connected:
+            self._retries.hurry()
+            self._install_retries.hurry()
+        self._wake.set()
+
+    def cloud_connected(self, connected: bool) -> None:
+        """CM told whether it has the cloud."""
+        self._offline.cloud(connected, datetime.now(UTC), self._clock())
+        self._wake.set()
+
+    def statuses(self) -> NodeStatuses:
+        """The present state of every wanted instance and of preinstalled ones."""
+        return NodeStatuses(tuple(self._statuses[ident] for ident in sorted(self._statuses)))
+
+    # The service
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Adopt what runs, then work until cancelled; a clean stop ends all services, lowest priority first."""
+        with contextlib.ExitStack() as stack:
+            reports = [stack.enter_context(runtime.changed.subscribe()) for runtime in self._runtimes.values()]
+            broken = stack.enter_context(self._images.broken.subscribe())
+            self._restore(await self._store.load())
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for queue in reports:
+                        tasks.create_task(_each(queue, self._on_report))
+                    tasks.create_task(_each(broken, self._on_broken))
+                    await self._adopt()
+                    started()
+                    await self._reconcile(tasks, reports)
+            finally:
+                await self._stop_all(
+                    sorted(
+                        (ident for ident in self._up if ident.type is ItemType.SERVICE),
+                        key=lambda ident: (self._priority(ident), ident),
+                    )
+                )
+
+    def _restore(self, stored: Stored) -> None:
+        self._instances = dict(stored.instances)
+        self._changes = dict(stored.changes)
+        self._expired = set(stored.expired)
+        self._offline = OfflineClock(stored.offline_since, datetime.now(UTC), self._clock())
+        self._stored_offline_since = stored.offline_since
+        # An update that a restart interrupted goes on, and CM hears of its end.
+        self._report_due = bool(stored.changes)
+        for ident, info in desired(self._situation()).items():
+            state = InstanceState.INACTIVE if ident in self._expired else InstanceState.ACTIVATING
+            self._report(_status(info, state))
+        self._tell_wanted()
+
+    async def _adopt(self) -> None:
+        for runtime_id, runtime in self._runtimes.items():
+            own = [info for info in self._instances.values() if info.runtime_id == runtime_id]
+            for running in await runtime.adopt(own):
+                self._up[running.ident] = runtime
+                self._on_report(running.status)
+                if running.ident in self._instances:
+                    self._started.add(running.ident)
+                    _log.info(kv("Instance adopted", instance=running.ident, id=running.instance_id))
+        # What they run tells how long each may be offline.
+        for key in {item_key(self._instances[ident]) for ident in self._started} & self._images.installed():
+            with log_and_continue(_log, f"Can't read offline time of {key}"):
+                await self._load(key)
+
+    async def _reconcile(self, tasks: asyncio.TaskGroup, reports: Sequence[asyncio.Queue[InstanceStatus]]) -> None:
+        while True:
+            self._wake.clear()
+            await self._check_offline()
+            steps = plan(self._situation())
+            for key in steps.install:
+                self._installing[key] = tasks.create_task(self._install(key), name=f"install {key}")
+            if await self._take(steps):
+                continue
+            # Reports that the steps caused belong into the complete list.
+            for queue in reports:
+                while not queue.empty():
+                    self._on_report(queue.get_nowait())
+            self.settled.set()
+            if self._report_due and not self._installing:
+                self._report_due = False
+                self.changed.publish(self.statuses())
+            await self._sleep()
+
+    async def _sleep(self) -> None:
+        now_s = self._clock()
+        due = (
+            self._retries.next_s(now_s),
+            self._install_retries.next_s(now_s),
+            self._offline.next_s(self._offline_limits_s()),
+        )
+        delays_s = [max(0.0, moment_s - now_s) for moment_s in due if moment_s is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(delays_s) + 0.001 if delays_s else None):
+                await self._wake.wait()
+
+    async def _take(self, steps: Plan) -> bool:
+        """Do one kind of steps; whether there was something to do."""
+        if steps.stop:
+            await self._stop_all(steps.stop)
+        elif steps.apply:
+            await self._apply(steps.apply)
+        elif steps.start:
+            await _in_parallel([self._start(info) for info in steps.start])
+        elif steps.remove_items:
+            await self._images.remove(steps.remove_items)
+        else:
+            return False
+        return True
+
+    def _situation(self) -> Situation:
+        now_s = self._clock()
+        return Situation(
+            instances=self._instances,
+            changes=self._changes,
+            up=self._up.keys(),
+            started=self._started,
+            expired=self._expired,
+            resting=self._retries.resting(now_s),
+            installed=self._images.installed(),
+            held=self._installing.keys() | self._install_retries.resting(now_s),
+            renewed=self._renewed,
+        )
+
+    def _tell_wanted(self) -> set[ItemKey]:
+        """Tell the image manager what is needed."""
+        keys = {item_key(info) for info in (*self._instances.values(), *desired(self._situation()).values())}
+        self._images.want(keys)
+        return keys
+
+    # Steps
+
+    async def _install(self, key: ItemKey) -> None:
+        try:
+            await self._images.install(key)
+        except Exception as error:
+            pause_s = self._install_retries.failed(key, self._clock())
+            _log.error(kv("Can't install item", item=key, error=error, retry_in_s=round(pause_s)))
+            for info in desired(self._situation()).values():
+                # An instance that runs from a damaged image goes on, so it has not failed.
+                running = info.ident in self._started and self._instances.get(info.ident) == info
+                if item_key(info) == key and not running:
+                    self._report(_status(info, InstanceState.FAILED, to_error_info(error)))
+        else:
+            self._install_retries.forget([key])
+            if key in self._broken:
+                self._broken.discard(key)
+                self._renewed |= {
+                    ident for ident in self._up if ident in self._instances and item_key(self._instances[ident]) == key
+                }
+        finally:
+            del self._installing[key]
+            self._wake.set()
+
+    async def _load(self, key: ItemKey) -> InstalledImage:
+        image = await self._images.load(key)
+        self._ttls_s[key] = image.item_config.offline_ttl if image.item_config else 0.0
+        return image
+
+    async def _stop_all(self, idents: Sequence[InstanceIdent]) -> None:
+        await _in_parallel([self._stop(ident) for ident in idents])
+
+    async def _stop(self, ident: InstanceIdent) -> None:
+        try:
+            await self._up[ident].stop_instance(ident)
+        except Exception as error:
+            pause_s = self._retries.failed(ident, self._clock())
+            _log.error(kv("Can't stop instance", instance=ident, error=error, retry_in_s=round(pause_s)))
+            if info := self._instances.get(ident):
+                self._report(_status(info, InstanceState.FAILED, to_error_info(error)))
+        else:
+            self._retries.forget([ident])
+            del self._up[ident]
+            self._started.discard(ident)
+            self._renewed.discard(ident)
+
+    async def _apply(self, changes: Mapping[InstanceIdent, InstanceInfo | None]) -> None:
+        for ident, info in changes.items():
+            old = self._instances.get(ident)
+            if old is not None and (info is None or info.owner_id != old.owner_id):
+                with log_and_continue(_log, f"Can't release network of {ident}"):
+                    await self._networks.release_instance(ident)
+        await self._store.apply(changes)
+        for ident, info in changes.items():
+            # CM may have changed its mind while we waited: then the newer change stays.
+            if ident in self._changes and self._changes[ident] == info:
+                del self._changes[ident]
+            if info is None:
+                self._instances.pop(ident, None)
+                if ident not in self._changes:
+                    self._statuses.pop(ident, None)
+            else:
+                self._instances[ident] = info
+
+    async def _start(self, info: InstanceInfo) -> None:
+        try:
+            runtime = self._runtimes.get(info.runtime_id)
+            if runtime is None:
+                raise NotFoundError(f"this node has no runtime {info.runtime_id}")
+            image = await self._load(item_key(info))
+            # From here on there may be something to stop, whatever happens.
+            self._up[info.ident] = runtime
+            await runtime.start_instance(info, image)
+        except Exception as error:
+            pause_s = self._retries.failed(info.ident, self._clock())
+            _log.error(kv("Can't start instance", instance=info.ident, error=error, retry_in_s=round(pause_s)))
+            # The runtime leaves nothing behind after an error.
+            self._up.pop(info.ident, None)
+            if self._is_current(info):
+                self._report(_status(info, InstanceState.FAILED, to_error_info(error)))
+        else:
+            self._retries.forget([info.ident])
+            self._started.add(info.ident)
+            _log.info(kv("Instance started", instance=info.ident, version=info.version))
+
+    # Offline time
+
+    def _offline_limits_s(self) -> dict[InstanceIdent, float]:
+        return {
+            ident: self._ttls_s.get(item_key(self._instances[ident]), 0.0)
+            for ident in self._up
+            if ident in self._instances and ident not in self._expired
+        }
+
+    async def _check_offline(self) -> None:
+        now_s = self._clock()
+        self._offline.tick(datetime.now(UTC), now_s)
+        if self._offline.since != self._stored_offline_since:
+            await self._store.set_offline_since(self._offline.since)
+            self._stored_offline_since = self._offline.since
+        over = self._offline.expired(self._offline_limits_s(), now_s)
+        if over:
+            _log.warning(kv("Offline time is over, instances stopped", instances=", ".join(map(str, sorted(over)))))
+            await self._store.add_expired(over)
+            self._expired |= over
+
+    # Statuses
+
+    def _on_report(self, status: InstanceStatus) -> None:
+        """A runtime's word is the truth, except about a version that is to be replaced (sm.md §12, D7 and D8)."""
+        change = self._changes.get(status.ident)
+        if change is not None and (change.version, change.manifest_digest) != (
+            status.version,
+            status.manifest_digest,
+        ):
+            return
+        self._report(status)
+
+    def _report(self, status: InstanceStatus) -> None:
+        known = status.ident.preinstalled or status.ident in self._instances or status.ident in self._changes
+        if known and self._statuses.get(status.ident) == status:
+            return
+        if known:
+            self._statuses[status.ident] = status
+        self.changed.publish(status)
+
+    def _on_broken(self, key: ItemKey) -> None:
+        self._broken.add(key)
+        self._wake.set()
+
+    def _is_current(self, info: InstanceInfo) -> bool:
+        return self._changes.get(info.ident, info) == info
+
+    def _priority(self, ident: InstanceIdent) -> int:
+        info = self._instances.get(ident)
+        return info.priority if info else -1
+
+
+def _status(info: InstanceInfo, state: InstanceState, error: ErrorInfo | None = None) -> InstanceStatus:
+    return InstanceStatus(
+        ident=info.ident,
+        version=info.version,
+        state=state,
+        runtime_id=info.runtime_id,
+        manifest_digest=info.manifest_digest,
+        error=error,
+    )
+
+
+async def _in_parallel(jobs: Sequence[Awaitable[None]]) -> None:
+    """Run jobs in their order, a few at a time."""
+    limit = asyncio.Semaphore(_PARALLEL)
+
+    async def one(job: Awaitable[None]) -> None:
+        async with limit:
+            await job
+
+    async with asyncio.TaskGroup() as tasks:
+        for job in jobs:
+            tasks.create_task(one(job))
+
+
+async def _each(queue: asyncio.Queue[T], handle: Callable[[T], None]) -> None:
+    while True:
+        handle(await queue.get())

@@ -1,0 +1,1 @@
+ALTER TABLE instancenetwork ADD COLUMN hostIfName TEXT;
