@@ -1,0 +1,1 @@
+"""What tests of several kinds use: certificates, free ports, running services."""

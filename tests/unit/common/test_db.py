@@ -1,0 +1,142 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import apsw
+import pytest
+
+from aoscore.common.db import Database, Schema
+from aoscore.common.errors import AlreadyExistsError, FailedError, InvalidArgumentError
+
+CREATE = ["CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, size INTEGER)"]
+
+
+async def test_fresh_file_has_tables_and_version(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.db"
+    async with Database(path, Schema(create=CREATE, version=3)) as db:
+        assert await db.select("SELECT version FROM SchemaVersion") == [(3,)]
+        await db.execute("INSERT INTO things VALUES (?, ?)", ("a", 2**62 + 1))
+        assert await db.select("SELECT * FROM things") == [("a", 2**62 + 1)]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.db"], "a clean close leaves the single file"
+
+
+async def test_transaction_is_whole_or_nothing(tmp_path: Path) -> None:
+    async with Database(tmp_path / "x.db", Schema(create=CREATE)) as db:
+
+        def two(connection: apsw.Connection) -> None:
+            connection.execute("INSERT INTO things VALUES ('a', 1)")
+            connection.execute("INSERT INTO things VALUES ('a', 2)")
+
+        with pytest.raises(AlreadyExistsError, match=r"x\.db"):
+            await db.write(two)
+        assert await db.select("SELECT * FROM things") == []
+        with pytest.raises(FailedError, match="no such table"):
+            await db.select("SELECT * FROM missing")
+
+
+def scripts(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "1_update.up.sql").write_text(
+        "BEGIN TRANSACTION;\nALTER TABLE things ADD COLUMN colour TEXT;\nCOMMIT;\n"
+    )
+    (directory / "1_update.down.sql").write_text("ALTER TABLE things DROP COLUMN colour;")
+    (directory / "2_update.up.sql").write_text("UPDATE things SET colour = 'red';")
+    (directory / "2_update.down.sql").write_text("UPDATE things SET colour = NULL;")
+    (directory / "README").write_text("not a script")
+    return directory
+
+
+async def test_migration_up_and_down_by_merged_scripts(tmp_path: Path) -> None:
+    path, merged = tmp_path / "x.db", tmp_path / "merged"
+    async with Database(path, Schema(create=CREATE, version=0)) as db:
+        await db.execute("INSERT INTO things VALUES ('a', 1)")
+    newer = scripts(tmp_path / "newer")
+    async with Database(path, Schema(create=CREATE, version=2, migrations=newer, merged=merged)) as db:
+        assert await db.select("SELECT name, colour FROM things") == [("a", "red")]
+    older = tmp_path / "older"
+    older.mkdir()
+    async with Database(path, Schema(create=CREATE, version=0, migrations=older, merged=merged)) as db:
+        assert await db.select("SELECT * FROM things") == [("a", 1)], "the way back comes from the merged folder"
+        assert await db.select("SELECT version FROM SchemaVersion") == [(0,)]
+
+
+async def test_migration_failures_are_named_and_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    async with Database(path, Schema(create=CREATE, version=0)):
+        pass
+    folder = scripts(tmp_path / "s")
+    (folder / "2_update.up.sql").write_text("UPDATE things SET colour = 'red'; UPDATE nothing SET a = 1;")
+    with pytest.raises(apsw.SQLError, match="nothing"):
+        async with Database(path, Schema(create=CREATE, version=2, migrations=folder)):
+            pass
+    connection = apsw.Connection(str(path))
+    assert list(connection.execute("SELECT version FROM SchemaVersion")) == [(1,)]
+    connection.close()
+    with pytest.raises(FailedError, match=r"3_update.up.sql is missing"):
+        (folder / "2_update.up.sql").write_text("SELECT 1;")
+        async with Database(path, Schema(create=CREATE, version=3, migrations=folder)):
+            pass
+    with pytest.raises(InvalidArgumentError, match="gone does not exist"):
+        async with Database(path, Schema(create=CREATE, migrations=tmp_path / "gone", merged=tmp_path / "m")):
+            pass
+
+
+@pytest.mark.parametrize("damage", ["no database", "page"])
+async def test_damaged_file_is_set_aside(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "x.db"
+    async with Database(path, Schema(create=CREATE)) as db:
+        await db.write(
+            lambda connection: connection.executemany(
+                "INSERT INTO things VALUES (?, ?)", ((f"name {number}", number) for number in range(2000))
+            )
+        )
+    if damage == "page":
+        with path.open("r+b") as file:
+            file.seek(4096 * 2)
+            file.write(os.urandom(4096 * 8))
+    else:
+        path.write_bytes(b"this is no database, it is a text" * 100)
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert db.recovered is not None and db.recovered.exists()
+        assert await db.select("SELECT * FROM things") == []
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from aoscore.common.db import Database, Schema
+schema = Schema(create=["CREATE TABLE IF NOT EXISTS pairs (a INTEGER, b INTEGER)"])
+async def main():
+    async with Database(Path(sys.argv[1]), schema) as db:
+        number = 0
+        while True:
+            number += 1
+            def both(connection):
+                connection.execute("INSERT INTO pairs VALUES (?, NULL)", (number,))
+                connection.execute("UPDATE pairs SET b = a WHERE a = ?", (number,))
+            await db.write(both)
+            print(number, flush=True)
+asyncio.run(main())
+"""
+
+
+async def test_kill_during_writes_never_leaves_half_a_transaction(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    last = 0
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(20):
+            last = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        connection = apsw.Connection(str(path))
+        rows = list(connection.execute("SELECT a, b FROM pairs"))
+        connection.close()
+        assert all(a == b for a, b in rows)
+        assert last in {a for a, _ in rows}, "what was reported as done is there"
+        path.unlink()

@@ -1,0 +1,166 @@
+"""gRPC over mutual TLS: who gets in, certificate renewal, errors, ports."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+
+from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
+from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
+from aoscore.common.errors import (
+    AlreadyExistsError,
+    DeadlineError,
+    FailedError,
+    InvalidArgumentError,
+    NotFoundError,
+    NotSupportedError,
+)
+from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
+from aoscore.common.rpc import Server, handler, open_channel, peer_name, rpc_errors, split_address
+from aoscore.common.tls import TlsIdentity, grpc_server_credentials
+from aoscore.common.types import CertInfo
+from tests.support.pki import TestCa
+from tests.support.running import running
+
+
+class Certificates(stubs.IAMPublicCertServiceServicer):
+    """A stand-in IAM that only hands out certificates."""
+
+    def __init__(self) -> None:
+        self.cert = pb.CertInfo(type="cm", cert_url="file:///a", key_url="file:///b")
+        self.changes: asyncio.Queue[pb.CertInfo] = asyncio.Queue()
+
+    @handler
+    async def GetCert(self, request: pb.GetCertRequest, context: Any) -> pb.CertInfo:
+        if request.type != self.cert.type:
+            raise NotFoundError(f"no certificate {request.type}")
+        return self.cert
+
+    @handler
+    async def SubscribeCertChanged(self, request: Any, context: Any) -> AsyncIterator[pb.CertInfo]:
+        while True:
+            self.cert = await self.changes.get()
+            if not self.cert.cert_url:
+                self.cert.cert_url = "file:///after-break"
+                raise FailedError("subscription breaks")
+            yield self.cert
+
+
+def server(servicer: Certificates, credentials: Any = None) -> Server:
+    return Server("127.0.0.1:0", credentials, [partial(stubs.add_IAMPublicCertServiceServicer_to_server, servicer)])
+
+
+async def call(port: int, credentials: grpc.ChannelCredentials | None, name: str | None = "main") -> str:
+    async with open_channel(f"127.0.0.1:{port}", credentials, name=name) as channel:
+        with rpc_errors("GetCert"):
+            answer = await stubs.IAMPublicCertServiceStub(channel).GetCert(pb.GetCertRequest(type="cm"), timeout=5)
+        return str(answer.cert_url)
+
+
+async def test_mutual_tls_lets_in_only_our_own(tmp_path: Path) -> None:
+    ours, foreign = TestCa(), TestCa("Foreign")
+    identity = ours.identity(tmp_path, "server", ("main",))
+    client = ours.identity(tmp_path, "client")
+    (tmp_path / "f").mkdir()
+    stranger = foreign.identity(tmp_path / "f", "client")
+    # The stranger trusts our root, but shows a certificate of another CA.
+    stranger = TlsIdentity(identity.ca_file, stranger.cert_url, stranger.key_url)
+    one = server(Certificates(), lambda: grpc_server_credentials(lambda: identity))
+    async with running(one):
+        assert await call(one.port, client.grpc_client_credentials()) == "file:///a"
+        address = f"127.0.0.1:{one.port}"
+        assert await peer_name(address, client.ssl_client_context()) == "main"
+        with pytest.raises(FailedError):
+            await call(one.port, stranger.grpc_client_credentials())
+        with pytest.raises(FailedError):
+            await call(one.port, grpc.ssl_channel_credentials(ours.root_pem))
+        with pytest.raises(FailedError):
+            await call(one.port, None)
+        with pytest.raises(FailedError, match="TLS with"):
+            await peer_name(
+                address,
+                stranger.__class__(
+                    foreign.write_root(tmp_path / "f"), client.cert_url, client.key_url
+                ).ssl_client_context(),
+            )
+
+
+async def test_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> None:
+    ca = TestCa()
+    client = ca.identity(tmp_path, "client")
+    current = ca.identity(tmp_path, "old", ("old",))
+    one = server(Certificates(), lambda: grpc_server_credentials(lambda: current))
+    async with running(one):
+        address = f"127.0.0.1:{one.port}"
+        channel = open_channel(address, client.grpc_client_credentials(), name="old")
+        stub = stubs.IAMPublicCertServiceStub(channel)
+        await stub.GetCert(pb.GetCertRequest(type="cm"), timeout=5)
+        current = ca.identity(tmp_path, "new", ("new",))
+        assert await peer_name(address, client.ssl_client_context()) == "new"
+        await stub.GetCert(pb.GetCertRequest(type="cm"), timeout=5)
+        await channel.close()
+        # A certificate that can't be read keeps the last good one.
+        current = TlsIdentity(current.ca_file, "file:///nowhere", current.key_url)
+        assert await peer_name(address, client.ssl_client_context()) == "new"
+
+
+async def test_errors_reach_the_caller_as_ours() -> None:
+    one = server(Certificates())
+    async with running(one):
+        async with open_channel(f"127.0.0.1:{one.port}", None) as channel:
+            with pytest.raises(FailedError, match="asked: no certificate x"), rpc_errors("asked"):
+                await stubs.IAMPublicCertServiceStub(channel).GetCert(pb.GetCertRequest(type="x"), timeout=5)
+            with pytest.raises(NotSupportedError), rpc_errors("asked"):
+                await stubs.IAMPublicNodesServiceStub(channel).GetAllNodeIDs(Empty(), timeout=5)
+            with pytest.raises(DeadlineError), rpc_errors("asked"):
+                call_ = stubs.IAMPublicCertServiceStub(channel).SubscribeCertChanged(
+                    pb.SubscribeCertChangedRequest(), timeout=0.1
+                )
+                await call_.read()
+
+
+async def test_taken_port_is_an_error() -> None:
+    one = server(Certificates())
+    async with running(one):
+        second = Server(f"127.0.0.1:{one.port}", None, [])
+        with pytest.raises(AlreadyExistsError, match=f"127.0.0.1:{one.port}"):
+            async with running(second):
+                pass
+
+
+async def test_certificate_keeper_follows_and_misses_nothing(tmp_path: Path) -> None:
+    iam = Certificates()
+    one = server(iam)
+    async with running(one), IamPublicClient(f"127.0.0.1:{one.port}", None) as client:
+        assert await client.get_cert("cm") == CertInfo("cm", "file:///a", "file:///b")
+        with pytest.raises(FailedError, match="certificate x from IAM"):
+            await client.get_cert("x")
+        keeper = CertificateKeeper(client, "cm", tmp_path)
+        with pytest.raises(NotFoundError):
+            _ = keeper.identity
+        async with running(keeper):
+            with keeper.changed.subscribe() as changes:
+                assert keeper.identity.cert_url == "file:///a"
+                iam.changes.put_nowait(pb.CertInfo(type="cm", cert_url="file:///new", key_url="file:///b"))
+                assert (await asyncio.wait_for(changes.get(), 5)).cert_url == "file:///new"
+                iam.changes.put_nowait(pb.CertInfo(type="cm"))
+                assert (await asyncio.wait_for(changes.get(), 5)).cert_url == "file:///after-break"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [(":8090", ("0.0.0.0", 8090)), ("main:1", ("main", 1)), ("[::1]:5", ("::1", 5))],
+)
+def test_addresses(text: str, parts: tuple[str, int]) -> None:
+    assert split_address(text) == parts
+
+
+@pytest.mark.parametrize("text", ["", "main", "main:", "main:x", "main:99999", ":"])
+def test_no_addresses(text: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        split_address(text)

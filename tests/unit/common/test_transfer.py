@@ -1,0 +1,213 @@
+"""Download and file server together, and each against a badly behaved other side."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from aoscore.common.aio import Backoff, Worker
+from aoscore.common.download import Downloader, HttpStatusError
+from aoscore.common.errors import (
+    AlreadyExistsError,
+    AosError,
+    DeadlineError,
+    FailedError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+)
+from aoscore.common.fileserver import FileServer, parse_range
+from aoscore.common.http import request
+from tests.support.running import running
+
+DATA = os.urandom(3_000_000)
+
+
+def downloader(worker: Worker, **more: object) -> Downloader:
+    settings = {"attempts": 2, "idle_timeout_s": 0.3, "backoff": lambda: Backoff(0.01, 0.02)} | more
+    return Downloader(worker, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
+    async with Worker("test") as worker:
+        yield worker
+
+
+@asynccontextmanager
+async def file_server(directory: Path, **more: object) -> AsyncIterator[str]:
+    def resolve(target: str) -> Path | None:
+        return directory / target.lstrip("/") if target.count("/") == 1 else None
+
+    server = FileServer("127.0.0.1:0", resolve, **more)  # type: ignore[arg-type]
+    async with running(server):
+        yield f"http://127.0.0.1:{server.port}"
+
+
+Talk = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def bad_server(talk: Talk) -> AsyncIterator[str]:
+    """A server whose every answer is written by `talk(request head, writer)`."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await talk(await reader.readuntil(b"\r\n\r\n"), writer)
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_whole_and_resumed(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    seen: list[tuple[int, int | None]] = []
+    async with file_server(tmp_path) as url:
+        for begin in (0, 1, 1_234_567, len(DATA)):
+            target = tmp_path / f"from{begin}"
+            target.write_bytes(DATA[:begin])
+            await downloader(worker).download(
+                f"{url}/file", target, size=len(DATA), progress=lambda *at: seen.append(at)
+            )
+            assert target.read_bytes() == DATA
+    assert seen[-1] == (len(DATA), len(DATA))
+    assert all(total == len(DATA) for _, total in seen)
+
+
+async def test_goes_on_over_a_link_that_breaks_again_and_again(tmp_path: Path, worker: Worker) -> None:
+    ranges: list[int] = []
+
+    async def talk(head: bytes, writer: asyncio.StreamWriter) -> None:
+        start = int(head.split(b"bytes=")[1].split(b"-")[0]) if b"bytes=" in head else 0
+        ranges.append(start)
+        status = b"206 Partial Content" if start else b"200 OK"
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n" % (status, len(DATA) - start))
+        writer.write(b"Content-Range: bytes %d-%d/%d\r\n\r\n" % (start, len(DATA) - 1, len(DATA)) if start else b"\r\n")
+        writer.write(DATA[start : start + 400_000])
+        await writer.drain()
+
+    async with bad_server(talk) as url:
+        await downloader(worker).download(f"{url}/x", tmp_path / "x", size=len(DATA))
+    assert (tmp_path / "x").read_bytes() == DATA
+    assert ranges == list(range(0, len(DATA), 400_000)), "every piece was asked for once"
+
+
+async def test_status_errors(tmp_path: Path, worker: Worker) -> None:
+    calls = 0
+
+    async def talk(head: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        status = head.split(b" ")[1].lstrip(b"/").partition(b"?")[0]
+        writer.write(b"HTTP/1.1 %s Because\r\nContent-Length: 0\r\n\r\n" % status)
+
+    async with bad_server(talk) as url:
+        for status, tries in ((403, 1), (503, 2)):
+            calls = 0
+            with pytest.raises(HttpStatusError, match=f"answered {status}") as caught:
+                await downloader(worker).download(f"{url}/{status}?secret=1", tmp_path / "x")
+            assert (caught.value.errno, calls) == (status, tries)
+            assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nhello world", OutOfRangeError),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nb\r\nhello world\r\n0\r\n\r\n", OutOfRangeError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel", FailedError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", FailedError),
+        (b"nonsense\r\n\r\n", FailedError),
+        (b"", FailedError),
+    ],
+)
+async def test_wrong_answers(tmp_path: Path, worker: Worker, answer: bytes, error: type[AosError]) -> None:
+    async def talk(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+
+    async with bad_server(talk) as url:
+        with pytest.raises(error):
+            await downloader(worker, attempts=1).download(f"{url}/x", tmp_path / "x", size=5)
+
+
+async def test_silent_server_is_given_up(tmp_path: Path, worker: Worker) -> None:
+    async def talk(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel")
+        await writer.drain()
+        await asyncio.sleep(1)
+
+    async with bad_server(talk) as url:
+        with pytest.raises(DeadlineError, match="said nothing"):
+            await downloader(worker, attempts=1).download(f"{url}/x", tmp_path / "x", size=5)
+    assert (tmp_path / "x").read_bytes() == b"hel", "what came is kept for the next attempt"
+
+
+async def test_changed_file_is_begun_anew(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(b"short")
+    target = tmp_path / "x"
+    target.write_bytes(b"longer than it is now")
+    async with file_server(tmp_path) as url:
+        await downloader(worker).download(f"{url}/file", target)
+    assert target.read_bytes() == b"short"
+
+
+async def test_local_file_and_bad_urls(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "a b").write_bytes(b"local")
+    await downloader(worker).download(f"file://{tmp_path}/a%20b", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"local"
+    with pytest.raises(NotFoundError, match="nothing"):
+        await downloader(worker).download(f"file://{tmp_path}/nothing", tmp_path / "x")
+    with pytest.raises(InvalidArgumentError):
+        await downloader(worker).download("ftp://host/x", tmp_path / "x")
+
+
+async def test_file_server_rules(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    (tmp_path / "empty").write_bytes(b"")
+    async with file_server(tmp_path) as url:
+        head = await request("HEAD", f"{url}/file")
+        assert (head.status, head.headers["content-length"], head.body) == (200, "10", b"")
+        assert (await request("GET", f"{url}/empty")).body == b""
+        assert (await request("GET", f"{url}/nothing")).status == 404
+        assert (await request("GET", f"{url}/../file")).status == 404
+        assert (await request("POST", f"{url}/file", body=b"x")).status == 405
+        part = await request("GET", f"{url}/file", headers={"Range": "bytes=2-4"})
+        assert (part.status, part.body, part.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+        assert (await request("GET", f"{url}/file", headers={"Range": "bytes=-3"})).body == b"789"
+        assert (await request("GET", f"{url}/file", headers={"Range": "bytes=10-"})).status == 416
+        other = await request("GET", f"{url}/file", headers={"Range": "bytes=2-4", "If-Range": '"other"'})
+        assert (other.status, other.body) == (200, b"0123456789")
+        with pytest.raises(OutOfRangeError):
+            await request("GET", f"{url}/file", limit_bytes=9)
+
+
+async def test_file_server_refuses_peers_and_taken_ports(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    async with file_server(tmp_path, allow=lambda host: host != "127.0.0.1") as url:
+        with pytest.raises(FailedError):
+            await request("GET", f"{url}/file")
+        with pytest.raises(AlreadyExistsError):
+            async with running(FileServer(url.removeprefix("http://"), lambda _: None)):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("bytes=0-", (0, 10)),
+        ("bytes=9-", (9, 1)),
+        ("bytes=0-99", (0, 10)),
+        ("bytes=-20", (0, 10)),
+        ("bytes=-0", None),
+        ("bytes=5-4", None),
+        ("bytes=-", None),
+        ("bytes=1-2,3-4", None),
+        ("lines=1-2", None),
+    ],
+)
+def test_ranges(text: str, part: tuple[int, int] | None) -> None:
+    assert parse_range(text, 10) == part
