@@ -13,6 +13,7 @@ import msgspec
 from msgspec import inspect
 
 from aoscore.common.errors import ConfigError, InvalidArgumentError, NotFoundError
+from aoscore.common.types import Duration as Duration
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +36,6 @@ _ISO = re.compile(
     r"P(?:(?P<y>\d+(?:\.\d+)?)Y)?(?:(?P<months>\d+(?:\.\d+)?)M)?(?:(?P<w>\d+(?:\.\d+)?)W)?(?:(?P<d>\d+(?:\.\d+)?)D)?"
     r"(?:T(?:(?P<h>\d+(?:\.\d+)?)H)?(?:(?P<m>\d+(?:\.\d+)?)M)?(?:(?P<s>\d+(?:\.\d+)?)S)?)?"
 )
-
-
-class Duration(float):
-    """Seconds, written in JSON as "1m30s", "PT90S", "30d" or a plain number of seconds."""
 
 
 def parse_duration(text: str | float) -> float:
