@@ -7,7 +7,7 @@ VENV := .venv
 TOOLS := .venv-tools
 BIN := $(VENV)/bin
 JOBS ?= 2
-SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.pyx)
+SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
 .PHONY: help demo demo-down test lint unit integration system bench setup packages clean
 

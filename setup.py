@@ -33,7 +33,7 @@ def extensions() -> list[Extension]:
         return []
     from Cython.Build import cythonize
 
-    libraries = {"unpack": ["z", "zstd", "crypto"]}
+    libraries = {"_unpack": ["z", "zstd", "crypto"], "_chunker": ["crypto"]}
     return cythonize(
         [
             Extension(

@@ -8,7 +8,7 @@ class Sampler:
     def __init__(
         self,
         *,
-        filesystems: Mapping[str, str] = ...,
+        filesystems: Mapping[str, str] | None = None,
         memory_details: bool = False,
         proc_root: str = "/proc",
         cgroup_root: str = "/sys/fs/cgroup",

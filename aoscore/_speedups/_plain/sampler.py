@@ -37,13 +37,13 @@ class Sampler:
     def __init__(
         self,
         *,
-        filesystems: Mapping[str, str] = {},
+        filesystems: Mapping[str, str] | None = None,
         memory_details: bool = False,
         proc_root: str = "/proc",
         cgroup_root: str = "/sys/fs/cgroup",
         max_kept_files: int = 768,
     ) -> None:
-        self._filesystems = dict(filesystems)
+        self._filesystems = dict(filesystems or {})
         self._memory_details = memory_details
         self._proc_root = proc_root
         self._cgroup_root = cgroup_root
@@ -116,7 +116,7 @@ class Sampler:
             raise self._odd("stat")
         for word in line[1:]:
             if word:
-                if not word.isdigit():
+                if not word.isdigit() or len(word) > 19:
                     raise self._odd("stat")
                 numbers.append(int(word))
         if len(numbers) < 4:
