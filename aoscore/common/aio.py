@@ -13,6 +13,7 @@ from aoscore.common.errors import FailedError, first_cause
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+K = TypeVar("K")
 P = ParamSpec("P")
 
 
@@ -170,3 +171,36 @@ class Broadcast(Generic[T]):
             yield queue
         finally:
             self._queues.discard(queue)
+
+
+class ChangeFeed(Generic[K, T]):
+    """Tells every subscriber the newest value of each key that has ever changed.
+
+    A new subscriber first gets what changed before it came; a slow one skips intermediate values of a key, but never
+    a key. Memory is bounded by the number of keys.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[K, T] = {}
+        self._waiting: dict[asyncio.Event, dict[K, T]] = {}
+
+    def publish(self, key: K, value: T) -> None:
+        """Hand value to all subscribers; never waits."""
+        self._newest[key] = value
+        for event, values in self._waiting.items():
+            values[key] = value
+            event.set()
+
+    async def values(self) -> AsyncIterator[T]:
+        """All values as described above, until the caller ends."""
+        event = asyncio.Event()
+        waiting = dict(self._newest)
+        self._waiting[event] = waiting
+        try:
+            while True:
+                while waiting:
+                    yield waiting.pop(next(iter(waiting)))
+                event.clear()
+                await event.wait()
+        finally:
+            del self._waiting[event]

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import inspect
 
 from aoscore.common.errors import ConfigError, InvalidArgumentError, NotFoundError
+from aoscore.common.types import Duration as Duration
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +36,6 @@ _ISO = re.compile(
     r"P(?:(?P<y>\d+(?:\.\d+)?)Y)?(?:(?P<months>\d+(?:\.\d+)?)M)?(?:(?P<w>\d+(?:\.\d+)?)W)?(?:(?P<d>\d+(?:\.\d+)?)D)?"
     r"(?:T(?:(?P<h>\d+(?:\.\d+)?)H)?(?:(?P<m>\d+(?:\.\d+)?)M)?(?:(?P<s>\d+(?:\.\d+)?)S)?)?"
 )
-
-
-class Duration(float):
-    """Seconds, written in JSON as "1m30s", "PT90S", "30d" or a plain number of seconds."""
 
 
 def parse_duration(text: str | float) -> float:
@@ -135,10 +132,21 @@ def load_config(path: Path, kind: type[T], *, ignored: frozenset[str] = frozense
         raise ConfigError(f"can't read configuration file {path}: {error.strerror}") from error
     try:
         raw = msgspec.json.decode(data)
-        fitted = _fit(raw, inspect.type_info(kind), "", ignored, path)
-        return msgspec.convert(fitted, kind, strict=False, dec_hook=decode_hook)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return load_section(raw, kind, path=path, ignored=ignored)
+
+
+def load_section(raw: Any, kind: type[T], *, path: Path, where: str = "", ignored: frozenset[str] = frozenset()) -> T:
+    """Read a part of a configuration whose kind another key decides, such as the parameters of a plug-in.
+
+    `raw` is the decoded JSON, `where` its key path in the file `path`. Errors are those of load_config.
+    """
+    try:
+        fitted = _fit(raw, inspect.type_info(kind), where, ignored, path)
+        return msgspec.convert(fitted, kind, strict=False, dec_hook=decode_hook)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {f'{where}: ' if where else ''}{error}") from error
 
 
 def _fit(raw: Any, kind: inspect.Type, where: str, ignored: frozenset[str] | None, path: Path | str) -> Any:

@@ -79,8 +79,8 @@ def _duration_to_pb(seconds: float) -> Duration | None:
     return message
 
 
-def _duration_from_pb(message: Duration) -> float:
-    return float(message.ToNanoseconds()) / 1e9
+def _duration_from_pb(message: Duration) -> types.Duration:
+    return types.Duration(message.ToNanoseconds() / 1e9)
 
 
 # Identities

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,39 +31,46 @@ async def run_program(
     check: bool = True,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    background: bool = False,
 ) -> Finished:
     """Run a program to its end and collect its output (at most 1 MiB of each stream, the rest is dropped).
 
     Raises NotFoundError when the program is missing, DeadlineError when it had to be killed after `timeout_s`
     (its whole process group is), and with `check` FailedError for a non-zero exit, with its last words.
+    A program that leaves `background` children behind is not waited for beyond its own end, and they keep their
+    output: stdout and stderr then come together, as stdout.
     """
     name = Path(args[0]).name
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *args,
-            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(env) if env is not None else None,
-            cwd=cwd,
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        raise NotFoundError(f"program {args[0]} is not installed") from None
-    assert process.stdout is not None and process.stderr is not None  # noqa: S101 - both are pipes
-    try:
-        async with asyncio.timeout(timeout_s):
-            stdout, stderr, _ = await asyncio.gather(
-                _read_limited(process.stdout), _read_limited(process.stderr), _feed(process, stdin)
+    # A pipe would end with the last child that holds it, and break under a child that writes after our return.
+    with tempfile.TemporaryFile() if background else contextlib.nullcontext() as output:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *args,
+                stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE if output is None else output,
+                stderr=asyncio.subprocess.PIPE if output is None else output,
+                env=dict(env) if env is not None else None,
+                cwd=cwd,
+                start_new_session=True,
             )
-            code = await process.wait()
-    except TimeoutError:
-        raise DeadlineError(f"{name} did not end within {timeout_s:g} s and was killed") from None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        except FileNotFoundError:
+            raise NotFoundError(f"program {args[0]} is not installed") from None
+        try:
+            async with asyncio.timeout(timeout_s):
+                stdout, stderr, _ = await asyncio.gather(
+                    _read_limited(process.stdout), _read_limited(process.stderr), _feed(process, stdin)
+                )
+                code = await process.wait()
+            if output is not None:
+                output.seek(0)
+                stdout = output.read(OUTPUT_LIMIT_BYTES)
+        except TimeoutError:
+            raise DeadlineError(f"{name} did not end within {timeout_s:g} s and was killed") from None
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
     finished = Finished(code, stdout, stderr)
     if check and code != 0:
         words = (stderr.strip() or stdout.strip()).decode(errors="replace").splitlines()
@@ -79,9 +87,11 @@ async def _feed(process: asyncio.subprocess.Process, data: bytes | None) -> None
     process.stdin.close()
 
 
-async def _read_limited(stream: asyncio.StreamReader) -> bytes:
+async def _read_limited(stream: asyncio.StreamReader | None) -> bytes:
     """All of a stream is read, so that the program never blocks; only the first part is kept."""
     kept = bytearray()
+    if stream is None:
+        return b""
     while chunk := await stream.read(65536):
         if len(kept) < OUTPUT_LIMIT_BYTES:
             kept += chunk[: OUTPUT_LIMIT_BYTES - len(kept)]

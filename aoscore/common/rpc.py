@@ -146,6 +146,8 @@ def handler(method: F) -> F:
             try:
                 async for answer in method(self, request, context):
                     yield answer
+            except grpc.aio.AbortError:
+                raise  # the method chose a status of its own
             except (Exception, BaseExceptionGroup) as error:
                 await _abort(context, method, error)
 
@@ -155,6 +157,8 @@ def handler(method: F) -> F:
     async def unary(self: object, request: object, context: Any) -> Any:
         try:
             return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
         except (Exception, BaseExceptionGroup) as error:
             await _abort(context, method, error)
 

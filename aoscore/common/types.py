@@ -12,6 +12,10 @@ from enum import StrEnum
 import msgspec
 
 
+class Duration(float):
+    """Seconds, written in JSON as "1m30s", "PT90S", "30d" or a plain number of seconds (read by common.config)."""
+
+
 class Value(msgspec.Struct, frozen=True, kw_only=False, rename="camel", omit_defaults=True):
     """Base of all value types: immutable, comparable, hashable where the members are."""
 
@@ -209,7 +213,7 @@ class AlertRulePercents(Value, frozen=True):
 
     min_threshold: float
     max_threshold: float
-    min_timeout_s: float = msgspec.field(name="minTimeout", default=0.0)
+    min_timeout_s: Duration = msgspec.field(name="minTimeout", default=Duration(0))
 
 
 class AlertRulePoints(Value, frozen=True):
@@ -217,7 +221,7 @@ class AlertRulePoints(Value, frozen=True):
 
     min_threshold: int
     max_threshold: int
-    min_timeout_s: float = msgspec.field(name="minTimeout", default=0.0)
+    min_timeout_s: Duration = msgspec.field(name="minTimeout", default=Duration(0))
 
 
 class PartitionAlertRule(Value, frozen=True):
@@ -226,7 +230,7 @@ class PartitionAlertRule(Value, frozen=True):
     name: str
     min_threshold: float
     max_threshold: float
-    min_timeout_s: float = msgspec.field(name="minTimeout", default=0.0)
+    min_timeout_s: Duration = msgspec.field(name="minTimeout", default=Duration(0))
 
 
 class AlertRules(Value, frozen=True):

@@ -20,6 +20,7 @@ from aoscore.common.types import (
     AlertRulePercents,
     AlertRulePoints,
     AlertRules,
+    Duration,
     EnvVar,
     InstanceIdent,
     InstanceInfo,
@@ -239,19 +240,21 @@ def _parameters_from_json(text: str | None) -> MonitoringParameters | None:
     def percents(rule: _Rule | None) -> AlertRulePercents | None:
         if rule is None:
             return None
-        return AlertRulePercents(rule.min_threshold, rule.max_threshold, rule.min_timeout / _NS)
+        return AlertRulePercents(rule.min_threshold, rule.max_threshold, Duration(rule.min_timeout / _NS))
 
     def points(rule: _Rule | None) -> AlertRulePoints | None:
         if rule is None:
             return None
-        return AlertRulePoints(int(rule.min_threshold), int(rule.max_threshold), rule.min_timeout / _NS)
+        return AlertRulePoints(int(rule.min_threshold), int(rule.max_threshold), Duration(rule.min_timeout / _NS))
 
     return MonitoringParameters(
         AlertRules(
             percents(rules.ram),
             percents(rules.cpu),
             tuple(
-                PartitionAlertRule(rule.name or "", rule.min_threshold, rule.max_threshold, rule.min_timeout / _NS)
+                PartitionAlertRule(
+                    rule.name or "", rule.min_threshold, rule.max_threshold, Duration(rule.min_timeout / _NS)
+                )
                 for rule in rules.partitions
             ),
             points(rules.download),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aoscore.common.aio import Backoff, Broadcast, Worker, log_and_continue, run_services
+from aoscore.common.aio import Backoff, Broadcast, ChangeFeed, Worker, log_and_continue, run_services
 from aoscore.common.errors import FailedError
 
 
@@ -118,3 +118,26 @@ def test_log_and_continue_names_what_was_tried(caplog: pytest.LogCaptureFixture)
     assert caplog.records[1].exc_info is not None, "a programming error shows where it is"
     with pytest.raises(KeyboardInterrupt), log_and_continue(logger, "x"):
         raise KeyboardInterrupt
+
+
+async def test_change_feed_tells_past_changes_and_skips_no_key() -> None:
+    feed: ChangeFeed[str, int] = ChangeFeed()
+    feed.publish("a", 1)
+    feed.publish("a", 2)
+    values = feed.values()
+    assert await anext(values) == 2
+    for value in (3, 4):
+        feed.publish("a", value)
+    feed.publish("b", 5)
+    assert [await anext(values), await anext(values)] == [4, 5]
+    waiter = asyncio.ensure_future(anext(values))
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    feed.publish("c", 6)
+    assert await waiter == 6
+    await values.aclose()
+    feed.publish("a", 7)
+    late = feed.values()
+    assert [await anext(late) for _ in range(3)] == [7, 5, 6]
+    await late.aclose()
+    assert not feed._waiting

@@ -11,6 +11,7 @@ from aoscore.common.config import (
     from_json,
     from_json_caseless,
     load_config,
+    load_section,
     parse_duration,
     to_json,
 )
@@ -124,3 +125,12 @@ def test_documents() -> None:
     tolerant = from_json_caseless('{"WORKINGdir": "/x", "future": {"a": [1]}}', Sample, what="doc")
     assert tolerant.working_dir == Path("/x")
     assert b'"workingDir":"/x"' in to_json(tolerant)
+
+
+def test_section_errors_name_file_and_place() -> None:
+    path = Path("/etc/x.cfg")
+    assert load_section({"POLLPERIOD": "1m"}, Inner, path=path, where="modules[0]") == Inner(Duration(60))
+    with pytest.raises(ConfigError, match=r"/etc/x.cfg: unknown key 'modules\[0\].color'"):
+        load_section({"color": 1}, Inner, path=path, where="modules[0]")
+    with pytest.raises(ConfigError, match=r"/etc/x.cfg: modules\[0\]: .*names"):
+        load_section({"names": 1}, Inner, path=path, where="modules[0]")
