@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import textwrap
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aoscore.common.errors import AosError, DeadlineError, FailedError, NotFoundError
-from aoscore.common.files import remove_tree, write_atomic
+from aoscore.common.files import remove_tree
 from aoscore.ctl.machine import Machine, last_lines, remove_cgroups
 from aoscore.ctl.nodefiles import MainNode
 from aoscore.ctl.sandbox import Layout, Program
@@ -163,7 +162,7 @@ class Demo:
         self._inside(args, timeout_s=120, cwd=project, env={"REQUESTS_CA_BUNDLE": root.splitlines()[-1]})
 
     def _make_image(self, project: Path) -> Path:
-        """A busybox root file system as an OCI image by umoci, and that image unpacked again by umoci for the signer."""
+        """A busybox root file system as an OCI image by umoci, unpacked again by umoci as the signer wants it."""
         content = project / "content"
         for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "www"):
             (content / name).mkdir(parents=True)
@@ -212,20 +211,21 @@ class Demo:
 
     def _fetch(self) -> str:
         """A page from the service, found by its name in the Unit's DNS."""
-        script = textwrap.dedent(f"""
-            import subprocess, sys, urllib.request
-            answer = subprocess.run(["busybox", "nslookup", "{_ITEM}", "{_DNS_IP}"], capture_output=True, text=True).stdout
-            found = [line.split()[-1] for line in answer.splitlines() if line.startswith("Address") and "{_DNS_IP}" not in line]
+
+        def answer() -> str:
+            looked_up = self._inside(["busybox", "nslookup", _ITEM, _DNS_IP], timeout_s=10)
+            addresses = [line.split()[-1] for line in looked_up.splitlines() if line.startswith("Address")]
+            found = [address for address in addresses if not address.startswith(_DNS_IP)]
             if not found:
-                sys.exit("no address for {_ITEM} in the Unit's DNS: " + answer)
-            page = urllib.request.urlopen(f"http://{{found[0]}}:{_PORT}/", timeout=5).read().decode()
-            print(f"http://{{found[0]}}:{_PORT}/ answers: {{page.strip()}}")
-        """)
+                raise FailedError(f"{_ITEM} has no address in the Unit's DNS: {looked_up}")
+            url = f"http://{found[0]}:{_PORT}/"
+            return f"{url} answers: {self._inside(['busybox', 'wget', '-q', '-O', '-', url], timeout_s=10).strip()}"
+
         with _step("Fetch a page from the service"):
             deadline = time.monotonic() + 20
             while True:
                 try:
-                    return self._inside([sys.executable, "-c", script], timeout_s=20).strip()
+                    return answer()
                 except FailedError:
                     if time.monotonic() > deadline:
                         raise
@@ -256,7 +256,13 @@ class Demo:
         return json.loads(answer) if answer.strip() else None
 
     def _run(self, args: list[Any], timeout_s: float = 60, **more: Any) -> str:
-        done = subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=timeout_s, **more)
+        command = [str(arg) for arg in args]
+        try:
+            done: subprocess.CompletedProcess[str] = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, **more
+            )
+        except subprocess.TimeoutExpired:
+            raise DeadlineError(f"{' '.join(command)} did not end within {timeout_s:g} s") from None
         if done.returncode != 0:
             raise FailedError(f"{Path(args[0]).name} failed with code {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout
