@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import bed
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("AOSCORE_SHARED", ROOT.parent / "shared"))
 
@@ -46,3 +48,21 @@ def _nothing_blocks_the_loop(request: pytest.FixtureRequest, monkeypatch: pytest
     guard(time, "sleep")
     guard(os, "fsync")
     guard(subprocess, "run")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Tests that need namespaces run in a pytest of their own inside some."""
+    if bed.is_inside() or not bed.MARKERS & {mark.name for mark in item.iter_markers()}:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in bed.run_inside(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionstart() -> None:
+    """Inside the namespaces of one test: make them usable."""
+    if bed.is_inside():
+        bed.enter()

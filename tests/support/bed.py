@@ -1,0 +1,104 @@
+"""Bed B: tests marked `net` or `container` run in namespaces of their own.
+
+The test process that collected such a test does not run it: it starts another pytest for this one test in fresh PID,
+mount, network, IPC and UTS namespaces and reports its result. Whatever the test starts or mounts ends with it, however
+it ends. Only control groups are outside of namespaces; those below `cgroup_parent()` are removed afterwards.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MARKERS = frozenset(("net", "container"))
+_INSIDE = "AOSCORE_TEST_INSIDE"
+_TIMEOUT_S = 120.0
+_PROGRAMS = {"net": ("ip", "nft"), "container": ("crun", "conmon", "busybox")}
+
+
+def is_inside() -> bool:
+    """Whether this process runs in the namespaces of one test."""
+    return _INSIDE in os.environ
+
+
+def cgroup_parent() -> str:
+    """Control group for everything the test starts, below the mounts."""
+    return f"/aoscore-test-{os.environ[_INSIDE]}"
+
+
+def missing(markers: frozenset[str]) -> str | None:
+    """What this machine lacks for such tests; None when nothing."""
+    if os.geteuid() != 0:
+        return "needs root"
+    for program in ("unshare", *(name for marker in sorted(markers) for name in _PROGRAMS.get(marker, ()))):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    return None
+
+
+def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
+    """Run one test in namespaces; its reports."""
+    lacks = missing(MARKERS & {mark.name for mark in item.iter_markers()})
+    if lacks and "CI" not in os.environ:
+        return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {lacks}"))]
+    name = str(os.getpid())
+    args = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", sys.executable]
+    args += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", item.nodeid]
+    try:
+        done = subprocess.run(
+            args,
+            cwd=item.config.rootpath,
+            env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {_INSIDE: name},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        code, output = -1, (error.stdout or b"") + f"\nkilled after {_TIMEOUT_S:g} s".encode()
+    finally:
+        _remove_cgroups(f"aoscore-test-{name}")
+    text = output.decode(errors="replace")
+    if code == 0 and " skipped" in text.splitlines()[-1]:
+        return [_report(item, "skipped", (str(item.path), item.location[1] or 0, text))]
+    return [_report(item, "passed" if code == 0 else "failed", None if code == 0 else text)]
+
+
+def enter() -> None:
+    """Make the namespaces usable; called once, inside."""
+    for command in (
+        ("mount", "--make-rprivate", "/"),
+        ("mount", "-t", "proc", "proc", "/proc"),
+        ("mount", "-t", "tmpfs", "tmpfs", "/run"),
+        ("ip", "link", "set", "lo", "up"),
+    ):
+        subprocess.run(command, check=True)
+    Path("/run/netns").mkdir()
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+
+
+def _report(item: pytest.Item, outcome: str, detail: object) -> pytest.TestReport:
+    return pytest.TestReport(
+        item.nodeid,
+        item.location,
+        dict.fromkeys(item.keywords, 1),
+        outcome,  # type: ignore[arg-type]
+        detail,  # type: ignore[arg-type]
+        "call",
+    )
+
+
+def _remove_cgroups(name: str) -> None:
+    root = Path("/sys/fs/cgroup")
+    for tree in (*root.glob(name), *root.glob(f"*/{name}")):
+        for folder, _, _ in os.walk(tree, topdown=False):
+            try:
+                Path(folder).rmdir()
+            except OSError:
+                # The kernel is still taking processes apart; the next round or machine restart gets it.
+                continue
