@@ -78,6 +78,34 @@ async def run_program(
     return finished
 
 
+async def start_program(
+    args: Sequence[str | Path],
+    *,
+    stdout: int = asyncio.subprocess.DEVNULL,
+    stderr: int = asyncio.subprocess.DEVNULL,
+    pass_fds: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> asyncio.subprocess.Process:
+    """Start a program that outlives the call, and maybe this process: in a session of its own, nothing inherited.
+
+    `stdout` and `stderr` are file descriptors. Raises NotFoundError when the program is missing.
+    """
+    try:
+        return await asyncio.create_subprocess_exec(
+            *args,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            env=dict(env) if env is not None else None,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise NotFoundError(f"program {args[0]} is not installed") from None
+
+
 async def _feed(process: asyncio.subprocess.Process, data: bytes | None) -> None:
     if data is None or process.stdin is None:
         return

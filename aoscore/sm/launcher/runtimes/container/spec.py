@@ -1,7 +1,8 @@
 """The OCI runtime spec of an instance, from image config, item config and instance info (sm-runtime.md §2.4).
 
 Pure: what had to be looked up on the host (device numbers, group ids, the secret) comes in as values. The result equals
-what AosCore 9.1 writes, order of mounts and variables included, plus ``AOS_SERVICE_ID`` and a seccomp profile.
+what AosCore 9.1 writes, order of mounts and variables included, but for the version, ``AOS_SERVICE_ID`` and a seccomp
+profile.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,8 @@ from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.resourcemanager.resources import DeviceNode, GrantedResource
 from aoscore.sm.resourcemanager.resources import MountConfig as Mount
 
-OCI_VERSION = "1.2.0"
+# What the spec needs, not the newest: crun refuses specs newer than itself (1.8 in Debian 12 knows 1.0).
+OCI_VERSION = "1.0.2"
 CPU_PERIOD_US = 100_000
 _MIN_CPU_QUOTA_US = 1000
 _DEFAULT_NOFILE = 1024

@@ -1,1 +1,0 @@
-"""The configuration of the Unit and of its nodes (cm-cloud §10)."""

@@ -1,1 +1,0 @@
-"""The Node this IAM runs on: what it is made of, and its state."""

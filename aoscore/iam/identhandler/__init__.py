@@ -1,1 +1,0 @@
-"""Identity of the Unit: system id, model, subjects."""

@@ -1,0 +1,77 @@
+"""What control groups this machine offers, and what follows from it.
+
+Target images have cgroup v2 only. Developer machines may still have v1, or v1 with an empty v2 tree beside it
+("hybrid"): crun refuses the latter and works once it does not see the v2 tree, so there it is started in a mount
+namespace of its own without it. Decided by the mount table alone.
+"""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from aoscore.common.errors import NotSupportedError
+
+_CONTROLLER_FOR_PIDS = ("pids", "memory", "devices")
+_V1_CONTROLLERS = frozenset(
+    ("blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "hugetlb", "memory", "net_cls", "net_prio", "pids")
+)
+
+
+class CgroupLayout(msgspec.Struct, frozen=True):
+    """Where the trees are mounted.
+
+    `unified`: the v2 tree, None without one. `controllers`: v1 trees by controller; empty on a v2 machine.
+    """
+
+    unified: Path | None
+    controllers: dict[str, Path]
+
+    @property
+    def version(self) -> int:
+        """1 or 2: which tree holds the limits."""
+        return 1 if self.controllers else 2
+
+    def runtime_prefix(self) -> tuple[str, ...]:
+        """Words to put before an OCI runtime's command line so that it accepts this machine."""
+        if self.version == 2 or self.unified is None:
+            return ()
+        # conmon wants a full path.
+        unshare = shutil.which("unshare") or "/usr/bin/unshare"
+        return (unshare, "--mount", "sh", "-c", 'umount "$0" && exec "$@"', str(self.unified))
+
+    def processes(self, cgroup: str) -> list[int]:
+        """Pids in a cgroup given by its path below the mount; empty when it does not exist."""
+        tree = self.unified if self.version == 2 else self._any_tree()
+        if tree is None:
+            return []
+        try:
+            text = Path(f"{tree}/{cgroup.lstrip('/')}", "cgroup.procs").read_text()
+        except OSError:
+            return []
+        return [int(pid) for pid in text.split()]
+
+    def _any_tree(self) -> Path | None:
+        return next((self.controllers[name] for name in _CONTROLLER_FOR_PIDS if name in self.controllers), None)
+
+
+def parse_layout(mounts: str) -> CgroupLayout:
+    """Read the text of /proc/self/mounts. Raises NotSupportedError for a machine without control groups."""
+    unified: Path | None = None
+    controllers: dict[str, Path] = {}
+    for line in mounts.splitlines():
+        _, target, kind, options, *_ = line.split(" ")
+        if kind == "cgroup2":
+            unified = Path(target)
+        elif kind == "cgroup":
+            # A named hierarchy ("name=systemd") has no controller and limits nothing.
+            names = [name for name in options.split(",") if name in _V1_CONTROLLERS]
+            controllers |= {name: Path(target) for name in names}
+    if unified is None and not controllers:
+        raise NotSupportedError("no control groups are mounted; containers need them (mount cgroup2 on /sys/fs/cgroup)")
+    return CgroupLayout(unified, controllers)
+
+
+def probe() -> CgroupLayout:
+    """The layout that this process sees. Raises NotSupportedError for a machine without control groups."""
+    return parse_layout(Path("/proc/self/mounts").read_text())

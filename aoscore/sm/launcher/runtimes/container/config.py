@@ -1,0 +1,60 @@
+"""The container runtime's own configuration (sm-runtime.md §2.1) and keys that only we have."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aoscore.common.config import Duration, load_section
+
+
+class OutputKind(StrEnum):
+    """Where the output of containers goes."""
+
+    AUTO = "auto"
+    JOURNAL = "journal"
+    FILES = "files"
+
+
+class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """The object ``runtimes[].config`` of a container runtime.
+
+    Own keys: `conmon_executable`; `cgroup_parent`; `host_files` (bound read-only at the same place where the host has
+    them); `seccomp` (whether the default profile is applied); `stop_timeout` (between SIGTERM and SIGKILL);
+    `settle_time` (a process that lives that long is active); `restart_limit` (longest pause between restarts);
+    `output` and, for files, `output_dir`, `output_max_size` (bytes per instance).
+    """
+
+    runtime_dir: Path = Path("/run/aos/runtime")
+    host_whiteouts_dir: Path | None = None
+    """Accepted for files of AosCore 9.1 and not needed: nothing of the host is visible that is not named."""
+    storage_dir: Path | None = None
+    state_dir: Path | None = None
+    host_binds: tuple[str, ...] = ("bin", "sbin", "lib", "lib64", "usr")
+    crun_state_root: Path = Path("/run/crun")
+    crun_executable: str = "/usr/bin/crun"
+    conmon_executable: str = "/usr/bin/conmon"
+    cgroup_parent: str = "/system.slice/system-aos.slice/system-aos-service.slice"
+    host_files: tuple[Path, ...] = (Path("/etc/nsswitch.conf"), Path("/etc/ssl"))
+    seccomp: bool = True
+    stop_timeout_s: Duration = msgspec.field(name="stopTimeout", default=Duration(10))
+    settle_time_s: Duration = msgspec.field(name="settleTime", default=Duration(0.3))
+    restart_limit_s: Duration = msgspec.field(name="restartLimit", default=Duration(60))
+    output: OutputKind = OutputKind.AUTO
+    output_dir: Path | None = None
+    output_max_size_bytes: int = msgspec.field(name="outputMaxSize", default=1024 * 1024)
+
+
+def load_container_config(raw: dict[str, Any], *, path: Path, where: str, working_dir: Path) -> ContainerConfig:
+    """Check the object at key path `where` of file `path`; fill paths that depend on SM's working directory.
+
+    Raises ConfigError naming file and key.
+    """
+    config = load_section(raw, ContainerConfig, path=path, where=where)
+    return msgspec.structs.replace(
+        config,
+        storage_dir=config.storage_dir or working_dir / "storages",
+        state_dir=config.state_dir or working_dir / "states",
+        output_dir=config.output_dir or working_dir / "instancelogs",
+    )

@@ -1,0 +1,203 @@
+"""crun and conmon by exec: create, start, signal, delete, list (sm-runtime.md §2.3).
+
+Each container has a conmon of its own as parent. It is the smallest program that keeps what must outlive SM: it waits
+for the container (so the exit code is known also when SM was away), writes the exit code to a file, and carries the
+output. systemd units would do the same only where systemd runs; conmon does it everywhere, and is a package of Yocto
+and of every distribution.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from aoscore.common.aio import unbroken
+from aoscore.common.config import from_json
+from aoscore.common.errors import ConfigError, DeadlineError, FailedError
+from aoscore.common.process import run_program, start_program
+from aoscore.sm.cgroups import CgroupLayout
+from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
+from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
+
+_log = logging.getLogger(__name__)
+
+_COMMAND_TIMEOUT_S = 30.0
+_CREATE_TIMEOUT_S = 60.0
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+class ContainerState(msgspec.Struct, frozen=True):
+    """One line of ``crun list``."""
+
+    id: str
+    pid: int
+    status: str
+    bundle: str
+
+    @property
+    def is_running(self) -> bool:
+        """Started, and its first process lives."""
+        return self.status == "running" and self.pid > 0
+
+
+class _Created(msgspec.Struct, frozen=True):
+    """conmon's word on its sync pipe: the container's pid, or a negative number and the runtime's error text."""
+
+    data: int
+    message: str = ""
+
+
+class Crun:
+    """The OCI runtime with one state directory."""
+
+    def __init__(self, config: ContainerConfig, layout: CgroupLayout) -> None:
+        self._conmon = config.conmon_executable
+        # The manager is named: crun's default depends on how it was built.
+        self._command = (
+            *layout.runtime_prefix(),
+            config.crun_executable,
+            "--root",
+            str(config.crun_state_root),
+            "--cgroup-manager=cgroupfs",
+        )
+
+    async def create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+        """Make the container of a bundle, ready to be started; returns the pid of its first process.
+
+        A cancellation takes effect after it, so that nothing is made behind the back of a later `delete`.
+        Raises FailedError with crun's reason, NotFoundError when conmon is not installed, DeadlineError.
+        """
+        return await unbroken(self._create(instance_id, bundle, output))
+
+    async def _create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+        exit_dir = bundle / "exit"
+        exit_dir.mkdir(exist_ok=True)
+        for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid"):
+            mark.unlink(missing_ok=True)
+        args: list[str | Path] = [
+            *(self._conmon, "--api-version", "1", "--cid", instance_id, "--cuuid", instance_id),
+            *("--name", instance_id, "--bundle", bundle, "--exit-dir", exit_dir, "--full-attach"),
+            *("--container-pidfile", bundle / "pid", "--conmon-pidfile", bundle / "conmon.pid"),
+            *output.arguments,
+            *("--runtime", self._command[0]),
+            *(word for part in self._command[1:] for word in ("--runtime-arg", part)),
+        ]
+        with (bundle / "conmon.log").open("wb") as words:
+            line = await _with_sync_pipe(
+                lambda fd: start_program(
+                    args,
+                    stdout=words.fileno() if output.stdout is None else output.stdout,
+                    stderr=words.fileno() if output.stderr is None else output.stderr,
+                    pass_fds=(fd,),
+                    env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(fd)},
+                    cwd=bundle,
+                ),
+                what=f"container {instance_id}",
+            )
+        if not line:
+            reason = _last_words((bundle / "conmon.log").read_bytes())
+            raise FailedError(f"conmon of container {instance_id} failed: {reason}")
+        created = from_json(line, _Created, what=f"conmon's answer for container {instance_id}")
+        if created.data <= 0:
+            raise FailedError(f"can't create container {instance_id}: {created.message.strip() or 'no reason given'}")
+        return created.data
+
+    async def start(self, instance_id: str) -> None:
+        """Let a created container run. Raises FailedError with crun's reason."""
+        await run_program([*self._command, "start", instance_id], timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT)
+
+    async def delete(self, instance_id: str) -> None:
+        """Kill it if needed and remove its state and control groups; an unknown one is success."""
+        done = await run_program(
+            [*self._command, "delete", "--force", instance_id],
+            timeout_s=_COMMAND_TIMEOUT_S,
+            env=_ENVIRONMENT,
+            check=False,
+        )
+        if done.code != 0:
+            known = await self.list()
+            if instance_id in known:
+                raise FailedError(f"can't delete container {instance_id}: {_last_words(done.stderr)}")
+
+    async def list(self) -> dict[str, ContainerState]:
+        """All containers of the state directory."""
+        done = await run_program(
+            [*self._command, "list", "--format", "json"], timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT
+        )
+        # crun writes "null" for an empty list.
+        text = done.stdout.strip()
+        states = from_json(text if text.startswith(b"[") else b"[]", list[ContainerState], what="crun's container list")
+        return {state.id: state for state in states}
+
+
+async def _with_sync_pipe(start: Callable[[int], Awaitable[asyncio.subprocess.Process]], *, what: str) -> bytes:
+    """Start conmon with the writing end of a pipe; the line it writes, empty when it ended without one."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb", buffering=0)
+    )
+    try:
+        try:
+            process = await start(write_fd)
+        finally:
+            os.close(write_fd)
+        async with asyncio.timeout(_CREATE_TIMEOUT_S):
+            line = await reader.readline()
+            # What stays is its child; the process that we started ends at once.
+            await process.wait()
+            return line
+    except TimeoutError:
+        raise DeadlineError(f"{what} was not created within {_CREATE_TIMEOUT_S:g} s") from None
+    finally:
+        transport.close()
+
+
+def exit_file(bundle: Path, instance_id: str) -> Path:
+    """Where conmon writes the exit code."""
+    return bundle / "exit" / instance_id
+
+
+def read_exit_code(bundle: Path, instance_id: str) -> int | None:
+    """The exit code conmon noted; 128 + N after signal N. None when there is none (yet)."""
+    try:
+        return int(exit_file(bundle, instance_id).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def conmon_pid(bundle: Path) -> int | None:
+    """Pid of the container's conmon; None when it was never noted."""
+    try:
+        return int((bundle / "conmon.pid").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def describe_exit(code: int | None, *, out_of_memory: bool) -> str:
+    """In words for a status: "exited with 3", "killed by SIGKILL (137), out of memory"."""
+    if code is None:
+        return "ended while nobody watched, its exit code is not known"
+    if code <= 128:
+        return f"exited with {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(code - 128).name
+        return f"killed by {name} ({code}){', out of memory' if out_of_memory else ''}"
+    return f"exited with {code}"
+
+
+def _last_words(output: bytes) -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def check_programs(config: ContainerConfig) -> None:
+    """Raises ConfigError when a program the runtime needs is missing, with what to do."""
+    for key, program in (("crunExecutable", config.crun_executable), ("conmonExecutable", config.conmon_executable)):
+        if not os.access(program, os.X_OK):
+            raise ConfigError(f"{program} is not installed; install it or set {key!r} of the container runtime")

@@ -1,0 +1,73 @@
+"""From an installed image to a bundle that crun can run: the files part of a start (sm-runtime.md §2.3 to §2.6)."""
+
+import platform
+import time
+from pathlib import Path
+
+from aoscore.common.errors import InvalidArgumentError
+from aoscore.common.oci import ItemConfig
+from aoscore.common.types import InstanceInfo
+from aoscore.sm.imagemanager.model import InstalledImage
+from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord, prepare_state, prepare_storage
+from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
+from aoscore.sm.launcher.runtimes.container.seccomp import default_profile
+from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec
+from aoscore.sm.networkmanager.model import AttachedNetwork
+from aoscore.sm.resourcemanager.resources import Resources
+
+
+class Preparation:
+    """Fills bundles. Blocking; called from worker threads."""
+
+    def __init__(self, config: ContainerConfig, cpu: CpuCapacity, resources: Resources) -> None:
+        if config.state_dir is None or config.storage_dir is None:
+            raise InvalidArgumentError("paths of the container runtime are not filled, load_container_config does it")
+        self._config = config
+        self._state_dir = config.state_dir
+        self._storage_dir = config.storage_dir
+        self._cpu = cpu
+        self._resources = resources
+
+    def partitions(self, info: InstanceInfo) -> tuple[tuple[str, Path], ...]:
+        """Name and path of what the instance may fill."""
+        storages = (("storages", self._storage_dir),) if info.storage_path else ()
+        states = (("states", self._state_dir),) if info.state_path else ()
+        return (*storages, *states)
+
+    def fill(
+        self, bundle: Bundle, info: InstanceInfo, image: InstalledImage, network: AttachedNetwork, secret: str
+    ) -> BundleRecord:
+        """Write spec, record and files, mount the root file system. Raises AosError or OSError naming the thing."""
+        item = image.item_config or ItemConfig()
+        binds = self._config.host_binds if item.base_layer_is_node_rootfs else ()
+        spec = build_spec(
+            SpecInput(
+                info=info,
+                image=image.image_config,
+                item=item,
+                rootfs=bundle.rootfs,
+                cgroup=f"{self._config.cgroup_parent}/{bundle.path.name}",
+                cpu=self._cpu,
+                netns=network.netns,
+                secret=secret,
+                resources=self._resources.grant(item.resources),
+                host_files=[path for path in self._config.host_files if path.exists()],
+                state=prepare_state(self._state_dir, info.state_path, info.uid, info.gid),
+                storage=prepare_storage(self._storage_dir, info.storage_path, info.uid, info.gid),
+                seccomp=default_profile(platform.machine()) if self._config.seccomp else None,
+            )
+        )
+        layers = image.layers[::-1]
+        record = BundleRecord(
+            info,
+            started=time.time(),
+            registered=bool(secret),
+            overlays=bundle.plan_overlays(layers, binds),
+            run_parameters=item.run_parameters,
+        )
+        bundle.write_record(record)
+        bundle.write_spec(spec)
+        bundle.write_host_files(network.hosts, network.resolv_conf)
+        bundle.make_mount_points(spec["mounts"], layers, binds)
+        bundle.mount_rootfs(record.overlays)
+        return record

@@ -1,0 +1,80 @@
+"""Processes that are not our children: noticing their end, asking them to end."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_SIGTERM_BIT = 1 << (signal.SIGTERM - 1)
+
+
+class ProcessWatch:
+    """Notices the end of any process through a pidfd. A context manager.
+
+    The descriptor stands for the process itself, so a pid that is used again cannot deceive it.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(ProcessLookupError):
+            self._fd = os.pidfd_open(self._pid)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    async def ended(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, at most `timeout_s`; whether it has ended."""
+        if self._fd < 0:
+            return True
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._fd, readable.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await readable.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._fd)
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens when it has ended."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, number)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether the process has a handler for SIGTERM."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return any(line.startswith("SigCgt:") and int(line.split()[1], 16) & _SIGTERM_BIT for line in status.splitlines())
+
+
+async def terminate(pid: int, timeout_s: float) -> None:
+    """SIGTERM, then wait for the end, at most `timeout_s`."""
+    with ProcessWatch(pid) as process:
+        process.signal(signal.SIGTERM)
+        await process.ended(timeout_s)

@@ -1,0 +1,312 @@
+"""Container runtime: starts, adopts and stops the containers of a node (sm-runtime.md §2).
+
+How containers outlive SM: conmon is the parent of each (see ``crun``), the bundle in tmpfs holds a record of what was
+started, and the output goes to journald or to conmon's file. Nothing of a running container hangs on the SM process.
+A new SM process finds the containers with ``crun list``, compares them with the stored instances and watches them
+through a pidfd like those it started itself; exit codes come from conmon's file in both cases.
+
+For that SM's unit must leave other processes of its control group alone when it stops (``KillMode=process``).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar
+
+from aoscore.common.aio import Broadcast, Worker, log_and_continue
+from aoscore.common.errors import FailedError, InvalidArgumentError, NotSupportedError, to_error_info
+from aoscore.common.log import kv
+from aoscore.common.oci import ItemConfig
+from aoscore.common.types import InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, NodeInfo, RuntimeInfo
+from aoscore.sm.cgroups import CgroupLayout
+from aoscore.sm.imagemanager.model import InstalledImage
+from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_id
+from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord
+from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
+from aoscore.sm.launcher.runtimes.container.container import Container, Tools, ended_run, instance_status
+from aoscore.sm.launcher.runtimes.container.crun import (
+    ContainerState,
+    Crun,
+    check_programs,
+    describe_exit,
+    read_exit_code,
+)
+from aoscore.sm.launcher.runtimes.container.history import RunHistory
+from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
+from aoscore.sm.launcher.runtimes.container.preparation import Preparation
+from aoscore.sm.launcher.runtimes.container.processes import catches_sigterm, terminate
+from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity
+from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path, network_config
+from aoscore.sm.resourcemanager.resources import Resources
+
+_log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_INSTANCES = 256
+_THREADS = 4
+_PARALLEL_STARTS = 8
+_TEND_PERIOD_S = 10.0
+
+
+class Networks(Protocol):
+    """What the runtime needs from the network manager."""
+
+    async def attach(self, instance_id: str, network_id: str, config: NetworkConfig) -> AttachedNetwork:
+        """Bring the instance's network up; repeatable."""
+        ...
+
+    async def detach(self, instance_id: str) -> None:
+        """Take it down and keep its allocation; repeatable."""
+        ...
+
+
+class Permissions(Protocol):
+    """What the runtime needs from IAM."""
+
+    async def register_instance(self, ident: InstanceIdent, permissions: dict[str, dict[str, str]]) -> str:
+        """The instance's secret."""
+        ...
+
+    async def unregister_instance(self, ident: InstanceIdent) -> None:
+        """Take the secret back; repeatable."""
+        ...
+
+
+class ContainerRuntime:
+    """See the module text. Implements `aoscore.sm.launcher.runtimes.base.Runtime`."""
+
+    def __init__(
+        self,
+        config: ContainerConfig,
+        runtime_type: str,
+        node: NodeInfo,
+        layout: CgroupLayout,
+        *,
+        networks: Networks,
+        permissions: Permissions,
+        resources: Resources,
+        output: ContainerOutput,
+        history: RunHistory,
+    ) -> None:
+        if not node.cpus:
+            raise InvalidArgumentError(f"node {node.node_id} names no CPU, so no architecture can be announced")
+        cpu = CpuCapacity(sum(cpu.num_cores for cpu in node.cpus) or 1, node.max_dmips)
+        self._config = config
+        self._layout = layout
+        self._networks = networks
+        self._permissions = permissions
+        self._resources = resources
+        self._preparation = Preparation(config, cpu, resources)
+        self.info = RuntimeInfo(
+            runtime_id=runtime_id(runtime_type, node.node_id),
+            type=runtime_type,
+            max_instances=MAX_INSTANCES,
+            os_info=node.os_info,
+            arch_info=node.cpus[0].arch_info,
+        )
+        self.changed: Broadcast[InstanceStatus] = Broadcast(f"statuses of runtime {runtime_type}")
+        self._worker = Worker("container", _THREADS)
+        self._tools = Tools(config, Crun(config, layout), output, history, self._worker, self.changed.publish)
+        self._containers: dict[str, Container] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._starting = asyncio.Semaphore(_PARALLEL_STARTS)
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # The service
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Watch over containers until cancelled; they go on running then."""
+        check_programs(self._config)
+        self._config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        async with self._worker, asyncio.TaskGroup() as self._tasks:
+            started()
+            while True:
+                await asyncio.sleep(_TEND_PERIOD_S)
+                for container in list(self._containers.values()):
+                    with log_and_continue(_log, f"Can't tend output of instance {container.id}"):
+                        await self._worker.run(self._tools.output.tend, container.id, container.bundle.path)
+
+    async def reboot(self) -> None:
+        """Containers never ask for one."""
+        raise NotSupportedError("the container runtime needs no reboot")
+
+    # Adoption
+
+    async def adopt(self, stored: Sequence[InstanceInfo]) -> list[RunningInstance]:
+        """Take over containers of stored instances that run; stop and clean everything else of ours."""
+        wanted = {instance_id(info.ident): info for info in stored}
+        bundles = {path.name for path in self._config.runtime_dir.iterdir() if path.is_dir()}
+        # Another user of the same state directory must not suffer: only containers with bundles of ours count.
+        states = {
+            name: state
+            for name, state in (await self._tools.crun.list()).items()
+            if Path(state.bundle).parent == self._config.runtime_dir
+        }
+        async with asyncio.TaskGroup() as tasks:
+            for name in bundles | states.keys():
+                tasks.create_task(self._adopt_or_clean(name, states.get(name), wanted.get(name)))
+        await self._worker.run(self._tools.history.prune, wanted)
+        return self.running()
+
+    async def _adopt_or_clean(self, name: str, state: ContainerState | None, info: InstanceInfo | None) -> None:
+        bundle = self._bundle(name)
+        record: BundleRecord | None = None
+        with log_and_continue(_log, f"Can't read record of instance {name}"):
+            record = await self._worker.run(bundle.read_record)
+        if state is not None and state.is_running and info is not None and netns_path(name).exists():
+            # Without a record it was started by AosCore 9.1, which adopts by name alone; so do we then.
+            record = record or BundleRecord(info, started=time.time(), registered=True)
+            if record.info == info:
+                container = Container(self._tools, bundle, record, adopted_pid=state.pid)
+                await self._worker.run(self._tools.history.note_start, name, info.ident, info.version)
+                self._keep(container)
+                return
+        if record is not None and (code := read_exit_code(bundle.path, name)) is not None:
+            run = ended_run(record, code, describe_exit(code, out_of_memory=bundle.out_of_memory), crashed=True)
+            with log_and_continue(_log, f"Can't note end of instance {name}"):
+                await self._worker.run(self._tools.history.note_end, name, run)
+        _log.info(kv("Leftovers of an earlier process cleaned", id=name))
+        with log_and_continue(_log, f"Can't clean instance {name}"):
+            await self._clean(name, record)
+
+    # What the launcher asks for
+
+    def running(self) -> list[RunningInstance]:
+        """Containers that are up or under restart."""
+        return [
+            RunningInstance(container.info.ident, name, container.adopted, container.status())
+            for name, container in self._containers.items()
+        ]
+
+    async def start_instance(self, info: InstanceInfo, image: InstalledImage) -> None:
+        """See Runtime.start_instance."""
+        name = instance_id(info.ident)
+        async with self._lock(name):
+            container = self._containers.get(name)
+            if container is not None and container.info == info:
+                self.changed.publish(container.status())
+                return
+            if container is not None:
+                await self._stop(container)
+            self.changed.publish(instance_status(info, InstanceState.ACTIVATING))
+            item = image.item_config or ItemConfig()
+            try:
+                async with self._starting:
+                    container = await self._bring_up(name, info, image, item)
+            except BaseException as error:
+                # Also when cancelled: a half-made container must not be left to nobody.
+                with log_and_continue(_log, f"Can't clean instance {name}"):
+                    await self._clean(name, BundleRecord(info, registered=bool(item.permissions)))
+                if isinstance(error, Exception):
+                    self.changed.publish(instance_status(info, InstanceState.FAILED, to_error_info(error)))
+                raise
+            self._keep(container)
+            await container.settled.wait()
+
+    async def stop_instance(self, ident: InstanceIdent) -> None:
+        """See Runtime.stop_instance."""
+        name = instance_id(ident)
+        async with self._lock(name):
+            container = self._containers.get(name)
+            if container is not None:
+                await self._stop(container)
+            else:
+                await self._clean(name, None)
+
+    def sample_targets(self) -> list[SampleTarget]:
+        """Containers that can be measured."""
+        return [
+            SampleTarget(
+                instance_id=name,
+                ident=container.info.ident,
+                info=container.info,
+                cgroup=self._cgroup(name),
+                pid=container.pid,
+                netns=netns_path(name),
+                partitions=self._preparation.partitions(container.info),
+            )
+            for name, container in self._containers.items()
+            if container.is_active
+        ]
+
+    # Start and stop
+
+    async def _bring_up(self, name: str, info: InstanceInfo, image: InstalledImage, item: ItemConfig) -> Container:
+        bundle = self._bundle(name)
+        await self._delete_leftover(bundle)
+        await self._worker.run(bundle.create)
+        wishes = network_config(info.ident, image.image_config, item, self._resources.hosts(item.resources))
+        network = await self._networks.attach(name, info.owner_id, wishes)
+        secret = ""
+        if item.permissions:
+            secret = await self._permissions.register_instance(info.ident, item.permissions)
+        record = await self._worker.run(self._preparation.fill, bundle, info, image, network, secret)
+        await self._worker.run(self._tools.history.note_start, name, info.ident, info.version)
+        container = Container(self._tools, bundle, record)
+        await container.start()
+        return container
+
+    def _keep(self, container: Container) -> None:
+        if self._tasks is None:
+            raise FailedError("the container runtime is not running")
+        self._containers[container.id] = container
+        container.watch = self._tasks.create_task(container.supervise(), name=f"watch {container.id}")
+
+    async def _stop(self, container: Container) -> None:
+        if container.watch is not None:
+            container.watch.cancel()
+            await asyncio.wait({container.watch})
+        try:
+            await self._end_processes(container)
+            await self._clean(container.id, container.record)
+        except Exception as error:
+            # It stays known, so that a repeated stop tries again.
+            container.report(InstanceState.FAILED, to_error_info(error))
+            raise
+        del self._containers[container.id]
+        container.report(InstanceState.INACTIVE)
+
+    async def _end_processes(self, container: Container) -> None:
+        """SIGTERM to whoever listens to it; what is left gets SIGKILL later, by ``crun delete``.
+
+        The first process of a pid namespace ignores SIGTERM unless it has a handler. Where it has none, the others
+        with one get the signal, so that a service behind a shell script can finish its work too; where nobody
+        listens, waiting would be in vain.
+        """
+        listeners = [container.pid] if catches_sigterm(container.pid) else []
+        if not listeners:
+            pids = self._layout.processes(self._cgroup(container.id))
+            listeners = [pid for pid in pids if catches_sigterm(pid)]
+        async with asyncio.TaskGroup() as tasks:
+            for pid in listeners:
+                tasks.create_task(terminate(pid, float(self._config.stop_timeout_s)))
+
+    async def _clean(self, name: str, record: BundleRecord | None) -> None:
+        """Remove container, network, secret, mounts and bundle; repeatable."""
+        bundle = self._bundle(name)
+        await self._delete_leftover(bundle)
+        await self._networks.detach(name)
+        if record is not None and record.registered:
+            with log_and_continue(_log, f"Can't take back the secret of instance {name}"):
+                await self._permissions.unregister_instance(record.info.ident)
+        await self._worker.run(bundle.remove)
+
+    async def _delete_leftover(self, bundle: Bundle) -> None:
+        # A container never exists without its bundle, and asking crun costs a process.
+        if bundle.path.exists():
+            await self._tools.crun.delete(bundle.path.name)
+
+    # Names
+
+    def _bundle(self, name: str) -> Bundle:
+        return Bundle(self._config.runtime_dir / name)
+
+    def _cgroup(self, name: str) -> str:
+        return f"{self._config.cgroup_parent}/{name}"
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())

@@ -1,0 +1,346 @@
+"""The container runtime on real crun and conmon: start, limits, restart, stop, logs, adoption after kill -9."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from aoscore.common.errors import AosError, NotFoundError
+from aoscore.common.oci import Quotas, ResourceRef
+from aoscore.common.types import EnvVar, InstanceState, InstanceStatus
+from aoscore.sm.launcher.runtimes.base import instance_id
+from aoscore.sm.launcher.runtimes.container.processes import is_alive
+from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
+from aoscore.sm.networkmanager.model import netns_path
+from aoscore.sm.resourcemanager.resources import HostConfig, MountConfig, ResourceConfig
+from tests.support import containers
+from tests.support.containers import image, instance, output, runtime
+from tests.support.running import running
+
+pytestmark = pytest.mark.container
+
+FOREVER = "echo started; while true; do sleep 1; done"
+GRACEFUL = "trap 'echo bye; exit 0' TERM; echo started; while true; do sleep 0.1; done"
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for a condition that nothing announces."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def state(queue: asyncio.Queue[InstanceStatus], wanted: InstanceState) -> InstanceStatus:
+    """The next status with that state."""
+    async with asyncio.timeout(15):
+        while (status := await queue.get()).state is not wanted:
+            pass
+    return status
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[ContainerRuntime]:
+    made = runtime(tmp_path)
+    async with running(made):
+        await made.adopt([])
+        yield made
+
+
+async def test_runs_and_leaves_nothing_behind(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance(env_vars=(EnvVar("WHO", "world"),), state_path="1/state", storage_path="1")
+    script = "echo hello $WHO $AOS_INSTANCE_ID; id -u; cat /state.dat; echo new >/state.dat; touch /storage/x; "
+    with host.changed.subscribe() as statuses:
+        await host.start_instance(info, image(tmp_path, script + FOREVER))
+        assert [statuses.get_nowait().state for _ in range(2)] == [InstanceState.ACTIVATING, InstanceState.ACTIVE]
+        [target] = host.sample_targets()
+        assert is_alive(target.pid) and target.partitions == (
+            ("storages", tmp_path / "storages"),
+            ("states", tmp_path / "states"),
+        )
+        await until(lambda: "started" in output(tmp_path, info))
+        assert output(tmp_path, info).splitlines()[:2] == [f"hello world {instance_id(info.ident)}", "5000"]
+        assert (tmp_path / "states/1/state").read_text() == "new\n"
+        assert (tmp_path / "storages/1/x").stat().st_uid == 5000
+        await host.stop_instance(info.ident)
+        assert statuses.get_nowait().state is InstanceState.INACTIVE
+    assert not is_alive(target.pid)
+    assert host.running() == [] and list((tmp_path / "runtime").iterdir()) == []
+    assert not netns_path(instance_id(info.ident)).exists()
+    assert str(tmp_path / "runtime") not in Path("/proc/self/mounts").read_text()
+    assert list((tmp_path / "crun").iterdir()) == []
+    await host.stop_instance(info.ident)
+
+
+async def test_same_parameters_do_not_restart_others_do(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance()
+    await host.start_instance(info, image(tmp_path, FOREVER))
+    [first] = host.sample_targets()
+    await host.start_instance(info, image(tmp_path, FOREVER))
+    assert [target.pid for target in host.sample_targets()] == [first.pid]
+    await host.start_instance(msgspec.structs.replace(info, version="2.0.0"), image(tmp_path, FOREVER))
+    [second] = host.sample_targets()
+    assert second.pid != first.pid and not is_alive(first.pid)
+
+
+async def test_graceful_stop_before_kill(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance()
+    await host.start_instance(info, image(tmp_path, GRACEFUL))
+    await until(lambda: "started" in output(tmp_path, info))
+    await host.stop_instance(info.ident)
+    assert output(tmp_path, info).splitlines()[-1] == "bye"
+
+
+async def test_child_behind_a_shell_is_stopped_gracefully(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance()
+    await host.start_instance(info, image(tmp_path, f'/bin/sh -c "{GRACEFUL}"; sleep 100'))
+    await until(lambda: "started" in output(tmp_path, info))
+    began = time.monotonic()
+    await host.stop_instance(info.ident)
+    assert output(tmp_path, info).splitlines()[-1] == "bye"
+    assert time.monotonic() - began < 2.5, "nobody else listens, so nobody else is waited for"
+
+
+async def test_deaf_service_is_killed_at_once_and_stubborn_one_after_the_timeout(
+    host: ContainerRuntime, tmp_path: Path
+) -> None:
+    await host.start_instance(instance(0), image(tmp_path, FOREVER))
+    await host.start_instance(instance(1), image(tmp_path, "trap '' HUP; trap 'echo no' TERM; " + FOREVER))
+    began = time.monotonic()
+    await host.stop_instance(instance(0).ident)
+    assert time.monotonic() - began < 1
+    began = time.monotonic()
+    await host.stop_instance(instance(1).ident)
+    assert 2.9 < time.monotonic() - began < 5
+
+
+async def test_end_is_reported_with_exit_code_and_restarted(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance()
+    script = "if [ -e /storage/x ]; then while true; do sleep 1; done; fi; touch /storage/x; exit 7"
+    with host.changed.subscribe() as statuses:
+        await host.start_instance(msgspec.structs.replace(info, storage_path="s"), image(tmp_path, script))
+        failed = await state(statuses, InstanceState.FAILED)
+        assert failed.error is not None
+        assert (failed.error.aos_code, failed.error.exit_code, failed.error.message) == (1, 7, "exited with 7")
+        await state(statuses, InstanceState.ACTIVE)
+    history = host._tools.history.get(instance_id(info.ident))
+    assert history is not None and [run.exit_code for run in history.runs] == [7]
+
+
+async def test_crash_loop_goes_on_ever_more_slowly(host: ContainerRuntime, tmp_path: Path) -> None:
+    with host.changed.subscribe() as statuses:
+        await host.start_instance(instance(), image(tmp_path, "exit 1"))
+        ends = [await state(statuses, InstanceState.FAILED) for _ in range(5)]
+        assert ends[4].error is not None and ends[4].error.message == "exited with 1, 4 restarts"
+    await host.stop_instance(instance().ident)
+
+
+async def test_killed_by_a_signal(host: ContainerRuntime, tmp_path: Path) -> None:
+    with host.changed.subscribe() as statuses:
+        await host.start_instance(instance(), image(tmp_path, FOREVER))
+        os.kill(host.sample_targets()[0].pid, signal.SIGKILL)
+        failed = await state(statuses, InstanceState.FAILED)
+    assert failed.error is not None and failed.error.message.startswith("killed by SIGKILL (137)")
+
+
+async def test_memory_limit(host: ContainerRuntime, tmp_path: Path) -> None:
+    quotas = Quotas(ram_limit=16 * 1024 * 1024, pids_limit=20, cpu_dmips_limit=5000)
+    with host.changed.subscribe() as statuses:
+        # The first process itself must be the one that takes the memory.
+        await host.start_instance(
+            instance(), image(tmp_path, "exec dd if=/dev/zero of=/dev/null bs=64M count=100", quotas=quotas)
+        )
+        failed = await state(statuses, InstanceState.FAILED)
+    assert failed.error is not None
+    assert (failed.error.exit_code, failed.error.message) == (137, "killed by SIGKILL (137), out of memory")
+
+
+async def test_root_is_read_only_and_the_host_hidden(tmp_path: Path) -> None:
+    made = runtime(tmp_path, host_binds=("bin", "sbin", "lib", "lib64", "usr"))
+    script = "ls /; touch /x || echo read-only; ls /home /root 2>&1; cat /etc/resolv.conf; hostname"
+    async with running(made):
+        await made.adopt([])
+        info = instance()
+        await made.start_instance(
+            info,
+            image(tmp_path, f"{script}; {FOREVER}", base_layer_is_node_rootfs=True, hostname="demo", quotas=Quotas()),
+        )
+        await until(lambda: "started" in output(tmp_path, info))
+        text = output(tmp_path, info)
+        await made.stop_instance(info.ident)
+    assert "read-only" in text and "usr" in text.splitlines()
+    assert "home" not in text.splitlines() and "No such file" in text
+    assert "nameserver\t10.0.0.1" in text and text.splitlines()[-2:] == ["demo", "started"]
+
+
+async def test_capabilities_seccomp_and_privileges(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance()
+    script = "grep -E 'CapBnd|CapEff|NoNewPrivs|Seccomp:' /proc/self/status; unshare -U id || echo refused; "
+    await host.start_instance(info, image(tmp_path, script + FOREVER))
+    await until(lambda: "started" in output(tmp_path, info))
+    words = " ".join(output(tmp_path, info).split())
+    # AUDIT_WRITE (29), KILL (5), NET_BIND_SERVICE (10)
+    assert "CapBnd: 0000000020000420" in words
+    assert "NoNewPrivs: 1 Seccomp: 2" in words and "refused" in words
+
+
+async def test_resources_reach_the_container(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "file").write_text("from the host\n")
+    resource = ResourceConfig(
+        "thing",
+        groups=("video",),
+        mounts=(MountConfig("/opt/thing", source=str(tmp_path / "shared"), options=("bind", "ro")),),
+        envs=("THING=1",),
+        hosts=(HostConfig("10.1.1.1", "thing"),),
+        devices=("/dev/zero:/dev/thing",),
+    )
+    made = runtime(tmp_path, resources=(resource,))
+    script = "cat /opt/thing/file; echo THING=$THING; id -G; ls -l /dev/thing; "
+    async with running(made):
+        await made.adopt([])
+        info = instance()
+        wanted = (ResourceRef("thing", "rw"),)
+        await made.start_instance(info, image(tmp_path, script + FOREVER, resources=wanted))
+        await until(lambda: "started" in output(tmp_path, info))
+        text = output(tmp_path, info)
+        with pytest.raises(NotFoundError, match="no resource 'other'"):
+            await made.start_instance(instance(1), image(tmp_path, FOREVER, resources=(ResourceRef("other"),)))
+        assert [running.ident for running in made.running()] == [info.ident]
+        await made.stop_instance(info.ident)
+    assert text.splitlines()[:2] == ["from the host", "THING=1"]
+    assert "44" in text.splitlines()[2].split() and "1,   5" in text
+
+
+async def test_failed_start_says_why_and_leaves_nothing(host: ContainerRuntime, tmp_path: Path) -> None:
+    broken = msgspec.structs.replace(image(tmp_path, ""), image_config=image(tmp_path, "").image_config)
+    process = msgspec.structs.replace(broken.image_config.config, entrypoint=("/no/such/program",))
+    broken = msgspec.structs.replace(broken, image_config=msgspec.structs.replace(broken.image_config, config=process))
+    with host.changed.subscribe() as statuses:
+        with pytest.raises(AosError, match="/no/such/program"):
+            await host.start_instance(instance(), broken)
+        failed = await state(statuses, InstanceState.FAILED)
+    assert failed.error is not None and "/no/such/program" in failed.error.message
+    assert list((tmp_path / "runtime").iterdir()) == [] and not netns_path(instance_id(instance().ident)).exists()
+
+
+async def test_secret_is_given_and_taken_back(host: ContainerRuntime, tmp_path: Path) -> None:
+    secrets = host._permissions
+    assert isinstance(secrets, containers.Secrets)
+    info = instance()
+    await host.start_instance(info, image(tmp_path, f"echo $AOS_SECRET; {FOREVER}", permissions={"vis": {"*": "rw"}}))
+    await until(lambda: "started" in output(tmp_path, info))
+    assert output(tmp_path, info).startswith("secret-1") and secrets.registered == [info.ident]
+    await host.stop_instance(info.ident)
+    assert secrets.registered == []
+
+
+async def test_log_file_keeps_its_limit_and_its_newest_lines(tmp_path: Path) -> None:
+    made = runtime(tmp_path, output_max_size_bytes=20_000)
+    async with running(made):
+        await made.adopt([])
+        info = instance()
+        script = "i=0; while true; do i=$((i+1)); echo line $i; sleep 0.001; done"
+        await made.start_instance(info, image(tmp_path, script))
+        folder = tmp_path / "logs" / instance_id(info.ident)
+        bundle = tmp_path / "runtime" / instance_id(info.ident)
+        for _ in range(2):
+            await until(lambda: (folder / "output.log").stat().st_size > 12_000)
+            made._tools.output.tend(instance_id(info.ident), bundle)
+            await until(lambda: (folder / "output.log").exists() and (folder / "output.log").stat().st_size > 0)
+        await made.stop_instance(info.ident)
+    old, new = ((folder / name).read_text().splitlines() for name in ("output.log.1", "output.log"))
+    assert int(new[0].split()[-1]) == int(old[-1].split()[-1]) + 1, "no line is lost between the files"
+
+
+def start_manager(directory: Path, *scripts: str) -> subprocess.Popen[bytes]:
+    """A process that manages one instance per script, ready."""
+    manager = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.containers", directory, *scripts], stdout=subprocess.PIPE
+    )
+    assert manager.stdout is not None and manager.stdout.readline() == b"ready\n"
+    return manager
+
+
+async def test_killed_manager_leaves_containers_that_the_next_one_adopts(tmp_path: Path) -> None:
+    counting = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.05; done"
+    manager = await asyncio.to_thread(start_manager, tmp_path, counting, "trap 'exit 9' TERM; " + FOREVER, FOREVER)
+    before = {path.name: int((path / "pid").read_text()) for path in (tmp_path / "runtime").iterdir()}
+    manager.kill()
+    manager.wait()
+    lines = len(output(tmp_path, instance(0)).splitlines())
+    await until(lambda: len(output(tmp_path, instance(0)).splitlines()) > lines + 5)
+
+    made = runtime(tmp_path)
+    async with running(made):
+        # Instance 2 is not wanted any more, instance 3 never ran.
+        adopted = await made.adopt([instance(0), instance(1), instance(3)])
+        assert sorted(run.ident.instance for run in adopted) == [0, 1]
+        assert all(run.adopted and run.status.state is InstanceState.ACTIVE for run in adopted)
+        after = {target.instance_id: target.pid for target in made.sample_targets()}
+        names = [instance_id(instance(number).ident) for number in (0, 1, 2)]
+        assert after == {name: before[name] for name in names[:2]}
+        assert not is_alive(before[names[2]]) and not (tmp_path / "runtime" / names[2]).exists()
+        # Exit codes of adopted containers are known, and they are restarted like all others.
+        with made.changed.subscribe() as statuses:
+            os.kill(before[names[1]], signal.SIGTERM)
+            failed = await state(statuses, InstanceState.FAILED)
+            assert failed.error is not None and failed.error.exit_code == 9
+            await state(statuses, InstanceState.ACTIVE)
+        for number in (0, 1):
+            await made.stop_instance(instance(number).ident)
+    assert list((tmp_path / "runtime").iterdir()) == []
+
+
+async def test_end_while_nobody_watched_is_remembered(tmp_path: Path) -> None:
+    manager = await asyncio.to_thread(start_manager, tmp_path, "trap 'exit 3' TERM; " + FOREVER)
+    name = instance_id(instance(0).ident)
+    pid = int((tmp_path / "runtime" / name / "pid").read_text())
+    manager.kill()
+    manager.wait()
+    os.kill(pid, signal.SIGTERM)
+    await until(lambda: not is_alive(pid))
+    made = runtime(tmp_path)
+    async with running(made):
+        assert await made.adopt([instance(0)]) == []
+        history = made._tools.history.get(name)
+        assert history is not None and [run.exit_code for run in history.runs] == [3]
+        await made.start_instance(instance(0), image(tmp_path, FOREVER))
+        await made.stop_instance(instance(0).ident)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.04, 0.06, 0.09, 0.13])
+async def test_killed_in_the_middle_of_a_start(tmp_path: Path, delay_s: float) -> None:
+    manager = subprocess.Popen([sys.executable, "-m", "tests.support.containers", tmp_path, FOREVER])
+    await until(lambda: any((tmp_path / "runtime").glob("*")))
+    await asyncio.sleep(delay_s)
+    manager.kill()
+    manager.wait()
+    made = runtime(tmp_path)
+    async with running(made):
+        await made.adopt([instance(0)])
+        await made.start_instance(instance(0), image(tmp_path, FOREVER))
+        [target] = made.sample_targets()
+        assert is_alive(target.pid)
+        await made.stop_instance(instance(0).ident)
+    assert not is_alive(target.pid) and list((tmp_path / "runtime").iterdir()) == []
+    assert list((tmp_path / "crun").iterdir()) == []
+
+
+async def test_instances_survive_an_orderly_end_of_the_runtime(tmp_path: Path) -> None:
+    first = runtime(tmp_path)
+    async with running(first):
+        await first.adopt([])
+        await first.start_instance(instance(0), image(tmp_path, FOREVER))
+        [target] = first.sample_targets()
+    assert is_alive(target.pid)
+    second = runtime(tmp_path)
+    async with running(second):
+        assert [run.ident for run in await second.adopt([instance(0)])] == [instance(0).ident]
+        await second.stop_instance(instance(0).ident)

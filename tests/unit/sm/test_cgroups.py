@@ -1,0 +1,50 @@
+"""Which control groups a mount table means, and how crun is then started."""
+
+from pathlib import Path
+
+import pytest
+
+from aoscore.common.errors import NotSupportedError
+from aoscore.sm.cgroups import parse_layout
+
+V2 = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid,nodev,noexec,relatime 0 0\n"
+V1 = """tmpfs /sys/fs/cgroup tmpfs rw,relatime,mode=755 0 0
+cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,relatime,cpu,cpuacct 0 0
+cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0
+cgroup /sys/fs/cgroup/pids cgroup rw,relatime,pids 0 0
+cgroup /sys/fs/cgroup/systemd cgroup rw,relatime,name=systemd 0 0
+"""
+HYBRID = V1 + "cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n"
+
+
+def test_v2_machine() -> None:
+    layout = parse_layout(V2)
+    assert (layout.version, layout.unified, layout.runtime_prefix()) == (2, Path("/sys/fs/cgroup"), ())
+
+
+def test_v1_machine() -> None:
+    layout = parse_layout(V1)
+    assert (layout.version, layout.runtime_prefix()) == (1, ())
+    assert layout.controllers["cpuacct"] == Path("/sys/fs/cgroup/cpu,cpuacct")
+    assert "systemd" not in layout.controllers and "name=systemd" not in layout.controllers
+
+
+def test_hybrid_machine_hides_the_v2_tree_from_crun() -> None:
+    layout = parse_layout(HYBRID)
+    assert layout.version == 1
+    prefix = layout.runtime_prefix()
+    assert prefix[0].startswith("/") and prefix[-1] == "/sys/fs/cgroup/unified"
+
+
+def test_machine_without_control_groups() -> None:
+    with pytest.raises(NotSupportedError, match="no control groups"):
+        parse_layout("proc /proc proc rw 0 0\n")
+
+
+def test_processes_of_a_group(tmp_path: Path) -> None:
+    group = tmp_path / "a" / "b"
+    group.mkdir(parents=True)
+    (group / "cgroup.procs").write_text("12\n345\n")
+    layout = parse_layout(f"cgroup2 {tmp_path} cgroup2 rw 0 0\n")
+    assert layout.processes("/a/b") == [12, 345]
+    assert layout.processes("/a/c") == []
