@@ -1,6 +1,6 @@
-"""A machine in a few namespaces: the first process of the demo, in the place of systemd.
+"""A machine in a few namespaces, from the inside: its first process, in the place of systemd.
 
-Started by `aosctl demo up` inside fresh PID, network, mount, UTS and IPC namespaces, so that nothing of the host is
+Started by `machine.Machine` inside fresh PID, network, mount, UTS and IPC namespaces, so that nothing of the host is
 touched and nothing can stay behind: when this process ends, however it ends, the kernel ends every process in the
 namespace and takes all mounts, links, routes and firewall tables with it.
 
@@ -49,12 +49,13 @@ class Program(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """What to run: written by `aosctl demo up`, read inside the namespaces."""
+    """What to run, and the commands that set the machine up first: written by Machine, read inside the namespaces."""
 
     programs: tuple[Program, ...]
     hosts: dict[str, str]
     state_file: Path
     hostname: str = "main"
+    setup: tuple[tuple[str, ...], ...] = ()
 
 
 class _Process:
@@ -180,6 +181,8 @@ def prepare(layout: Layout, directory: Path) -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     # As the sysctl file of a node does.
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    for command in layout.setup:
+        subprocess.run(command, check=True)
 
 
 def main(args: Sequence[str] = tuple(sys.argv[1:])) -> int:
@@ -193,7 +196,7 @@ def main(args: Sequence[str] = tuple(sys.argv[1:])) -> int:
     sandbox = Sandbox(layout, directory)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, sandbox.stop)
-    # From here on `aosctl demo up` may enter.
+    # From here on others may enter.
     (directory / "run" / "prepared").touch()
     sandbox.run()
     return 0

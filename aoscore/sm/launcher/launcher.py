@@ -13,13 +13,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Se
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
-import msgspec
-
 from aoscore.common.aio import Backoff, Broadcast, log_and_continue
 from aoscore.common.errors import NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import ErrorInfo, InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, ItemType
 from aoscore.sm.imagemanager.model import InstalledImage, ItemKey, item_key
+from aoscore.sm.launcher.model import NodeStatuses
 from aoscore.sm.launcher.offline import OfflineClock
 from aoscore.sm.launcher.plan import Plan, Situation, desired, plan
 from aoscore.sm.launcher.retries import Retries
@@ -70,12 +69,6 @@ class Networks(Protocol):
     async def release_instance(self, ident: InstanceIdent) -> None:
         """Give the network of a removed instance back; repeatable."""
         ...
-
-
-class NodeStatuses(msgspec.Struct, frozen=True):
-    """The complete list, sent after every finished update."""
-
-    statuses: tuple[InstanceStatus, ...]
 
 
 class Launcher:

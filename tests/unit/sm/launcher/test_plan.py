@@ -150,7 +150,7 @@ def test_steps_lead_to_the_desired_set(
         for ident in steps.stop:
             del running[ident]
         for ident, one in steps.apply.items():
-            assert ident not in running or running[ident] == one
+            assert ident not in running or instances.get(ident) == one, "changed under a running instance"
             del changes[ident]
             instances.pop(ident, None)
             if one is not None:

@@ -1,0 +1,1 @@
+"""The configuration of the Unit and of its nodes (cm-cloud §10)."""

@@ -1,0 +1,372 @@
+"""The demo: a cloud and a Unit on this machine, from nothing to a page of a running service.
+
+Every step asks first whether its result is there already, so a second run is quick and an interrupted one goes on.
+What the user of an AosEdge cloud does by hand is done by the same public tools: `aos-prov` provisions the Unit,
+`aos-signer` packs, signs and uploads the service.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aoscore.common.errors import AosError, DeadlineError, FailedError, NotFoundError
+from aoscore.common.files import remove_tree
+from aoscore.ctl.machine import Machine, last_lines, remove_cgroups
+from aoscore.ctl.nodefiles import MainNode
+from aoscore.ctl.sandbox import Layout, Program
+
+_DOMAIN = "aoscloud.demo"
+_SYSTEM_ID = "demo-unit"
+_ITEM = "demo-web"
+_VERSION = "1.0.0"
+_DNS_IP = "10.0.0.100"
+_CGROUP = "aos-demo"
+_PORT = 8080
+_DEPLOY_TIMEOUT_S = 120.0
+_HOST_PROGRAMS = {
+    "nsenter": "util-linux",
+    "ip": "iproute2",
+    "nft": "nftables",
+    "crun": "crun",
+    "conmon": "conmon",
+    "umoci": "umoci",
+    "busybox": "busybox-static",
+    "dnsmasq": "dnsmasq-base",
+}
+
+
+class Demo:
+    """The demo below one directory. `tools` is the virtual environment of aos-prov and aos-signer."""
+
+    def __init__(self, directory: Path, tools: Path) -> None:
+        self._dir = directory.absolute()
+        self._tools = tools.absolute()
+        self._machine = Machine(self._dir)
+        self._cloud = self._dir / "cloud"
+        scripts = Path(sysconfig.get_path("scripts"))
+        self._node = MainNode(
+            etc=self._dir / "unit" / "etc",
+            var=self._dir / "unit" / "var",
+            run=Path("/run/aos"),
+            system_id=_SYSTEM_ID,
+            discovery_url=f"https://{_DOMAIN}:9000/sd/v7/",
+            # Nothing to do: the machine itself watches the state file, as systemd's conditions do on a device.
+            finish_provisioning=(),
+            deprovision=(),
+            dns_ip=_DNS_IP,
+            status_period="1s",
+            monitoring_period="5s",
+            cgroup_parent=f"/{_CGROUP}",
+            output="files",
+        )
+        self._scripts = scripts
+
+    def up(self) -> None:
+        """Bring everything up and end with a page of the service; Ctrl-C takes all of it down again."""
+        self._check_host()
+        try:
+            with _step("Cloud and Unit"):
+                self._start_machine()
+            with _step("Provision the Unit with aos-prov"):
+                self._provision()
+            with _step("Unit online"):
+                self._wait(lambda: self._call("unit", unit=_SYSTEM_ID)["online"], 60, "the Unit to come online")
+            with _step(f"Service {_ITEM} {_VERSION}: image by umoci, bundle by aos-signer"):
+                self._upload()
+            self._deploy()
+            page = self._fetch()
+            self._report(page)
+        except KeyboardInterrupt:
+            print("\nInterrupted: taking the demo down")
+            self.down()
+            raise
+
+    def down(self) -> None:
+        """End all of it and remove its files."""
+        ran = self._machine.stop()
+        remove_cgroups(_CGROUP)
+        remove_tree(self._dir)
+        print("The demo is gone." if ran else "The demo was not running; its files are gone.")
+
+    # Steps
+
+    def _check_host(self) -> None:
+        missing = [f"{name} (package {package})" for name, package in _HOST_PROGRAMS.items() if not _which(name)]
+        if missing:
+            raise NotFoundError(f"not installed: {', '.join(missing)}; run make packages")
+        for tool in ("aos-prov", "aos-signer"):
+            if not (self._tools / "bin" / tool).exists():
+                raise NotFoundError(f"{tool} is not in {self._tools}; run make demo")
+        if os.geteuid() != 0:
+            raise FailedError("the demo makes namespaces and containers: run it as root")
+
+    def _start_machine(self) -> None:
+        if self._machine.pid is not None:
+            return
+        ca = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN])
+        root = Path(ca.strip().splitlines()[-1]).read_bytes()
+        for role in ("oem", "sp"):
+            if not self._user(role).exists():
+                args = ["user-cert", "--dir", self._cloud, "--domain", _DOMAIN, "--role", role]
+                self._run([self._scripts / "aos-devcloud", *args, "--output", self._user(role)])
+        self._node.write(root)
+        daemons = {"iam": "aos_iamanager", "cm": "aos_communicationmanager", "sm": "aos_servicemanager"}
+        command = {
+            name: (str(self._scripts / program), "-c", str(self._node.etc / f"{name}.cfg"), "-v", "debug")
+            for name, program in daemons.items()
+        }
+        cloud = (str(self._scripts / "aos-devcloud"), "serve", "--dir", str(self._cloud), "--domain", _DOMAIN)
+        self._machine.start(
+            Layout(
+                programs=(
+                    Program("cloud", cloud, notifies=False),
+                    Program("iam-prov", (*command["iam"], "--provisioning"), when="unprovisioned"),
+                    *(Program(name, command[name], when="provisioned") for name in ("iam", "cm", "sm")),
+                ),
+                hosts={"localhost": "127.0.0.1", "main": "127.0.0.1", _DOMAIN: "127.0.0.1"},
+                state_file=self._node.state_file,
+                setup=(("ip", "address", "add", f"{_DNS_IP}/32", "dev", "lo"),),
+            )
+        )
+        self._wait(lambda: self._call("units") is not None, 30, "the cloud to answer")
+
+    def _provision(self) -> None:
+        if self._node.state_file.exists():
+            return
+        root = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN]).strip()
+        # aos-prov trusts only the root certificate in its own package.
+        found = self._run([self._tools / "bin" / "python", "-c", "import aos_prov; print(aos_prov.__path__[0])"])
+        shutil.copyfile(Path(root.splitlines()[-1]), Path(found.strip()) / "files" / "1rootCA.crt")
+        args = ["provision", "-u", "localhost:8089", "--nodes", "1", "-w", "20", "--skip-check-version"]
+        self._inside([self._tools / "bin" / "aos-prov", *args, "-p", self._user("oem")], timeout_s=180)
+        self._wait(self._node.state_file.exists, 10, "the node to be provisioned")
+
+    def _upload(self) -> None:
+        if any(item["codename"] == _ITEM and item["version"] == _VERSION for item in self._call("items")):
+            return
+        project = self._dir / "service"
+        remove_tree(project)
+        rootfs = self._make_image(project)
+        (project / "meta").mkdir()
+        (project / "meta" / "config.yaml").write_text(_config_yaml(self._user("sp"), rootfs.name))
+        args = [self._tools / "bin" / "aos-signer", "go", "--skip-check-version"]
+        root = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN]).strip()
+        self._inside(args, timeout_s=120, cwd=project, env={"REQUESTS_CA_BUNDLE": root.splitlines()[-1]})
+
+    def _make_image(self, project: Path) -> Path:
+        """A busybox root file system as an OCI image by umoci, unpacked again by umoci as the signer wants it."""
+        content = project / "content"
+        for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "www"):
+            (content / name).mkdir(parents=True)
+        shutil.copy(_which("busybox") or "busybox", content / "bin" / "busybox")
+        for applet in ("sh", "httpd", "echo", "cat", "sleep", "date"):
+            (content / "bin" / applet).symlink_to("busybox")
+        (content / "www" / "index.html").write_text(
+            "<html><body>Hello from a service on an AosEdge Unit</body></html>\n"
+        )
+        start = content / "bin" / "web"
+        start.write_text(
+            f'#!/bin/sh\necho "web service starts on port {_PORT}"\nexec httpd -f -vv -p {_PORT} -h /www\n'
+        )
+        start.chmod(0o755)
+        layout = project / "oci"
+        for args in (
+            ["init", "--layout", layout],
+            ["new", "--image", f"{layout}:web"],
+            ["insert", "--image", f"{layout}:web", content, "/"],
+            ["config", "--image", f"{layout}:web", "--config.cmd", "/bin/web"],
+            ["unpack", "--image", f"{layout}:web", project / "bundle"],
+        ):
+            self._run(["umoci", *args])
+        items = project / "items"
+        items.mkdir()
+        (project / "bundle" / "rootfs").rename(items / "web")
+        return items / "web"
+
+    def _deploy(self) -> None:
+        with _step("Assign the service to the Unit"):
+            self._call("assign", item=_ITEM, target=_SYSTEM_ID)
+        seen: set[str] = set()
+        began = time.monotonic()
+
+        def active() -> bool:
+            status = self._call("unit", unit=_SYSTEM_ID)["status"]
+            for line in _progress(status):
+                if line not in seen:
+                    seen.add(line)
+                    print(f"    {time.monotonic() - began:5.1f} s  {line}", flush=True)
+            states = [one["state"] for group in status.get("instances", []) for one in group["instances"]]
+            items = [item["state"] for item in status.get("items", [])]
+            return bool(states) and set(states) == {"active"} and "installed" in items
+
+        self._wait(active, _DEPLOY_TIMEOUT_S, "the service to be active")
+
+    def _fetch(self) -> str:
+        """A page from the service, found by its name in the Unit's DNS."""
+
+        def answer() -> str:
+            looked_up = self._inside(["busybox", "nslookup", _ITEM, _DNS_IP], timeout_s=10)
+            addresses = [line.split()[-1] for line in looked_up.splitlines() if line.startswith("Address")]
+            found = [address for address in addresses if not address.startswith(_DNS_IP)]
+            if not found:
+                raise FailedError(f"{_ITEM} has no address in the Unit's DNS: {looked_up}")
+            url = f"http://{found[0]}:{_PORT}/"
+            return f"{url} answers: {self._inside(['busybox', 'wget', '-q', '-O', '-', url], timeout_s=10).strip()}"
+
+        with _step("Fetch a page from the service"):
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    return answer()
+                except FailedError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.5)
+
+    def _report(self, page: str) -> None:
+        print(f"\n{page}\n\nStatus of the Unit")
+        for line in _progress(self._call("unit", unit=_SYSTEM_ID)["status"]):
+            print(f"    {line}")
+        self._wait(lambda: bool(self._call("monitoring", unit=_SYSTEM_ID, limit=1)), 30, "a monitoring sample")
+        print("\nA monitoring sample")
+        print(textwrap.indent(json.dumps(self._call("monitoring", unit=_SYSTEM_ID, limit=1)[0]), "    "))
+        print("\nLast log lines of the service")
+        for node, answer in self._call("logs", unit=_SYSTEM_ID, log_type="instanceLog", item=_ITEM).items():
+            for line in answer["text"].splitlines()[-5:]:
+                print(f"    {node}: {line}")
+        print(f"\nThe Unit goes on running. Look at it with:  aos-devcloud watch {_SYSTEM_ID} --dir {self._cloud}")
+        print(f"Log files: {self._dir / 'log'}.  End it with:  make demo-down")
+
+    # Helpers
+
+    def _user(self, role: str) -> Path:
+        return self._cloud / "users" / f"{role}.p12"
+
+    def _call(self, operation: str, **arguments: Any) -> Any:
+        args = ["call", "--dir", self._cloud, operation, json.dumps(arguments)]
+        answer = self._run([self._scripts / "aos-devcloud", *args])
+        return json.loads(answer) if answer.strip() else None
+
+    def _run(self, args: list[Any], timeout_s: float = 60, **more: Any) -> str:
+        command = [str(arg) for arg in args]
+        try:
+            done: subprocess.CompletedProcess[str] = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, **more
+            )
+        except subprocess.TimeoutExpired:
+            raise DeadlineError(f"{' '.join(command)} did not end within {timeout_s:g} s") from None
+        if done.returncode != 0:
+            raise FailedError(f"{Path(args[0]).name} failed with code {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _inside(
+        self, args: list[Any], *, timeout_s: float, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> str:
+        prefix = self._machine.enter()
+        if cwd is not None:
+            prefix += [f"--wdns={cwd}"]
+        return self._run([*prefix, *args], timeout_s, env={**os.environ, **(env or {})})
+
+    def _wait(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                if done():
+                    return
+            except FailedError as error:
+                if time.monotonic() > deadline:
+                    raise DeadlineError(f"waited {timeout_s:g} s for {what}: {error}") from error
+            if self._machine.pid is None:
+                last = "\n".join(last_lines(self._dir / "log" / "sandbox.log", 5))
+                raise FailedError(f"the machine has ended while waiting for {what}:\n{last}")
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"waited {timeout_s:g} s for {what}; log files: {self._dir / 'log'}")
+            time.sleep(0.3)
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+
+
+@contextlib.contextmanager
+def _step(what: str) -> Iterator[None]:
+    print(f"==> {what} ... ", end="", flush=True)
+    began = time.monotonic()
+    try:
+        yield
+    except AosError:
+        print("failed")
+        raise
+    print(f"{time.monotonic() - began:.1f} s", flush=True)
+
+
+def _progress(status: dict[str, Any]) -> Iterator[str]:
+    """A unit status in lines."""
+
+    def name(identity: dict[str, Any]) -> str:
+        return str(identity.get("codename") or identity.get("id"))
+
+    def error(entry: dict[str, Any]) -> str:
+        return f": {entry['errorInfo']['message']}" if entry.get("errorInfo") else ""
+
+    for node in status.get("nodes", []):
+        yield f"node {name(node['identity'])}: {node['state']}{error(node)}"
+    for item in status.get("items", []):
+        yield f"item {name(item['item'])} {item['version']}: {item['state']}{error(item)}"
+    for group in status.get("instances", []):
+        for one in group["instances"]:
+            number = f"instance {name(group['item'])}/{one['instance']} {group['version']}"
+            yield f"{number}: {one['state']}{error(one)}"
+
+
+def _config_yaml(user: Path, source: str) -> str:
+    return textwrap.dedent(f"""\
+        schemaVersion: 2
+        publisher:
+          author: demo
+          company: aoscore
+        publish:
+          tlsKey: {user}
+          signKey: {user}
+          domain: {_DOMAIN}
+        items:
+          - identity:
+              type: service
+              codename: {_ITEM}
+              title: Demo web service
+            version: {_VERSION}
+            images:
+              - sourceFolder: {source}
+                osInfo:
+                  os: linux
+                archInfo:
+                  architecture: {_architecture()}
+                workingDir: /
+                cmd: /bin/web
+            configuration:
+              instances:
+                minInstances: 1
+                priority: 10
+              baseLayerIsNodeRootfs: false
+              hostname: {_ITEM}
+              exposedPorts:
+                - {_PORT}/tcp
+              quotas:
+                cpuLimit: 1000
+                ramLimit: 64MiB
+                tmpLimit: 1MiB
+                pidsLimit: 20
+        """)
+
+
+def _architecture() -> str:
+    """This machine in the words of OCI images."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)

@@ -1,0 +1,1 @@
+"""Keys and certificates of the Node, by certificate type."""

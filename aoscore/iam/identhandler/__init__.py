@@ -1,0 +1,1 @@
+"""Identity of the Unit: system id, model, subjects."""

@@ -1,0 +1,94 @@
+"""Alerts for the cloud."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from aoscore.cm.alerts import ALERTS_PER_MESSAGE, AlertCache, Alerts, cloud_alert
+from aoscore.cm.communication import messages
+from aoscore.cm.communication.messages import Identity
+from aoscore.common import types
+from aoscore.common.errors import InvalidArgumentError
+from aoscore.common.types import AlertStatus, InstanceIdent
+from tests.support.running import running
+from tests.unit.cm.fakes import FakeLink
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+IDENT = InstanceIdent("item", "subject", 1)
+NAMES = {"item": Identity(id="item"), "subject": Identity(id="subject"), "instance": 1}
+NODE = Identity(codename="n")
+
+
+def system_alert(number: int, second: int = 0) -> messages.SystemAlert:
+    return messages.SystemAlert(timestamp=NOW + timedelta(seconds=second), node=NODE, message=f"alert {number}")
+
+
+@pytest.mark.parametrize(
+    ("alert", "expected"),
+    [
+        (types.SystemAlert(NOW, "x"), messages.SystemAlert(timestamp=NOW, node=NODE, message="x")),
+        (
+            types.CoreAlert(NOW, "SM", "x"),
+            messages.CoreAlert(timestamp=NOW, node=NODE, core_component=messages.CoreComponent.SM, message="x"),
+        ),
+        (
+            types.InstanceAlert(NOW, IDENT, "1.0.0", "x"),
+            messages.InstanceAlert(timestamp=NOW, **NAMES, version="1.0.0", message="x"),
+        ),
+        (
+            types.SystemQuotaAlert(NOW, "cpu", 5, AlertStatus.RAISE),
+            messages.SystemQuotaAlert(timestamp=NOW, node=NODE, parameter="cpu", value=5),
+        ),
+        (
+            types.InstanceQuotaAlert(NOW, IDENT, "ram", 5, AlertStatus.FALL),
+            messages.InstanceQuotaAlert(timestamp=NOW, **NAMES, parameter="ram", value=5),
+        ),
+        (
+            types.ResourceAllocateAlert(NOW, IDENT, "gpu", "x"),
+            messages.ResourceAllocateAlert(timestamp=NOW, **NAMES, node=NODE, device_id="gpu", message="x"),
+        ),
+    ],
+)
+def test_node_alerts(alert: types.NodeAlert, expected: messages.AnyAlert) -> None:
+    assert cloud_alert("n", alert) == expected
+
+
+def test_unknown_core_component() -> None:
+    with pytest.raises(InvalidArgumentError, match="UM"):
+        cloud_alert("n", types.CoreAlert(NOW, "UM", "x"))
+
+
+def test_cache_collapses_and_drops_the_oldest() -> None:
+    cache = AlertCache(limit=3)
+    for number in (0, 1, 1, 2, 3):
+        cache.add(system_alert(number, second=number))
+    assert cache.take_counters() == (1, 1)
+    assert cache.take_counters() == (0, 0)
+    assert cache.take(2) == [system_alert(1, 1), system_alert(2, 2)]
+    cache.add(system_alert(1, 9))
+    assert cache.take(9) == [system_alert(3, 3), system_alert(1, 9)]
+    assert len(cache) == 0
+
+
+async def test_sending_in_batches_with_a_word_about_losses() -> None:
+    link = FakeLink()
+    link.connected = False
+    alerts = Alerts(link, send_period_s=0.01, main_node_id=lambda: "main", now=lambda: NOW)
+    async with running(alerts):
+        for number in range(300):
+            alerts.add(system_alert(number))
+        await asyncio.sleep(0.03)
+        assert link.sent == []
+        link.connected = True
+        await asyncio.sleep(0.03)
+    sent = [message for message in link.sent if isinstance(message, messages.Alerts)]
+    assert [len(message.items) for message in sent] == [ALERTS_PER_MESSAGE] * 16 + [1]
+    items = [item for message in sent for item in message.items]
+    assert items[0] == messages.CoreAlert(
+        timestamp=NOW,
+        node=Identity(codename="main"),
+        core_component=messages.CoreComponent.CM,
+        message="44 alerts were dropped while waiting for the cloud",
+    )
+    assert items[1:] == [system_alert(number) for number in range(44, 300)]
