@@ -51,13 +51,15 @@ class MainNode(msgspec.Struct, frozen=True, kw_only=True):
         """There once the node is provisioned; the units' conditions look at it (iam.md §1.2)."""
         return self.var / ".provisionstate"
 
-    def write(self, root_ca: bytes) -> None:
-        """Write all files and make the directories."""
-        for path in (self.etc, self.var, self.run):
+    def write(self, root_ca: bytes, into: Path = Path("/")) -> None:
+        """Write all files and make the directories, below the root file system `into`."""
+        etc, var = (into / path.relative_to("/") for path in (self.etc, self.var))
+        for path in (etc, var):
             path.mkdir(parents=True, exist_ok=True)
         for name in ("storages", "states", "workdirs"):
-            (self.var / name).mkdir(exist_ok=True)
-            (self.var / name).chmod(stat.S_IRWXU | stat.S_IXGRP | stat.S_IXOTH)
+            (var / name).mkdir(exist_ok=True)
+            # Instances reach their own directory below, nobody can list the others.
+            (var / name).chmod(stat.S_IRWXU | stat.S_IXGRP | stat.S_IXOTH)
         for name, text in (
             ("system_id", self.system_id),
             ("node_id", "main"),
@@ -66,8 +68,8 @@ class MainNode(msgspec.Struct, frozen=True, kw_only=True):
             ("resources.cfg", "[]"),
             *((f"{name}.cfg", json.dumps(build(self), indent=4)) for name, build in _CONFIGS.items()),
         ):
-            write_atomic(self.etc / name, text.encode(), mode=0o644)
-        write_atomic(self.ca_file, root_ca, mode=0o644)
+            write_atomic(etc / name, text.encode(), mode=0o644)
+        write_atomic(etc / self.ca_file.name, root_ca, mode=0o644)
 
 
 def _iam(node: MainNode) -> dict[str, Any]:
