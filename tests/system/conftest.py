@@ -1,4 +1,4 @@
-"""Beds of the system tests: a cloud and Units in systemd-nspawn, all inside one machine of namespaces (testbed.md §6)."""
+"""Bed C of the system tests: a cloud and a Unit in systemd-nspawn, inside one machine of namespaces (testbed.md §6)."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from aoscore.ctl.machine import Machine, remove_cgroups
 from aoscore.ctl.nodefiles import MainNode
-
 from aoscore.ctl.sandbox import Layout, Program
 from tests.system import guest
 
