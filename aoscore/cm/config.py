@@ -60,8 +60,8 @@ class ImageManagerConfig(_Section, frozen=True, kw_only=True):
     all_platforms: bool = False
     """Download the images of all platforms, not only those that a runtime of the Unit can use."""
     parallel_downloads: int = 4
-    download_give_up_time: Duration = Duration(_DAY_S)
-    """How long a blob that cannot be fetched is tried before its item counts as failed."""
+    download_give_up_time: Duration = Duration(_HOUR_S)
+    """How long a download may make no progress before its item counts as failed."""
     download_ca_cert: Path | None = None
     """PEM with root CAs for download servers, in place of the system's."""
 

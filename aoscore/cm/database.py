@@ -63,6 +63,13 @@ LAUNCHER_TABLES: Final = (
 
 # Tables that AosCore 9.1 does not have.
 OWN_TABLES: Final = (
+    # Why a version failed, and whether trying again is of no use.
+    """CREATE TABLE IF NOT EXISTS aoscore_items (
+        itemID TEXT, version TEXT, aosCode INTEGER, exitCode INTEGER, message TEXT, final INTEGER,
+        PRIMARY KEY (itemID, version))""",
+    # Written at an orderly stop, taken at start: blobs whose content need not be checked again.
+    """CREATE TABLE IF NOT EXISTS aoscore_verified_blobs (
+        digest TEXT NOT NULL PRIMARY KEY, size INTEGER, mtimeNs INTEGER, inode INTEGER)""",
     # What an instance asked for, so that host names and rules survive a restart.
     f"""CREATE TABLE IF NOT EXISTS aoscore_network_wishes (
         {_IDENT}, hosts TEXT, connections TEXT,

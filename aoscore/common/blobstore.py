@@ -80,6 +80,14 @@ class BlobStore:
             raise ChecksumError(f"blob {digest} is damaged: its content is {actual}")
         self._verified[digest] = state
 
+    def remembered(self) -> dict[str, tuple[int, int, int]]:
+        """What `verify` found right so far: size, modification time in ns and inode by digest."""
+        return dict(self._verified)
+
+    def remember(self, states: dict[str, tuple[int, int, int]]) -> None:
+        """Take over what an earlier process remembered; whoever passes it vouches that no crash came between."""
+        self._verified.update(states)
+
     def adopt(self, temporary: Path, digest: str) -> Path:
         """Move a finished file of the same file system into the store, durable and checked.
 
