@@ -203,7 +203,8 @@ class ImageManager:
         """Delete blobs, layers and partial downloads that no item refers to."""
         async with self._sweeping:
             self._touched = set(self._in_work)
-            unused = await self._worker.run(self._find_unused, {*self._rows, *(self._wanted or ())})
+            complete = {*self._rows, *self._damaged}
+            unused = await self._worker.run(self._find_unused, complete, complete | (self._wanted or frozenset()))
             # From the look at `_touched` to the end of a deletion nothing is awaited, so no install comes between.
             for digest in unused:
                 if digest not in self._touched and digest not in self._in_work:
@@ -309,7 +310,8 @@ class ImageManager:
         digest = check_digest(descriptor.digest)
         keep(digest)
         keep(check_digest(diff_id))
-        async with self._locked(diff_id):
+        # Not just the digest: that of an unpacked tar layer is also its diff digest.
+        async with self._locked(f"layer {diff_id}"):
             try:
                 await self._worker.run(self._store.verify_layer, digest, diff_id)
                 return
@@ -418,14 +420,17 @@ class ImageManager:
             found |= set(self._image_config(key, manifest).rootfs.diff_ids)
         return found
 
-    def _find_unused(self, keys: Set[ItemKey]) -> set[str]:
-        """Digests of everything in the store that none of the items refers to."""
+    def _find_unused(self, complete: Set[ItemKey], keys: Set[ItemKey]) -> set[str]:
+        """Digests of everything in the store that none of the items refers to.
+
+        `complete` are those of `keys` that were installed once.
+        """
         used: set[str] = set()
         for key in keys:
             try:
                 used |= self._references(key)
             except (NotFoundError, InvalidArgumentError):
-                if key in self._damaged:
+                if key in complete:
                     # An instance may run from layers that can't be named now: delete nothing.
                     return set()
                 used.add(key.manifest_digest)

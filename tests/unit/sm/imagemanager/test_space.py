@@ -1,0 +1,63 @@
+"""Reservations of disk space."""
+
+import pytest
+
+from aoscore.common.errors import NoSpaceError
+from aoscore.sm.imagemanager.space import Space, Usage
+
+
+class Disk:
+    """A disk of 1000 bytes with outdated items of 100 bytes."""
+
+    def __init__(self, free: int, outdated: int = 0) -> None:
+        self.free, self.outdated, self.used = free, outdated, 0
+        self.usage = Usage(lambda: self.free, lambda: 1000, lambda: self.used)
+
+    async def evict(self) -> bool:
+        if not self.outdated:
+            return False
+        self.outdated -= 1
+        self.free += 100
+        self.used -= 100
+        return True
+
+
+async def test_reservations_add_up_and_end() -> None:
+    disk = Disk(free=300)
+    space = Space(disk.usage, 0, disk.evict)
+    async with space.reserve(200, "a"):
+        assert space.free_bytes() == 100
+        with pytest.raises(NoSpaceError, match=r"b needs 101 bytes of disk, 1 are missing"):
+            async with space.reserve(101, "b"):
+                pass
+    assert space.free_bytes() == 300
+
+
+async def test_written_bytes_are_not_counted_twice() -> None:
+    disk = Disk(free=300)
+    space = Space(disk.usage, 0, disk.evict)
+    async with space.reserve(200, "a") as reservation:
+        disk.free -= 150
+        reservation.written(150)
+        assert space.free_bytes() == 100
+        reservation.written(1000)
+        assert space.free_bytes() == 150
+
+
+async def test_outdated_items_make_room() -> None:
+    disk = Disk(free=50, outdated=5)
+    space = Space(disk.usage, 0, disk.evict)
+    async with space.reserve(200, "a"):
+        assert disk.outdated == 3
+    with pytest.raises(NoSpaceError):
+        async with space.reserve(1000, "b"):
+            pass
+
+
+async def test_share_of_the_disk() -> None:
+    disk = Disk(free=900, outdated=1)
+    disk.used = 150
+    space = Space(disk.usage, 20, disk.evict)
+    assert space.free_bytes() == 50
+    async with space.reserve(120, "a"):
+        assert disk.outdated == 0
