@@ -12,6 +12,11 @@ from aoscore.common.keys import PrivateKey, private_key_pem
 from aoscore.common.tls import TlsIdentity
 
 
+def pem(*certificates: x509.Certificate) -> str:
+    """Certificates as PEM text."""
+    return "".join(certificate.public_bytes(serialization.Encoding.PEM).decode() for certificate in certificates)
+
+
 class Issued:
     """A certificate with its key and its chain (leaf first, root last)."""
 
@@ -63,6 +68,26 @@ class TestCa:
     ) -> Issued:
         """A leaf certificate for clients and servers."""
         return self._make(common_name, self.intermediate, dns=dns, not_before=not_before, lifetime=lifetime, key=key)
+
+    def sign_request(
+        self, csr_pem: str, *, days: float = 30, begin_days: float = -0.01, with_extensions: bool = True
+    ) -> str:
+        """PEM chain, leaf first, for a certificate signing request; valid from `begin_days` to `days` from now."""
+        request = x509.load_pem_x509_csr(csr_pem.encode())
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(request.subject)
+            .issuer_name(self.intermediate.cert.subject)
+            .public_key(request.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now + timedelta(days=begin_days))
+            .not_valid_after(now + timedelta(days=days))
+        )
+        for extension in request.extensions if with_extensions else ():
+            builder = builder.add_extension(extension.value, extension.critical)
+        leaf = builder.sign(self.intermediate.key, hashes.SHA256())
+        return pem(leaf, *self.intermediate.chain)
 
     def identity(self, directory: Path, name: str, dns: tuple[str, ...] = ("localhost",)) -> TlsIdentity:
         """A leaf written to files, as the components use it."""

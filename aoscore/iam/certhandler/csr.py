@@ -19,7 +19,7 @@ _USAGES = {
 }
 _SELF_SIGNED_NAME = "Aos Core"
 _SELF_SIGNED_DAYS = 365 * 100
-_MAX_COMMON_NAME = 64
+_MAX_COMMON_NAME_BYTES = 64
 
 
 def build_csr(key: PrivateKey, common_name: str, alternative_names: Sequence[str], usages: Sequence[KeyUsage]) -> str:
@@ -65,8 +65,8 @@ def missing_names(certificate: x509.Certificate, wanted: Sequence[str]) -> list[
 
 
 def _name(common_name: str) -> x509.Name:
-    if not 0 < len(common_name) <= _MAX_COMMON_NAME:
-        raise InvalidArgumentError(f"subject {common_name!r} is empty or longer than {_MAX_COMMON_NAME} characters")
+    if not 0 < len(common_name.encode()) <= _MAX_COMMON_NAME_BYTES:
+        raise InvalidArgumentError(f"subject {common_name!r} is empty or longer than {_MAX_COMMON_NAME_BYTES} bytes")
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 

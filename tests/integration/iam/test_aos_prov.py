@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from .conftest import Iam
+from tests.support.iam import Iam
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -56,10 +56,10 @@ def test_aos_prov_provisions_the_unit(running: "subprocess.Popen[str]", iam: Iam
     assert {csr["cert_type"] for csr in request["additional_csrs"]} == {"iam", "sm", "cm"}
     answer = {
         "system_uid": request["system_uid"],
-        "online_certificate": iam.authority.issue(request["online_public_csr"]),
-        "offline_certificate": iam.authority.issue(request["offline_public_csr"]),
+        "online_certificate": iam.authority.sign_request(request["online_public_csr"]),
+        "offline_certificate": iam.authority.sign_request(request["offline_public_csr"]),
         "additional_certs": [
-            {"cert_type": csr["cert_type"], "node_id": csr["node_id"], "cert": iam.authority.issue(csr["csr"])}
+            {"cert_type": csr["cert_type"], "node_id": csr["node_id"], "cert": iam.authority.sign_request(csr["csr"])}
             for csr in request["additional_csrs"]
         ],
     }

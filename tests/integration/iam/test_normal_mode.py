@@ -19,12 +19,18 @@ from aoscore._pb.common.v1 import common_pb2 as common_v1
 from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.iamanager.v5 import iamanager_pb2 as v5
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
-
-from .conftest import TYPES, Authority, Client, Iam
+from aoscore.common.keys import private_key_pem
+from tests.support.iam import TYPES, Client, Iam
+from tests.support.pki import TestCa
 
 pytestmark = pytest.mark.timeout(120)
 
 IDENT = common.InstanceIdent(item_id="item", subject_id="subject", instance=3, type=common.SERVICE)
+
+
+def key_and_chain(authority: TestCa, name: str) -> tuple[bytes, bytes]:
+    issued = authority.issue(name)
+    return private_key_pem(issued.key), issued.pem
 
 
 def status(call: Callable[[Any], Any], request: Any) -> grpc.StatusCode:
@@ -38,19 +44,21 @@ def test_who_gets_in(unit: Iam) -> None:
     with unit.secure("sm") as client:
         assert client.version.GetAPIVersion(version).version == 6
         assert client.nodes.GetAllNodeIDs(Empty()).ids == ["node-1"]
-    root = unit.authority.pem.encode()
-    foreign = Authority("Unit CA")
+    root = unit.authority.root_pem
+    foreign = TestCa("Unit CA")
     refused: list[grpc.ChannelCredentials | None] = [
         None,
         grpc.ssl_channel_credentials(root),
-        grpc.ssl_channel_credentials(root, *foreign.client("cm")),
+        grpc.ssl_channel_credentials(root, *key_and_chain(foreign, "cm")),
     ]
     for credentials in refused:
         with Client(unit, unit.protected, credentials) as client:
             assert status(client.version.GetAPIVersion, version) is grpc.StatusCode.UNAVAILABLE
     with Client(unit, unit.public, None) as client:
         assert status(client.version.GetAPIVersion, version) is grpc.StatusCode.UNAVAILABLE
-    with Client(unit, unit.protected, grpc.ssl_channel_credentials(root, *unit.authority.client("anyone"))) as client:
+    with Client(
+        unit, unit.protected, grpc.ssl_channel_credentials(root, *key_and_chain(unit.authority, "anyone"))
+    ) as client:
         assert client.version.GetAPIVersion(version).version == 6
 
 
@@ -136,7 +144,7 @@ def watching(call: Callable[[Any], Any], request: Any) -> Iterator["queue.Queue[
 def test_renewal_tells_subscribers_and_changes_the_server_certificate(unit: Iam) -> None:
     def served(address: str) -> int:
         host, port = address.split(":")
-        key, chain = unit.authority.client("cm")
+        key, chain = key_and_chain(unit.authority, "cm")
         (unit.root / "client.pem").write_bytes(key + chain)
         context = ssl.create_default_context(cafile=str(unit.ca_file))
         context.load_cert_chain(unit.root / "client.pem")

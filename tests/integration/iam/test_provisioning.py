@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from google.protobuf.empty_pb2 import Empty
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
-
-from .conftest import TYPES, Authority, Client, Iam
+from tests.support.iam import TYPES, Client, Iam
+from tests.support.pki import TestCa
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -98,7 +98,7 @@ def test_kill_in_the_middle_of_a_step_and_repeat_it(iam: Iam) -> None:
             step(client)
 
     def create(client: Client) -> None:
-        certificates[:] = [iam.authority.issue(client.create_key("iam"))]
+        certificates[:] = [iam.authority.sign_request(client.create_key("iam"))]
 
     interrupt(lambda client: client.start_provisioning(), [1, 3, 6, 10])
     interrupt(create, [1, 3, 6, 10, 20])
@@ -117,7 +117,7 @@ def test_a_new_start_forgets_the_old_keys(iam: Iam) -> None:
     iam.start(provisioning=True)
     with iam.plain() as client:
         client.start_provisioning()
-        stale = iam.authority.issue(client.create_key("iam"))
+        stale = iam.authority.sign_request(client.create_key("iam"))
         client.renew("iam", 10)
         client.start_provisioning("Another42")
         answer = client.issue.ApplyCert(pb.ApplyCertRequest(type="iam", cert=stale))
@@ -133,7 +133,7 @@ def test_a_new_start_forgets_the_old_keys(iam: Iam) -> None:
 
 def test_errors_say_what_is_wrong(iam: Iam) -> None:
     iam.start(provisioning=True)
-    foreign = Authority("foreign")
+    foreign = TestCa("foreign")
     with iam.plain() as client:
         early = client.issue.CreateKey(pb.CreateKeyRequest(type="iam"))
         assert early.error.aos_code == 9 and "start provisioning first" in early.error.message
@@ -150,10 +150,10 @@ def test_errors_say_what_is_wrong(iam: Iam) -> None:
         garbage = client.issue.ApplyCert(pb.ApplyCertRequest(type="sm", cert="garbage"))
         assert garbage.error.aos_code == 6 and garbage.cert_info.type == "sm"
         csr = client.create_key("online")
-        leaf_only = foreign.issue(csr).removesuffix(foreign.pem)
+        leaf_only = foreign.sign_request(csr).split("-----END")[0] + "-----END CERTIFICATE-----\n"
         answer = client.issue.ApplyCert(pb.ApplyCertRequest(type="online", cert=leaf_only))
         assert answer.error.aos_code == 5 and "chain up to the root" in answer.error.message
-        assert client.apply("online", foreign.issue(csr)).type == "online"
+        assert client.apply("online", foreign.sign_request(csr)).type == "online"
         for answer in (
             client.states.PauseNode(pb.PauseNodeRequest(node_id="node-1")),
             client.states.ResumeNode(pb.ResumeNodeRequest()),
