@@ -18,6 +18,7 @@ from aoscore.ctl.nodefiles import MainNode
 from aoscore.ctl.sandbox import Layout, Program
 from tests.system import guest
 
+ROOT = guest.ROOT
 HERE = Path(__file__).resolve().parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 DOMAIN = "aoscloud.test"
