@@ -40,8 +40,8 @@ integration: setup $(TOOLS)/.done
 system: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/system -q
 
-bench: setup
-	$(BIN)/python tests/benchmarks/run.py
+bench: setup $(TOOLS)/.done
+	$(BIN)/python -m tests.benchmarks.run
 
 setup: packages $(VENV)/.done
 
