@@ -206,12 +206,14 @@ def _logs(arguments: argparse.Namespace) -> None:
 
 def _watch(arguments: argparse.Namespace) -> None:
     client = AdminClient(arguments.dir)
-    unit = client.call("unit", unit=arguments.unit)
+    system_id = client.call("unit", unit=arguments.unit)["systemId"]
+    events = client.watch(system_id)  # before the status is read, so that nothing is lost in between
+    unit = client.call("unit", unit=system_id)
     print(f"{unit['systemId']}: {'online' if unit['online'] else 'offline'}")
     for line in _status_lines(unit["status"]):
         print(f"  {line}")
     sys.stdout.flush()
-    for event in client.watch(unit["systemId"]):
+    for event in events:
         if arguments.json:
             print(json.dumps(event), flush=True)
             continue

@@ -55,14 +55,18 @@ class AdminClient:
         return answer["result"]
 
     def watch(self, unit: str | None = None) -> Iterator[dict[str, Any]]:
-        """Events as they happen, of one Unit (system id) or of all, until the cloud stops."""
+        """Events from now on, of one Unit (system id) or of all, until the cloud stops."""
         connection = _UnixConnection(self._directory, None)
-        try:
-            response = self._request(connection, "watch", {"unit": unit})
-            while line := response.readline():
-                yield json.loads(line)
-        finally:
-            connection.close()
+        response = self._request(connection, "watch", {"unit": unit})
+
+        def events() -> Iterator[dict[str, Any]]:
+            try:
+                while line := response.readline():
+                    yield json.loads(line)
+            finally:
+                connection.close()
+
+        return events()
 
     def _request(self, connection: _UnixConnection, name: str, arguments: dict[str, Any]) -> http.client.HTTPResponse:
         try:
