@@ -1,0 +1,8 @@
+"""`make bench`: all measurements, one after the other, alone on the machine."""
+
+import sys
+
+from tests.benchmarks import footprint
+
+if __name__ == "__main__":
+    sys.exit(footprint.main())
