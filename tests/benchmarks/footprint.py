@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -62,8 +61,8 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-PSS counts a page that n processes share as 1/n. The figures of AosCore 9.1 (C++, release build) are from another machine
-of the same size.
+PSS counts a page that n processes share as 1/n. The figures of AosCore 9.1 (C++, release build) are from another
+machine of the same size.
 
 Method: `aosctl demo up` brings up a cloud and a provisioned Unit and deploys one service. After {IDLE_S} s without
 work, PSS and RSS come from `/proc/PID/smaps_rollup`, CPU from `/proc/PID/stat` over another {IDLE_S} s, log level
@@ -129,9 +128,9 @@ def idle_modules() -> dict[str, int]:
 
 def machine() -> str:
     """The machine and the versions in one line."""
-    lines: Iterator[str] = (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "protobuf", "cryptography", "msgspec"))
-    model = next(lines, platform.machine())
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     return (
         f"{os.cpu_count()} cores {model}, Linux {platform.release()}, Python {platform.python_version()}, {libraries}"
     )
