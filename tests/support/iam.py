@@ -92,7 +92,9 @@ class Iam:
     def command(self, *, provisioning: bool) -> list[str]:
         """The command line."""
         program = "from aoscore.iam.app import main; main()"
-        words = [sys.executable, "-c", program, "-c", str(self.config_file), "-v", "debug"]
+        # The process must not outlive a test run that is killed.
+        words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program]
+        words += ["-c", str(self.config_file), "-v", "debug"]
         return [*words, "-provisioning"] if provisioning else words
 
     def start(self, *, provisioning: bool = False) -> None:

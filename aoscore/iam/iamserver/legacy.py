@@ -98,6 +98,13 @@ class IdentityService(stubs.IAMPublicIdentityServiceServicer):
         identifier = self._identifier or await no_identifier(context)
         return pb.Subjects(subjects=await identifier.subjects())
 
+    @handler
+    async def SubscribeSubjectsChanged(self, request: Empty, context: Any) -> AsyncIterator[pb.Subjects]:
+        """See proto."""
+        identifier = self._identifier or await no_identifier(context)
+        async for subjects in identifier.subjects_changes.values():
+            yield pb.Subjects(subjects=subjects)
+
 
 class PublicPermissionsService(stubs.IAMPublicPermissionsServiceServicer):
     """Look-up by secret, as the vehicle information service does it."""

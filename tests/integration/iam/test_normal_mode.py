@@ -177,6 +177,32 @@ def test_renewal_tells_subscribers_and_changes_the_server_certificate(unit: Iam)
     assert served(unit.protected) == int(new.serial, 16)
 
 
+def test_new_certificate_that_can_not_be_read_leaves_the_old_one_in_use(unit: Iam) -> None:
+    with unit.secure() as client:
+        new = client.renew("iam", 800)
+        Path(new.key_url.removeprefix("file://")).unlink()
+    with unit.open() as client:
+        assert client.version.GetAPIVersion(Empty()).version == 6
+    assert "does not exist" in unit.log()
+
+
+def test_broken_database_is_rebuilt_from_the_key_storage(unit: Iam) -> None:
+    with unit.open() as client:
+        infos = [client.certs.GetCert(pb.GetCertRequest(type=cert_type)) for cert_type in TYPES]
+    unit.kill()
+    for path in (unit.root / "work").glob("iamanager.db*"):
+        path.write_bytes(b"\xff" * 5000)
+    unit.start()
+    with unit.open() as client:
+        assert [client.certs.GetCert(pb.GetCertRequest(type=cert_type)) for cert_type in TYPES] == infos
+        assert client.node.GetCurrentNodeInfo(Empty()).state == "provisioned"
+    assert list((unit.root / "work").glob("iamanager.db.broken-*"))
+    unit.kill()
+    unit.state_file.unlink()
+    unit.start(provisioning=True)
+    assert unit.state_file.read_text() == "provisioned", "the new database must hold the copy of the state again"
+
+
 def type_request(cert_type: str) -> pb.SubscribeCertChangedRequest:
     return pb.SubscribeCertChangedRequest(type=cert_type)
 
@@ -262,6 +288,8 @@ def test_older_interface(unit: Iam) -> None:
         node = client.v5_public.GetNodeInfo(Empty())
         assert (node.node_id, node.name, node.status) == ("node-1", "main", "provisioned")
         info = client.certs.GetCert(pb.GetCertRequest(type="sm"))
+        register = client.nodes.RegisterNode(iter([pb.IAMOutgoingMessages(node_info=pb.NodeInfo(node_id="x"))]))
+        assert status(lambda _: next(register), None) is grpc.StatusCode.UNIMPLEMENTED
         old = client.v5_public.GetCert(v5.GetCertRequest(type="sm"))
         assert (old.type, old.cert_url, old.key_url) == ("sm", info.cert_url, info.key_url)
 
