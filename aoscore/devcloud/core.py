@@ -15,6 +15,7 @@ from cryptography import x509
 from aoscore.common.aio import Broadcast, Worker
 from aoscore.common.db import Database
 from aoscore.common.errors import AosError, InvalidArgumentError, WrongStateError
+from aoscore.common.files import remove_tree
 from aoscore.devcloud.bundles import BundleReader, ItemImages
 from aoscore.devcloud.ca import Authority, User
 from aoscore.devcloud.cloud import Cloud
@@ -92,6 +93,7 @@ class Core:
         self._link_tokens: dict[str, tuple[str, float]] = {}
         self._upload_lock = asyncio.Lock()
         self._uploads = Worker("devcloud-upload")
+        remove_tree(directory / "uploads")  # what a killed cloud left there
         for name in ("sealed", "blobs/sha256", "uploads"):
             (directory / name).mkdir(parents=True, exist_ok=True)
 

@@ -351,7 +351,10 @@ def test_everything_is_there_after_a_restart(cloud: DevcloudProcess, unit: MiniU
     assert cloud.stop() == 0
     assert not (cloud.directory / "ports.json").exists()
     assert not (cloud.directory / "admin.sock").exists()
+    left = cloud.directory / "uploads" / "half-an-upload"
+    left.write_bytes(b"x")
     cloud.start()
+    assert not left.exists()
     with unit:
         assert unit.report() == before
         assert manifest_of(unit, before)["schemaVersion"] == 2
