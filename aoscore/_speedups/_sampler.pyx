@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Counters of the node and of the instances' cgroups, read without the interpreter lock and without an object per line.
 
 Documented in the plain twin, ``_plain/sampler.py``.
@@ -8,7 +8,6 @@ from libc.errno cimport EBADMSG, ENODEV, ENOMEM, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, strdup, strlen
-from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.types cimport dev_t, ino_t, off_t
 from posix.unistd cimport close, pread
 
@@ -23,6 +22,11 @@ from aoscore._speedups.sampler_types import (
     Sample,
     SampleError,
 )
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_RDONLY
+    int O_CLOEXEC
+    int open(const char *path, int flags, ...)
 
 cdef extern from "<sys/stat.h>" nogil:
     struct c_stat "stat":
@@ -523,7 +527,10 @@ cdef class Sampler:
             else:
                 one.counters[source.counter] = leading_number(self.buffer.data)
             if source.scale != 1 and one.counters[source.counter] != ABSENT:
-                one.counters[source.counter] *= source.scale
+                if one.counters[source.counter] > INT64_MAX // source.scale:
+                    one.counters[source.counter] = ABSENT
+                else:
+                    one.counters[source.counter] *= source.scale
         return True
 
     cdef int read_source(self, Instance *one, int index) noexcept nogil:

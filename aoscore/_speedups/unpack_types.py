@@ -123,7 +123,7 @@ _TEXTS = {
     Code.NAME_ABSOLUTE: "has an absolute name",
     Code.NAME_DOTDOT: "leaves the layer with '..'",
     Code.NAME_NUL: "has a NUL byte in its name",
-    Code.NAME_TOO_LONG: "has a name that is too long",
+    Code.NAME_TOO_LONG: "has a name that is too long or too deep",
     Code.NAME_RESERVED: "uses a name that is reserved for whiteouts",
     Code.PARENT: "lies below something that is not a directory, or is a symbolic link",
     Code.DEVICE: "is a device node, which is not allowed here",

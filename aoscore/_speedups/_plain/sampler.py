@@ -12,6 +12,7 @@ from typing import Self
 from aoscore._speedups.sampler_types import MAX_INSTANCES, Filesystem, InstanceSample, NodeSample, Sample, SampleError
 
 _READ_BYTES = 1 << 16
+_MAX_COUNTER = (1 << 63) - 1
 
 
 class _Gone(Exception):
@@ -116,9 +117,10 @@ class Sampler:
             raise self._odd("stat")
         for word in line[1:]:
             if word:
-                if not word.isdigit() or len(word) > 19:
+                number = _leading_number(word)
+                if number is None or not word.isdigit():
                     raise self._odd("stat")
-                numbers.append(int(word))
+                numbers.append(number)
         if len(numbers) < 4:
             raise self._odd("stat")
         return sum(numbers), numbers[3]
@@ -138,10 +140,11 @@ class Sampler:
             name, colon, rest = line.rpartition(b":")
             if not colon:
                 continue
-            numbers = rest.split()
-            if len(numbers) < 9 or not numbers[0].isdigit() or not numbers[8].isdigit():
+            columns = [word for word in rest.split(b" ") if word]
+            received, sent = (_leading_number(b"".join(columns[at : at + 1])) for at in (0, 8))
+            if received is None or sent is None:
                 raise self._odd("net/dev")
-            traffic[os.fsdecode(name.strip(b" "))] = (int(numbers[0]), int(numbers[8]))
+            traffic[os.fsdecode(name.lstrip(b" "))] = (received, sent)
         return traffic
 
     def _spaces(self) -> dict[str, Filesystem | None]:
@@ -192,7 +195,7 @@ class Sampler:
         read_bytes = written_bytes = inactive_file = None
         if self._v2:
             usage_us = self._number(one, "", "cpu.stat", lambda text: _value(text, b"usage_usec"))
-            cpu_ns = None if usage_us is None else usage_us * 1000
+            cpu_ns = None if usage_us is None or usage_us > _MAX_COUNTER // 1000 else usage_us * 1000
             memory = self._number(one, "", "memory.current", _single)
             if self._memory_details:
                 inactive_file = self._number(one, "", "memory.stat", lambda text: _value(text, b"inactive_file"))
@@ -262,7 +265,8 @@ def _leading_number(text: bytes) -> int | None:
     digits = 0
     while digits < len(text) and 0x30 <= text[digits] <= 0x39:
         digits += 1
-    return int(text[:digits]) if 0 < digits <= 19 else None
+    value = int(text[:digits]) if 0 < digits <= 19 else None
+    return None if value is None or value > _MAX_COUNTER else value
 
 
 def _single(text: bytes) -> int | None:

@@ -35,6 +35,7 @@ OUTPUT_BYTES = 1 << 18
 PROGRESS_BYTES = 4 << 20
 MAX_NAME = 4095
 MAX_COMPONENT = 255
+MAX_DEPTH = 256  # deeper trees break programs that recurse, such as those that delete them
 MAX_EXTENDED = 1 << 20
 MAX_EXTENTS = 1 << 18
 MAX_ID = 0xFFFFFFFE
@@ -494,13 +495,15 @@ def _components(raw: bytes, translate: bool) -> list[bytes]:
         raise _Fault(Code.NAME_TOO_LONG)
     if raw.startswith(b"/"):
         raise _Fault(Code.NAME_ABSOLUTE)
-    parts = []
+    parts: list[bytes] = []
     for part in raw.split(b"/"):
         if part in (b"", b"."):
             continue
         if part == b"..":
             raise _Fault(Code.NAME_DOTDOT)
         if len(part) > MAX_COMPONENT:
+            raise _Fault(Code.NAME_TOO_LONG)
+        if len(parts) == MAX_DEPTH:
             raise _Fault(Code.NAME_TOO_LONG)
         parts.append(part)
     if translate and any(part.startswith(WHITEOUT) for part in parts[:-1]):
@@ -694,6 +697,8 @@ class _Unpacker:
             if going:
                 going = self._old_extents(member, block, 0, 21)
             more = block[504]
+        if member.real_size < 0:
+            raise _Fault(Code.NUMBER)
 
     @staticmethod
     def _old_extents(member: _Member, block: bytes, start: int, count: int) -> bool:

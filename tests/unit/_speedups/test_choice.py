@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from aoscore._speedups import chunker, sampler
+from aoscore._speedups import chunker, sampler, unpack
 
 PUBLIC = {
     "chunker": ["Digest", "copy_file", "hash_file", "hash_file_all", "read_chunks", "send_file"],
     "sampler": ["Sampler"],
+    "unpack": ["unpack_layer"],
 }
 MEMBERS = [(module, name) for module, names in PUBLIC.items() for name in names]
 
@@ -21,6 +22,7 @@ MEMBERS = [(module, name) for module, names in PUBLIC.items() for name in names]
 def test_the_native_modules_are_used() -> None:
     assert sampler.Sampler.__module__ == "aoscore._speedups._sampler"
     assert chunker.Digest.__module__ == "aoscore._speedups._chunker"
+    assert unpack.unpack_layer.__module__ == "aoscore._speedups._unpack"
 
 
 @pytest.mark.parametrize(("value", "module"), [("1", "_plain.sampler"), ("0", "_sampler"), ("", "_sampler")])

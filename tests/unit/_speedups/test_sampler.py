@@ -253,7 +253,7 @@ def test_file_system_space(sampler_class: Any, tmp_path: Path) -> None:
     assert space.total_bytes == found.f_blocks * found.f_frsize
 
 
-number = st.one_of(st.integers(0, 10**18).map(str), st.text("0123456789 x-", max_size=25))
+number = st.one_of(st.integers(0, 10**18).map(str), st.just(str(2**63)), st.text("0123456789 x-", max_size=25))
 line = st.one_of(
     st.builds("{} {}".format, st.sampled_from(["usage_usec", "inactive_file", "usage", ""]), number),
     st.builds("8:0 rbytes={} wbytes={}".format, number, number),
