@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,20 +82,22 @@ async def run_program(
 async def start_program(
     args: Sequence[str | Path],
     *,
-    stdout: int = asyncio.subprocess.DEVNULL,
-    stderr: int = asyncio.subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-) -> asyncio.subprocess.Process:
-    """Start a program that outlives the call, and maybe this process: in a session of its own, nothing inherited.
+) -> "subprocess.Popen[bytes]":
+    """Start a program that outlives the call and this process: in a session of its own, nothing inherited.
 
     `stdout` and `stderr` are file descriptors. Raises NotFoundError when the program is missing.
     """
+    # Not by asyncio: its processes are killed with the event loop.
     try:
-        return await asyncio.create_subprocess_exec(
-            *args,
-            stdin=asyncio.subprocess.DEVNULL,
+        return await asyncio.to_thread(
+            subprocess.Popen,
+            args,
+            stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             pass_fds=pass_fds,

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     if lacks and "CI" not in os.environ:
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {lacks}"))]
     name = str(os.getpid())
+    directory = tempfile.mkdtemp(prefix="aoscore-test-")
     args = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", sys.executable]
-    args += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", item.nodeid]
+    args += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={directory}/t", item.nodeid]
     try:
         done = subprocess.run(
             args,
@@ -62,6 +64,7 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     except subprocess.TimeoutExpired as error:
         code, output = -1, (error.stdout or b"") + f"\nkilled after {_TIMEOUT_S:g} s".encode()
     finally:
+        shutil.rmtree(directory, ignore_errors=True)
         _remove_cgroups(f"aoscore-test-{name}")
     text = output.decode(errors="replace")
     if code == 0 and " skipped" in text.splitlines()[-1]:

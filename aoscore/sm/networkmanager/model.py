@@ -13,7 +13,8 @@ from aoscore.common.types import InstanceIdent, InstanceNetwork, NetworkWishes
 from aoscore.sm.resourcemanager.resources import HostConfig
 
 NETNS_DIR = Path("/run/netns")
-_PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?(?:/(tcp|udp))?")
+_NETWORK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_PORT = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(tcp|udp))?")
 
 
 class NetworkConfig(msgspec.Struct, frozen=True):
@@ -103,6 +104,13 @@ def fnv1a(text: str) -> str:
     for byte in text.encode():
         value = ((value ^ byte) * 16777619) & 0xFFFFFFFF
     return f"{value:08x}"
+
+
+def check_network_id(network_id: str) -> str:
+    """A network id names files and links. Raises InvalidArgumentError for one that could lead elsewhere."""
+    if not _NETWORK_ID.fullmatch(network_id):
+        raise InvalidArgumentError(f"{network_id!r} can't be a network id")
+    return network_id
 
 
 def bridge_name(network_id: str) -> str:

@@ -16,9 +16,9 @@ from aoscore.common.errors import AosError, NotFoundError
 from aoscore.common.oci import Quotas, ResourceRef
 from aoscore.common.types import EnvVar, InstanceState, InstanceStatus
 from aoscore.sm.launcher.runtimes.base import instance_id
-from aoscore.sm.launcher.runtimes.container.processes import is_alive
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.networkmanager.model import netns_path
+from aoscore.sm.processes import is_alive
 from aoscore.sm.resourcemanager.resources import HostConfig, MountConfig, ResourceConfig
 from tests.support import containers
 from tests.support.containers import image, instance, output, runtime

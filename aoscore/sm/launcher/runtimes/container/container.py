@@ -17,9 +17,9 @@ from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.crun import Crun, conmon_pid, describe_exit, read_exit_code
 from aoscore.sm.launcher.runtimes.container.history import Run, RunHistory
 from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
-from aoscore.sm.launcher.runtimes.container.processes import ProcessWatch, is_alive
 from aoscore.sm.launcher.runtimes.container.restarts import RestartPolicy
 from aoscore.sm.launcher.runtimes.container.spec import override_statuses
+from aoscore.sm.processes import ProcessWatch, is_alive
 
 _log = logging.getLogger(__name__)
 

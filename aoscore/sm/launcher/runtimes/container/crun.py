@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -135,7 +136,7 @@ class Crun:
         return {state.id: state for state in states}
 
 
-async def _with_sync_pipe(start: Callable[[int], Awaitable[asyncio.subprocess.Process]], *, what: str) -> bytes:
+async def _with_sync_pipe(start: Callable[[int], Awaitable["subprocess.Popen[bytes]"]], *, what: str) -> bytes:
     """Start conmon with the writing end of a pipe; the line it writes, empty when it ended without one."""
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     reader = asyncio.StreamReader()
@@ -150,7 +151,7 @@ async def _with_sync_pipe(start: Callable[[int], Awaitable[asyncio.subprocess.Pr
         async with asyncio.timeout(_CREATE_TIMEOUT_S):
             line = await reader.readline()
             # What stays is its child; the process that we started ends at once.
-            await process.wait()
+            await asyncio.to_thread(process.wait)
             return line
     except TimeoutError:
         raise DeadlineError(f"{what} was not created within {_CREATE_TIMEOUT_S:g} s") from None

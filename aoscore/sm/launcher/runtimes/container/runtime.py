@@ -36,9 +36,9 @@ from aoscore.sm.launcher.runtimes.container.crun import (
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 from aoscore.sm.launcher.runtimes.container.preparation import Preparation
-from aoscore.sm.launcher.runtimes.container.processes import catches_sigterm, terminate
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path, network_config
+from aoscore.sm.processes import catches_sigterm, terminate
 from aoscore.sm.resourcemanager.resources import Resources
 
 _log = logging.getLogger(__name__)

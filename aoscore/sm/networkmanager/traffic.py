@@ -1,0 +1,261 @@
+"""Traffic of the node and of each instance with public networks: table ``inet aos-traffic`` (sm-runtime.md §6.8).
+
+The kernel's named counters hold the totals of the present period themselves: a counter begins with the stored value and
+is set to zero when a new day (UTC) begins. So nothing is lost while SM is away, and SM writes to the database seldom.
+An instance over its limit is put into a set whose members lose all their traffic in that direction.
+"""
+
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import msgspec
+
+from aoscore.common.log import kv
+from aoscore.sm.networkmanager import nft
+from aoscore.sm.networkmanager.firewall import clean_id
+
+_log = logging.getLogger(__name__)
+
+TABLE = "aos-traffic"
+FAMILY = "inet"
+SYSTEM = "system"
+_PRIVATE = (("127.0.0.0", 8), ("10.0.0.0", 8), ("192.168.0.0", 16), ("172.16.0.0", 12))
+# How often totals go to the database. The kernel has them in any case; this is for a reboot.
+_SAVE_PERIOD_S = 600.0
+
+Command = dict[str, Any]
+
+
+class StoredTraffic(msgspec.Struct, frozen=True):
+    """A total as the database has it."""
+
+    chain: str
+    time: datetime
+    value: int
+
+
+class TrafficStore(Protocol):
+    """Where totals outlive a reboot."""
+
+    async def load_traffic(self) -> list[StoredTraffic]:
+        """All totals."""
+        ...
+
+    async def save_traffic(self, totals: Iterable[StoredTraffic]) -> None:
+        """Insert or replace."""
+        ...
+
+    async def remove_traffic(self, chains: Iterable[str]) -> None:
+        """Forget."""
+        ...
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """An instance whose traffic is counted; a limit of 0 means none. Bytes per day."""
+
+    name: str
+    ip: str
+    download_limit_bytes: int = 0
+    upload_limit_bytes: int = 0
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """Bytes of the present period."""
+
+    download: int = 0
+    upload: int = 0
+
+
+class Traffic:
+    """The counters and their limits."""
+
+    def __init__(self, store: TrafficStore) -> None:
+        self._store = store
+        self._stored: dict[str, StoredTraffic] = {}
+        self._counted: dict[str, Counted] = {}
+        self._blocked: dict[str, set[str]] = {"in": set(), "out": set()}
+        self._values: dict[str, int] = {}
+        self._day = datetime.now(UTC).date()
+        self._saved_s = 0.0
+
+    async def start(self, adopted: Iterable[Counted], now: datetime) -> None:
+        """Make the table for the instances that are up, with the totals that the kernel or the database still has."""
+        self._stored = {total.chain: total for total in await self._store.load_traffic()}
+        self._counted = {counted.name: counted for counted in adopted}
+        self._day = now.date()
+        kernel = await nft.counters(FAMILY, TABLE) or {}
+        last = max((total.time for total in self._stored.values()), default=now)
+        # Counters that went on over the end of a day are of no use; the day of the last save is all that is known.
+        self._values = kernel if last.date() == self._day else {}
+        await nft.apply(table(self._counted.values(), {name: self._initial(name) for name in self._names()}))
+        self._blocked = {"in": set(), "out": set()}
+        await self.refresh(now)
+
+    async def add(self, counted: Counted) -> None:
+        """Count an instance; repeatable."""
+        if self._counted.get(counted.name) == counted:
+            return
+        if counted.name in self._counted:
+            await self.remove(counted.name)
+        await nft.apply(add_commands(counted, {name: self._initial(name) for name in _names(counted.name)}))
+        self._counted[counted.name] = counted
+
+    async def remove(self, name: str) -> None:
+        """Stop counting; the total is kept for the rest of the day."""
+        counted = self._counted.get(name)
+        if counted is None:
+            return
+        await self.refresh(datetime.now(UTC))
+        blocked = [direction for direction, addresses in self._blocked.items() if counted.ip in addresses]
+        await nft.apply(remove_commands(counted, blocked))
+        for direction in blocked:
+            self._blocked[direction].discard(counted.ip)
+        del self._counted[name]
+        await self._save(_names(name), datetime.now(UTC))
+
+    async def forget(self, name: str) -> None:
+        """Delete the totals of an instance that is gone for good."""
+        await self._store.remove_traffic(_names(name))
+        for chain in _names(name):
+            self._stored.pop(chain, None)
+            self._values.pop(chain, None)
+
+    async def refresh(self, now: datetime) -> None:
+        """Read the counters, begin a new period when it is due, block and unblock by the limits."""
+        kernel = await nft.counters(FAMILY, TABLE) or {}
+        if now.date() != self._day:
+            _log.info(kv("New traffic period", day=now.date()))
+            await nft.apply([_reset(name) for name in kernel])
+            kernel = dict.fromkeys(kernel, 0)
+            self._day = now.date()
+            self._stored.clear()
+        self._values |= kernel
+        for direction in ("in", "out"):
+            await self._enforce(direction)
+
+    async def save_if_due(self, now: datetime, monotonic_s: float) -> None:
+        """Write totals that have changed, at most every ten minutes."""
+        if monotonic_s - self._saved_s >= _SAVE_PERIOD_S:
+            self._saved_s = monotonic_s
+            await self._save(self._names(), now)
+
+    def totals(self, name: str) -> Totals:
+        """The totals as last read."""
+        download, upload = (self._values.get(chain, 0) for chain in _names(name))
+        return Totals(download, upload)
+
+    async def _enforce(self, direction: str) -> None:
+        over = set()
+        for counted in self._counted.values():
+            limit = counted.download_limit_bytes if direction == "in" else counted.upload_limit_bytes
+            if limit and self._values.get(f"{direction}_{clean_id(counted.name)}", 0) > limit:
+                over.add(counted.ip)
+        was = self._blocked[direction]
+        if over == was:
+            return
+        for address in sorted(over - was):
+            _log.warning(kv("Traffic limit reached, traffic stopped", ip=address, direction=direction))
+        await nft.apply(
+            [
+                *(_element("add", f"blocked_{direction}", [address]) for address in sorted(over - was)),
+                *(_element("delete", f"blocked_{direction}", [address]) for address in sorted(was - over)),
+            ]
+        )
+        self._blocked[direction] = over
+
+    async def _save(self, names: Iterable[str], now: datetime) -> None:
+        changed = [
+            StoredTraffic(name, now, self._values[name])
+            for name in names
+            if name in self._values and (name not in self._stored or self._stored[name].value != self._values[name])
+        ]
+        if changed:
+            await self._store.save_traffic(changed)
+            self._stored |= {total.chain: total for total in changed}
+
+    def _initial(self, name: str) -> int:
+        if name in self._values:
+            return self._values[name]
+        stored = self._stored.get(name)
+        return stored.value if stored is not None and stored.time.date() == self._day else 0
+
+    def _names(self) -> list[str]:
+        return [chain for name in (SYSTEM, *self._counted) for chain in _names(name)]
+
+
+def _names(name: str) -> tuple[str, str]:
+    return (f"in_{clean_id(name)}", f"out_{clean_id(name)}")
+
+
+def table(counted: Iterable[Counted], initial: dict[str, int]) -> list[Command]:
+    """The transaction that makes the whole table."""
+    name = {"family": FAMILY, "name": TABLE}
+    commands: list[Command] = [{"add": {"table": name}}, {"delete": {"table": name}}, {"add": {"table": name}}]
+    commands += [_counter(chain, initial.get(chain, 0)) for chain in _names(SYSTEM)]
+    for direction, other in (("in", "saddr"), ("out", "daddr")):
+        counts = {**_object(f"{direction}_bytes"), "type": "ipv4_addr", "map": "counter"}
+        commands.append({"add": {"map": counts}})
+        commands.append({"add": {"set": {**_object(f"blocked_{direction}"), "type": "ipv4_addr"}}})
+        hook = "input" if direction == "in" else "output"
+        commands.append(_chain(hook))
+        commands.append(_rule(hook, [_public(other), {"counter": f"{direction}_{SYSTEM}"}]))
+    commands.append(_chain("forward"))
+    for direction, field, other in (("in", "daddr", "saddr"), ("out", "saddr", "daddr")):
+        key = {"payload": {"protocol": "ip", "field": field}}
+        blocked = {"match": {"op": "==", "left": key, "right": f"@blocked_{direction}"}}
+        commands.append(_rule("forward", [blocked, {"drop": None}]))
+        counting = {"counter": {"map": {"key": key, "data": f"@{direction}_bytes"}}}
+        commands.append(_rule("forward", [_public(other), counting]))
+    for instance in counted:
+        commands += add_commands(instance, initial)
+    return commands
+
+
+def add_commands(counted: Counted, initial: dict[str, int]) -> list[Command]:
+    """Count an instance from now on."""
+    commands = []
+    for direction, chain in zip(("in", "out"), _names(counted.name), strict=True):
+        commands.append(_counter(chain, initial.get(chain, 0)))
+        commands.append(_element("add", f"{direction}_bytes", [[counted.ip, chain]]))
+    return commands
+
+
+def remove_commands(counted: Counted, blocked: Iterable[str]) -> list[Command]:
+    """Stop counting an instance."""
+    commands = [_element("delete", f"blocked_{direction}", [counted.ip]) for direction in blocked]
+    for direction, chain in zip(("in", "out"), _names(counted.name), strict=True):
+        commands.append(_element("delete", f"{direction}_bytes", [[counted.ip, chain]]))
+        commands.append({"delete": {"counter": _object(chain)}})
+    return commands
+
+
+def _object(name: str) -> dict[str, Any]:
+    return {"family": FAMILY, "table": TABLE, "name": name}
+
+
+def _counter(name: str, value: int) -> Command:
+    return {"add": {"counter": {**_object(name), "packets": 0, "bytes": value}}}
+
+
+def _reset(name: str) -> Command:
+    return {"reset": {"counter": _object(name)}}
+
+
+def _element(verb: str, name: str, elements: list[Any]) -> Command:
+    return {verb: {"element": {**_object(name), "elem": elements}}}
+
+
+def _chain(hook: str) -> Command:
+    return {"add": {"chain": {**_object(hook), "type": "filter", "hook": hook, "prio": 0, "policy": "accept"}}}
+
+
+def _rule(chain: str, expressions: list[Any]) -> Command:
+    return {"add": {"rule": {"family": FAMILY, "table": TABLE, "chain": chain, "expr": expressions}}}
+
+
+def _public(field: str) -> dict[str, Any]:
+    private = [{"prefix": {"addr": address, "len": length}} for address, length in _PRIVATE]
+    left = {"payload": {"protocol": "ip", "field": field}}
+    return {"match": {"op": "!=", "left": left, "right": {"set": private}}}
