@@ -3,13 +3,15 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Generic, Protocol, TypeVar
 
 from aoscore.cm.communication import messages
 from aoscore.cm.communication.messages import Identity, instance_members
-from aoscore.common.aio import log_and_continue
+from aoscore.cm.launcher.model import UnitInstanceStatus
+from aoscore.cm.nodeinfo import UnitNodeInfo
+from aoscore.common.aio import Broadcast, log_and_continue
 from aoscore.common.log import kv
 from aoscore.common.types import InstanceIdent, InstanceState, MonitoringData, NodeMonitoring, NodeState
 
@@ -73,11 +75,6 @@ class MonitoringCache:
             self._instance_states[key] = state
             self._instance(ident, node_id)[0].add(messages.InstanceStateChange(timestamp=now, state=state))
 
-    def forget_instances(self, known: Iterable[tuple[InstanceIdent, str]]) -> None:
-        """Drop the last states of instances that are not known any more."""
-        kept = set(known)
-        self._instance_states = {key: state for key, state in self._instance_states.items() if key in kept}
-
     def take(self) -> tuple[messages.MonitoringData | None, int]:
         """The message with all that was collected, None when there is nothing; and how many entries were lost."""
         if not self._nodes and not self._instances:
@@ -128,12 +125,23 @@ def _sample(data: MonitoringData, now: datetime) -> messages.Sample:
 
 
 class Monitoring:
-    """Sends what was collected every `send_period_s` while the cloud is connected, as a service."""
+    """Sends what was collected every `send_period_s` while the cloud is connected, as a service.
+
+    It follows the states of nodes and instances by itself.
+    """
 
     def __init__(
-        self, link: CloudLink, *, send_period_s: float, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        link: CloudLink,
+        *,
+        nodes: Broadcast[UnitNodeInfo],
+        instances: Broadcast[list[UnitInstanceStatus]],
+        send_period_s: float,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._link = link
+        self._nodes = nodes
+        self._instances = instances
         self._send_period_s = send_period_s
         self._now = now
         self._cache = MonitoringCache()
@@ -142,18 +150,26 @@ class Monitoring:
         """An SM sent a sample."""
         self._cache.add_sample(node_id, sample, self._now())
 
-    def on_node_state(self, node_id: str, state: NodeState, is_connected: bool) -> None:
-        """A node changed."""
-        self._cache.set_node_state(node_id, state, is_connected, self._now())
-
-    def on_instance_states(self, states: Iterable[tuple[InstanceIdent, str, InstanceState]]) -> None:
-        """States of instances (identity, node id, state), the changed ones or all."""
-        for ident, node_id, state in states:
-            self._cache.set_instance_state(ident, node_id, state, self._now())
-
     async def run(self, started: Callable[[], None]) -> None:
-        """Send periodically."""
-        started()
+        """Collect states and send periodically."""
+        with self._nodes.subscribe() as nodes, self._instances.subscribe() as instances:
+            started()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow_nodes(nodes))
+                tasks.create_task(self._follow_instances(instances))
+                tasks.create_task(self._send_periodically())
+
+    async def _follow_nodes(self, changes: asyncio.Queue[UnitNodeInfo]) -> None:
+        while True:
+            node = await changes.get()
+            self._cache.set_node_state(node.node_id, node.info.state, node.is_connected, self._now())
+
+    async def _follow_instances(self, changes: asyncio.Queue[list[UnitInstanceStatus]]) -> None:
+        while True:
+            for one in await changes.get():
+                self._cache.set_instance_state(one.status.ident, one.node_id, one.status.state, self._now())
+
+    async def _send_periodically(self) -> None:
         while True:
             await asyncio.sleep(self._send_period_s)
             if self._link.connected:

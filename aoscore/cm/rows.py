@@ -10,7 +10,7 @@ from aoscore.common.types import InstanceIdent, ItemType
 
 IdentValues = tuple[str, str, int, str, int]
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def ident_values(ident: InstanceIdent) -> IdentValues:
@@ -27,12 +27,12 @@ def to_ns(time: datetime | None) -> int:
     """Nanoseconds since 1970, 0 for no time; exact, which a float would not be."""
     if time is None:
         return 0
-    return (time - _EPOCH) // timedelta(microseconds=1) * 1000
+    return (time - EPOCH) // timedelta(microseconds=1) * 1000
 
 
 def from_ns(value: int | None) -> datetime | None:
     """The reverse of to_ns; parts of a microsecond are dropped."""
-    return _EPOCH + timedelta(microseconds=value // 1000) if value else None
+    return EPOCH + timedelta(microseconds=value // 1000) if value else None
 
 
 def json_text(value: object) -> str:

@@ -213,6 +213,7 @@ class SmController:
             if older := self._nodes.get(link.node_id):
                 _log.warning(kv("SM connected again, its older stream is closed", nodeID=link.node_id))
                 older.close()
+                self._receivers.sm_lost(link.node_id)
             self._nodes[link.node_id] = link
             _log.info(kv("SM connected", nodeID=link.node_id, runtimes=[one.type for one in info.runtimes]))
         self._receivers.sm_info(msgspec.structs.replace(info, node_id=link.node_id))

@@ -4,11 +4,21 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 from aoscore.cm.communication.messages import MonitoringData
+from aoscore.cm.launcher.model import UnitInstanceStatus
 from aoscore.cm.monitoring import RING_SIZE, Monitoring, MonitoringCache
+from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.common import types
-from aoscore.common.types import InstanceIdent, InstanceMonitoring, InstanceState, NodeMonitoring, NodeState
+from aoscore.common.aio import Broadcast
+from aoscore.common.types import (
+    InstanceIdent,
+    InstanceMonitoring,
+    InstanceState,
+    InstanceStatus,
+    NodeMonitoring,
+    NodeState,
+)
 from tests.support.running import running
-from tests.unit.cm.fakes import FakeLink
+from tests.unit.cm.fakes import FakeLink, unit_node
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 IDENT = InstanceIdent("item", "subject", 0)
@@ -65,11 +75,18 @@ def test_newest_samples_are_kept_and_losses_counted() -> None:
 async def test_sends_only_while_connected() -> None:
     link = FakeLink()
     link.connected = False
-    monitoring = Monitoring(link, send_period_s=0.01)
+    nodes: Broadcast[UnitNodeInfo] = Broadcast("nodes")
+    instances: Broadcast[list[UnitInstanceStatus]] = Broadcast("instances")
+    monitoring = Monitoring(link, nodes=nodes, instances=instances, send_period_s=0.01)
     async with running(monitoring):
         monitoring.on_sample("n", sample(0))
+        nodes.publish(unit_node("n"))
+        instances.publish([UnitInstanceStatus(InstanceStatus(IDENT, "1.0.0", InstanceState.ACTIVE), "n")])
         await asyncio.sleep(0.05)
         assert link.sent == []
         link.connected = True
         await asyncio.sleep(0.05)
-        assert [type(message) for message in link.sent] == [MonitoringData]
+        (message,) = link.sent
+        assert isinstance(message, MonitoringData)
+        assert (len(message.nodes[0].node_states), len(message.nodes[0].items)) == (1, 1)
+        assert (len(message.instances[0].item_states), len(message.instances[0].items)) == (1, 1)

@@ -1,0 +1,694 @@
+"""Brings the wanted instances to the nodes and keeps them there (cm-orchestration §4).
+
+One place decides (`_balance`, under a lock): requests -> records -> sites -> start lists. What it decided is written
+before anybody is told. Each node has a driver that makes it run its start list.
+"""
+
+import asyncio
+import contextlib
+import grp
+import logging
+import pwd
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Protocol
+
+import msgspec
+
+from aoscore.cm.communication import messages
+from aoscore.cm.communication.messages import NodeConfig, PercentRule
+from aoscore.cm.launcher.balancer import (
+    Budgets,
+    Decision,
+    Home,
+    Node,
+    Presence,
+    Ratios,
+    Site,
+    Usage,
+    Wanted,
+    place,
+)
+from aoscore.cm.launcher.book import InstanceBook, sorted_requests
+from aoscore.cm.launcher.envvars import (
+    EnvVarResults,
+    Override,
+    next_expiry,
+    split_acceptable,
+    variables_for,
+    without_expired,
+)
+from aoscore.cm.launcher.ids import IdPool
+from aoscore.cm.launcher.items import Images, Item, load_item
+from aoscore.cm.launcher.model import InstanceRecord, RunRequest, UnitInstanceStatus
+from aoscore.cm.launcher.nodedriver import DriverSettings, NodeDriver
+from aoscore.cm.launcher.store import LauncherStore
+from aoscore.cm.nodeinfo import UnitNodeInfo
+from aoscore.cm.storagestate.manager import DiskBudgets, Paths
+from aoscore.common.aio import Backoff, Broadcast, log_and_continue
+from aoscore.common.errors import AosError, DeadlineError, NotFoundError, NotSupportedError, to_error_info
+from aoscore.common.log import kv
+from aoscore.common.types import (
+    AlertRulePercents,
+    AlertStatus,
+    ErrorInfo,
+    InstanceIdent,
+    InstanceInfo,
+    InstanceState,
+    InstanceStatus,
+    ItemType,
+    MonitoringParameters,
+    NodeAlert,
+    NodeMonitoring,
+    NodeState,
+    SystemQuotaAlert,
+)
+
+_log = logging.getLogger(__name__)
+
+_AGEING_PERIOD_S = 24 * 3600.0
+
+
+class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the launcher, seconds."""
+
+    instance_ttl_s: float = 30 * 24 * 3600.0
+    """How long the data of an instance that is not wanted any more are kept."""
+    nodes_connection_timeout_s: float = 600.0
+    """How long decisions wait for nodes that should be there."""
+    place_first_s: float = 30.0
+    place_limit_s: float = 600.0
+    """Pauses before instances without a place are tried again."""
+    check_env_vars_period_s: float = 60.0
+    """How often overridden variables are checked for their expiry."""
+    driver: DriverSettings = DriverSettings()
+
+
+class Nodes(Protocol):
+    """The nodes of the Unit."""
+
+    changed: Broadcast[UnitNodeInfo]
+
+    def nodes(self) -> Sequence[UnitNodeInfo]: ...
+
+
+class Sms(Protocol):
+    """Requests to the SM of a node."""
+
+    def update_instances(
+        self, node_id: str, start: Sequence[InstanceInfo], stop: Sequence[InstanceIdent]
+    ) -> Awaitable[None]: ...
+
+    async def get_average_monitoring(self, node_id: str) -> NodeMonitoring: ...
+
+
+class Storage(Protocol):
+    """Storage and state of instances."""
+
+    async def budgets(self) -> DiskBudgets: ...
+
+    async def setup(
+        self, ident: InstanceIdent, uid: int, gid: int, *, storage_quota_bytes: int, state_quota_bytes: int
+    ) -> Paths: ...
+
+    def keep_watching(self, idents: Collection[InstanceIdent]) -> None: ...
+
+    async def remove(self, ident: InstanceIdent) -> None: ...
+
+    def checksum(self, ident: InstanceIdent) -> str: ...
+
+
+class UnitConfig(Protocol):
+    """The unit config."""
+
+    changed: Broadcast[messages.UnitConfig]
+
+    def node_config(self, node_id: str, node_type: str) -> NodeConfig: ...
+
+
+class Subjects(Protocol):
+    """Subjects that are active on the Unit, known by IAM."""
+
+    async def get_subjects(self) -> tuple[str, ...]: ...
+
+    def watch_subjects(self) -> AsyncIterator[tuple[str, ...]]: ...
+
+
+class CloudLink(Protocol):
+    """The cloud as far as the launcher needs it."""
+
+    async def send(self, message: messages.Message) -> object: ...
+
+
+class Launcher:
+    """A service. `run_instances`, `override_env_vars` and `statuses` are for the update manager and the cloud.
+
+    With `hold` nothing is sent to nodes before the first `run_instances`: for a Unit whose database was lost, where
+    all that runs would else be stopped.
+    """
+
+    def __init__(
+        self,
+        store: LauncherStore,
+        nodes: Nodes,
+        sms: Sms,
+        images: Images,
+        storage: Storage,
+        unit_config: UnitConfig,
+        subjects: Subjects,
+        link: CloudLink,
+        *,
+        settings: LauncherSettings = LauncherSettings(),  # noqa: B008 - immutable
+        alert: Callable[[str], None] = lambda _: None,
+        hold: bool = False,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._store = store
+        self._nodes = nodes
+        self._sms = sms
+        self._images = images
+        self._storage = storage
+        self._unit_config = unit_config
+        self._subjects = subjects
+        self._link = link
+        self._settings = settings
+        self._alert = alert
+        self._hold = hold
+        self._now = now
+        self._book = InstanceBook(IdPool("user id", _is_system_user), IdPool("group id", _is_system_group))
+        self._requests: list[RunRequest] = []
+        self._overrides: list[Override] = []
+        self._results = EnvVarResults()
+        self._active_subjects: tuple[str, ...] | None = None
+        """None while IAM has not told: then nothing is stopped for want of a subject."""
+        self._confirmed: dict[str, str] = {}
+        self._drivers: dict[str, NodeDriver] = {}
+        self._driver_tasks: asyncio.TaskGroup | None = None
+        self._infos: dict[InstanceIdent, InstanceInfo] = {}
+        """Start parameters of all instances that have a site, without overridden variables."""
+        self._errors: dict[InstanceIdent, Exception] = {}
+        """Why active instances do not run where they should, or have no place."""
+        self._prepared: dict[InstanceIdent, tuple[tuple[int, ...], Paths]] = {}
+        self._balanced_for: list[Node] | None = None
+        """Nodes as they were at the last decision, without their load."""
+        self._published: dict[tuple[InstanceIdent, str, str], UnitInstanceStatus] = {}
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._arrived = asyncio.Event()
+        self._env_wake = asyncio.Event()
+        self._report_env = asyncio.Event()
+        self._must_balance = False
+        self._place_due_s: float | None = None
+        self._place_pause = Backoff(settings.place_first_s, settings.place_limit_s)
+        self.changed: Broadcast[list[UnitInstanceStatus]] = Broadcast("instances")
+
+    # ---- for the update manager and the cloud
+
+    async def run_instances(self, requests: Sequence[RunRequest]) -> None:
+        """Run these instances and no others.
+
+        Stores the requests, waits for nodes that should be there, decides, stores the decision and hands it to the
+        nodes. Afterwards `statuses` shows every wanted instance: activating until its node has told of it.
+        """
+        ordered = sorted_requests(requests)
+        await self._store.save_requests(ordered)
+        self._requests = ordered
+        self._hold = False
+        await self._wait_for_nodes()
+        async with self._lock:
+            self._place_pause.reset()
+            await self._balance(rebalance=False, retry=True)
+
+    async def override_env_vars(self, overrides: Sequence[messages.EnvVarOverride]) -> None:
+        """Replace all overridden variables; only instances whose variables change are started anew, by their SM."""
+        async with self._lock:
+            await self._set_overrides([Override.of(one) for one in overrides])
+
+    def statuses(self) -> list[UnitInstanceStatus]:
+        """All wanted instances, then preinstalled components."""
+        found = [self._status(record) for record in self._book.active()]
+        for (ident, version), error in self._book.failures.items():
+            failed = InstanceStatus(ident, version, InstanceState.FAILED, error=to_error_info(error))
+            found.append(UnitInstanceStatus(failed, ""))
+        for node_id, driver in sorted(self._drivers.items()):
+            found += [UnitInstanceStatus(status, node_id) for status in driver.preinstalled()]
+        return found
+
+    # ---- told by the nodes
+
+    def on_node_statuses(self, node_id: str, statuses: Sequence[InstanceStatus]) -> None:
+        """All instances of a node."""
+        self._driver(node_id).on_full_list(statuses)
+        self._results.add(statuses)
+        self._report_env.set()
+        self._arrived.set()
+        self._wake.set()
+
+    def on_statuses(self, node_id: str, statuses: Sequence[InstanceStatus]) -> None:
+        """Single instances of a node."""
+        self._driver(node_id).on_statuses(statuses)
+
+    def on_sm_lost(self, node_id: str) -> None:
+        """A node's SM is disconnected."""
+        self._driver(node_id).on_lost()
+        self._wake.set()
+
+    def on_node_alert(self, node_id: str, alert: NodeAlert) -> None:
+        """A node that is overloaded gives work away."""
+        if isinstance(alert, SystemQuotaAlert) and alert.status is not AlertStatus.FALL:
+            self._must_balance = True
+            self._wake.set()
+
+    # ---- service
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Take up what was stored, then follow nodes, subjects and times."""
+        await self._load()
+        with (
+            self._nodes.changed.subscribe() as node_changes,
+            self._unit_config.changed.subscribe() as config_changes,
+        ):
+            async with asyncio.TaskGroup() as tasks:
+                self._driver_tasks = tasks
+                for driver in self._drivers.values():
+                    tasks.create_task(driver.run())
+                self._wake.set()
+                started()
+                tasks.create_task(self._follow_nodes(node_changes))
+                tasks.create_task(self._follow_config(config_changes))
+                tasks.create_task(self._follow_subjects())
+                tasks.create_task(self._balance_when_needed())
+                tasks.create_task(self._expire_overrides())
+                tasks.create_task(self._report_env_vars())
+                tasks.create_task(self._give_up_on_silent_nodes())
+                tasks.create_task(self._age())
+
+    async def _load(self) -> None:
+        stored = await self._store.load()
+        self._book.restore(stored.records)
+        self._requests = list(stored.requests)
+        self._overrides = list(stored.overrides)
+        self._confirmed = stored.confirmed
+        await self._flush()
+        for record in self._book.active():
+            if record.site is not None:
+                item = self._load_item(record.ident.item_id, record.version, record.ident.type)
+                with log_and_continue(_log, f"Can't prepare instance {record.ident}"):
+                    self._infos[record.ident] = await self._prepare(record, item)
+        if not self._hold:
+            self._drive()
+        self._publish()
+
+    async def _follow_nodes(self, changes: asyncio.Queue[UnitNodeInfo]) -> None:
+        while True:
+            node = await changes.get()
+            self._driver(node.node_id).wake()
+            self._arrived.set()
+            self._wake.set()
+
+    async def _follow_config(self, changes: asyncio.Queue[messages.UnitConfig]) -> None:
+        while True:
+            await changes.get()
+            self._wake.set()
+
+    async def _follow_subjects(self) -> None:
+        pause = Backoff(1, 60)
+        while self._active_subjects is None:
+            try:
+                self._set_subjects(await self._subjects.get_subjects())
+            except NotSupportedError:
+                # An IAM without identifier: no subject is ever active.
+                self._set_subjects(())
+            except AosError as error:
+                _log.warning(kv("Can't get subjects, all count as active", error=error))
+                await asyncio.sleep(pause.next())
+        async for subjects in self._subjects.watch_subjects():
+            self._set_subjects(subjects)
+
+    def _set_subjects(self, subjects: tuple[str, ...]) -> None:
+        if self._active_subjects is None or set(subjects) != set(self._active_subjects):
+            _log.info(kv("Active subjects", subjects=list(subjects)))
+            self._active_subjects = subjects
+            self._must_balance = True
+            self._wake.set()
+
+    async def _balance_when_needed(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout_at(self._place_due_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._must_balance = True
+                self._place_due_s = None
+            self._wake.clear()
+            if self._hold:
+                continue
+            with log_and_continue(_log, "Can't balance instances"):
+                await self._wait_for_nodes()
+                async with self._lock:
+                    if self._must_balance or self._unloaded_nodes() != self._balanced_for:
+                        await self._balance(rebalance=True)
+
+    async def _wait_for_nodes(self) -> None:
+        """Until all nodes that should be there have told their instances, or are known to be missing."""
+        try:
+            async with asyncio.timeout(self._settings.nodes_connection_timeout_s):
+                while missing := [node.node_id for node in self._nodes.nodes() if self._is_awaited(node)]:
+                    _log.debug(kv("Waiting for nodes", nodeIDs=missing))
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            _log.warning(kv("Going on without nodes", nodeIDs=missing))
+
+    def _is_awaited(self, node: UnitNodeInfo) -> bool:
+        return self._presence(node) is Presence.AWAY
+
+    def _presence(self, node: UnitNodeInfo) -> Presence:
+        if node.info.state is not NodeState.PROVISIONED or "sm" not in node.info.components:
+            return Presence.GONE
+        return Presence.ONLINE if node.is_usable and self._driver(node.node_id).is_connected else Presence.AWAY
+
+    async def _give_up_on_silent_nodes(self) -> None:
+        """Once after the start: instances on nodes that never told of them count as failed."""
+        await asyncio.sleep(self._settings.nodes_connection_timeout_s)
+        for driver in self._drivers.values():
+            if not driver.is_connected:
+                driver.fail_unheard(DeadlineError(f"node {driver.node_id} did not connect"))
+
+    async def _age(self) -> None:
+        """Forget instances that were put aside long ago, with their data."""
+        while True:
+            async with self._lock:
+                with log_and_continue(_log, "Can't remove outdated instances"):
+                    await self._drop_outdated()
+            await asyncio.sleep(_AGEING_PERIOD_S)
+
+    async def _drop_outdated(self) -> None:
+        before = self._book.idents()
+        self._book.drop_outdated(self._now(), self._settings.instance_ttl_s)
+        for ident in sorted(before - self._book.idents()):
+            self._prepared.pop(ident, None)
+            with log_and_continue(_log, f"Can't remove data of instance {ident}"):
+                await self._storage.remove(ident)
+        await self._flush()
+
+    # ---- decisions
+
+    async def _balance(self, *, rebalance: bool, retry: bool = False) -> None:
+        """Decide where everything runs, write it down, hand it to the nodes."""
+        self._must_balance = False
+        unloaded = self._unloaded_nodes()
+        current = self._book.sites()
+        items = {
+            (one.item_id, one.version): self._load_item(one.item_id, one.version, one.item_type)
+            for one in self._requests
+        }
+        spots = {key: self._spots(key[0], item, unloaded) for key, item in items.items()}
+        self._book.apply_requests(self._requests, spots, self._active_subjects, self._now())
+        records = self._book.active()
+        budgets = await self._storage.budgets()
+        # Instances that run while their images are gone here are left alone until the images are back.
+        orphans = {
+            record.ident: Decision(record.site, NotFoundError(item.problem))
+            for record in records
+            if record.site and not (item := items[record.ident.item_id, record.version]).variants
+        }
+        decisions = orphans | place(
+            await self._with_loads(unloaded, current),
+            [
+                _wanted(record, items[record.ident.item_id, record.version])
+                for record in records
+                if record.ident not in orphans
+            ],
+            current,
+            Budgets(budgets.storage_bytes, budgets.state_bytes, budgets.same_partition),
+            rebalance=rebalance,
+        )
+        infos: dict[InstanceIdent, InstanceInfo] = {}
+        errors: dict[InstanceIdent, Exception] = {}
+        for record in records:
+            decision = decisions[record.ident]
+            error: Exception | None = decision.error
+            placed = self._book.apply_decision(record, decision)
+            if decision.site is not None and record.ident not in orphans:
+                try:
+                    infos[record.ident] = await self._prepare(placed, items[record.ident.item_id, record.version])
+                except (AosError, OSError) as failure:
+                    self._book.apply_decision(placed, Decision(None))
+                    error = failure
+            if error is not None:
+                errors[record.ident] = error
+                if str(error) != str(self._errors.get(record.ident)):
+                    _log.error(kv("Can't place instance", instance=record.ident, version=record.version, error=error))
+        await self._drop_outdated()
+        self._infos, self._errors, self._balanced_for = infos, errors, unloaded
+        self._storage.keep_watching(infos.keys() | orphans.keys())
+        self._plan_next_try()
+        self._drive(retry=retry)
+        self._publish()
+
+    def _plan_next_try(self) -> None:
+        self._place_due_s = None
+        if self._errors:
+            self._place_due_s = asyncio.get_running_loop().time() + self._place_pause.next()
+        else:
+            self._place_pause.reset()
+
+    async def _prepare(self, record: InstanceRecord, item: Item) -> InstanceInfo:
+        """Start parameters of an instance, with its storage and state made ready.
+
+        Raises NotFoundError when the config of its manifest is not here: without it, its data could not be told from
+        data that are not wanted any more.
+        """
+        config = item.configs.get(record.manifest_digest)
+        if config is None:
+            raise NotFoundError(item.problem or f"manifest {record.manifest_digest} is not in its index any more")
+        paths = Paths()
+        if not record.is_component:
+            needs = (record.uid, record.gid, config.quotas.storage_limit or 0, config.quotas.state_limit or 0)
+            done, paths = self._prepared.get(record.ident, ((), Paths()))
+            if done != needs:
+                paths = await self._storage.setup(
+                    record.ident, needs[0], needs[1], storage_quota_bytes=needs[2], state_quota_bytes=needs[3]
+                )
+                self._prepared[record.ident] = needs, paths
+        return InstanceInfo(
+            ident=record.ident,
+            version=record.version,
+            manifest_digest=record.manifest_digest,
+            owner_id=record.owner_id,
+            runtime_id=record.runtime_id,
+            uid=record.uid,
+            gid=record.gid,
+            priority=record.priority,
+            storage_path=paths.storage,
+            state_path=paths.state,
+            monitoring_parameters=None if record.is_component else MonitoringParameters(config.alert_rules),
+        )
+
+    def _load_item(self, item_id: str, version: str, item_type: ItemType) -> Item:
+        return load_item(self._images, item_id, version, is_component=item_type is ItemType.COMPONENT)
+
+    def _spots(self, item_id: str, item: Item, nodes: Sequence[Node]) -> set[Home]:
+        """Runtimes for a component that is wanted everywhere: all that can run it, and those it has on absent nodes."""
+        types = {kind for variant in item.variants for kind in variant.runtime_types}
+        online = [node for node in nodes if node.presence is Presence.ONLINE]
+        spots = {
+            Home(node.node_id, runtime.runtime_id)
+            for node in online
+            for runtime in node.runtimes
+            if runtime.type in types
+        }
+        online_ids = {node.node_id for node in online}
+        return spots | {
+            Home(record.node_id, record.runtime_id)
+            for record in self._book.active()
+            if record.pinned and record.ident.item_id == item_id and record.node_id not in online_ids
+        }
+
+    # ---- nodes
+
+    def _unloaded_nodes(self) -> list[Node]:
+        return [self._balancer_node(node) for node in self._nodes.nodes()]
+
+    def _balancer_node(self, node: UnitNodeInfo) -> Node:
+        config = self._unit_config.node_config(node.node_id, node.info.node_type)
+        ratios = config.resource_ratios or messages.ResourceRatios()
+        rules = config.alert_rules or messages.AlertRules()
+        return Node(
+            node_id=node.node_id,
+            presence=self._presence(node),
+            max_dmips=node.info.max_dmips,
+            total_ram_bytes=node.info.total_ram,
+            runtimes=node.runtimes,
+            resources=node.resources,
+            priority=config.priority,
+            labels=frozenset(config.labels),
+            ratios=Ratios(ratios.cpu, ratios.ram, ratios.storage, ratios.state),
+            cpu_rule=_balancer_rule(rules.cpu),
+            ram_rule=_balancer_rule(rules.ram),
+        )
+
+    async def _with_loads(self, nodes: Sequence[Node], current: Mapping[InstanceIdent, Site]) -> list[Node]:
+        return list(await asyncio.gather(*(self._with_load(node, current) for node in nodes)))
+
+    async def _with_load(self, node: Node, current: Mapping[InstanceIdent, Site]) -> Node:
+        """A node that does not tell how busy it is counts as idle."""
+        if node.presence is not Presence.ONLINE:
+            return node
+        try:
+            average = await self._sms.get_average_monitoring(node.node_id)
+        except AosError as error:
+            _log.warning(kv("Balancing without the load of a node", nodeID=node.node_id, error=error))
+            return node
+        loads: dict[tuple[InstanceIdent, str], Usage] = {}
+        for one in average.instances:
+            # A 9.1.0 SM does not tell the runtime (sm.md §2.3).
+            site = current.get(one.ident)
+            runtime_id = one.runtime_id or (site.runtime_id if site else "")
+            loads[one.ident, runtime_id] = Usage(one.data.cpu, one.data.ram)
+        return msgspec.structs.replace(node, load=Usage(average.node.cpu, average.node.ram), instance_loads=loads)
+
+    def _driver(self, node_id: str) -> NodeDriver:
+        driver = self._drivers.get(node_id)
+        if driver is None:
+            driver = self._drivers[node_id] = NodeDriver(
+                node_id,
+                self._sms.update_instances,
+                is_usable=lambda: any(node.is_usable for node in self._nodes.nodes() if node.node_id == node_id),
+                changed=self._publish,
+                confirmed=self._confirmed.get(node_id),
+                save_confirmed=self._store.save_confirmed,
+                alert=self._alert,
+                settings=self._settings.driver,
+            )
+            if self._driver_tasks is not None:
+                self._driver_tasks.create_task(driver.run())
+                if not self._hold:
+                    driver.set_wanted(*self._wanted_on(node_id))
+        return driver
+
+    def _drive(self, *, retry: bool = False) -> None:
+        """Tell every driver what shall run on its node."""
+        known = {node.node_id for node in self._nodes.nodes()} | {record.node_id for record in self._book.active()}
+        for node_id in sorted((known | set(self._drivers)) - {""}):
+            self._driver(node_id).set_wanted(*self._wanted_on(node_id), retry=retry)
+
+    def _wanted_on(self, node_id: str) -> tuple[list[InstanceInfo], set[InstanceIdent]]:
+        """What a node shall run, and what it shall be left alone with."""
+        infos: list[InstanceInfo] = []
+        leave: set[InstanceIdent] = set()
+        for record in self._book.active():
+            if record.node_id != node_id:
+                continue
+            info = self._infos.get(record.ident)
+            if info is None:
+                leave.add(record.ident)
+                continue
+            accepted, refused = split_acceptable(variables_for(record.ident, self._overrides))
+            self._results.set_refused(record.ident, refused)
+            infos.append(msgspec.structs.replace(info, env_vars=accepted))
+        return infos, leave
+
+    # ---- overridden variables
+
+    async def _set_overrides(self, overrides: Sequence[Override]) -> None:
+        kept = without_expired(overrides, self._now())
+        if kept == self._overrides:
+            return
+        await self._store.save_overrides(kept)
+        self._overrides = kept
+        _log.info(kv("Environment variables overridden", filters=len(kept)))
+        if not self._hold:
+            self._drive()
+        self._report_env.set()
+        self._env_wake.set()
+
+    async def _expire_overrides(self) -> None:
+        while True:
+            self._env_wake.clear()
+            period_s = self._settings.check_env_vars_period_s if next_expiry(self._overrides) else None
+            try:
+                async with asyncio.timeout(period_s):
+                    await self._env_wake.wait()
+            except TimeoutError:
+                with log_and_continue(_log, "Can't drop expired environment variables"):
+                    async with self._lock:
+                        await self._set_overrides(self._overrides)
+
+    async def _report_env_vars(self) -> None:
+        while True:
+            await self._report_env.wait()
+            self._report_env.clear()
+            report = self._results.take_report([record.ident for record in self._book.active()])
+            if report is not None:
+                with log_and_continue(_log, "Can't report overridden environment variables"):
+                    await self._link.send(report)
+
+    # ---- statuses and records
+
+    def _status(self, record: InstanceRecord) -> UnitInstanceStatus:
+        error = self._errors.get(record.ident)
+        info = self._infos.get(record.ident)
+        if error is not None:
+            status = _plain_status(record, InstanceState.FAILED, to_error_info(error))
+        elif info is None or info.version != record.version:
+            status = _plain_status(record, InstanceState.ACTIVATING)
+        else:
+            status = self._driver(record.node_id).status(info)
+        return UnitInstanceStatus(status, record.node_id, self._storage.checksum(record.ident))
+
+    def _publish(self) -> None:
+        """Tell about instances that are others than before."""
+        present = {
+            (one.status.ident, one.status.version, one.node_id if one.status.ident.preinstalled else ""): one
+            for one in self.statuses()
+        }
+        changed = [one for key, one in present.items() if self._published.get(key) != one]
+        self._published = present
+        if changed:
+            self.changed.publish(changed)
+
+    async def _flush(self) -> None:
+        changed, deleted = self._book.take_changes()
+        if not changed and not deleted:
+            return
+        try:
+            await self._store.save_records(changed, deleted)
+        except BaseException:
+            self._book.put_back_changes(changed, deleted)
+            raise
+
+
+def _wanted(record: InstanceRecord, item: Item) -> Wanted:
+    return Wanted(
+        ident=record.ident,
+        variants=item.variants,
+        priority=record.priority,
+        labels=record.labels,
+        is_component=record.is_component,
+        pin=Home(record.node_id, record.runtime_id) if record.pinned else None,
+        problem=item.problem,
+    )
+
+
+def _balancer_rule(rule: PercentRule | None) -> AlertRulePercents | None:
+    return AlertRulePercents(rule.min_threshold, rule.max_threshold) if rule else None
+
+
+def _plain_status(record: InstanceRecord, state: InstanceState, error: ErrorInfo | None = None) -> InstanceStatus:
+    return InstanceStatus(record.ident, record.version, state, record.runtime_id, record.manifest_digest, error=error)
+
+
+def _is_system_user(uid: int) -> bool:
+    with contextlib.suppress(KeyError):
+        pwd.getpwuid(uid)
+        return True
+    return False
+
+
+def _is_system_group(gid: int) -> bool:
+    with contextlib.suppress(KeyError):
+        grp.getgrgid(gid)
+        return True
+    return False
