@@ -13,7 +13,7 @@ import ssl
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -23,7 +23,6 @@ from aoscore.cm.communication.discovery import REDIRECT, REPEAT_LATER, Addresses
 from aoscore.cm.communication.envelope import EnvelopeError, Received
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import Message, message_type
-from aoscore.cm.communication.reader import Problem
 from aoscore.cm.communication.session import Session
 from aoscore.cm.communication.websocket import UnauthorizedError, WebSocket, connect
 from aoscore.common.aio import Backoff, Broadcast, Worker, log_and_continue
@@ -71,13 +70,13 @@ class _Topic:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.queue: asyncio.Queue[tuple[Callable[[Any], Awaitable[None]], Message]] = asyncio.Queue(_TOPIC_QUEUE)
+        self.queue: asyncio.Queue[tuple[Callable[[Received], Awaitable[None]], Received]] = asyncio.Queue(_TOPIC_QUEUE)
 
     async def run(self) -> None:
         while True:
-            handler, message = await self.queue.get()
-            with log_and_continue(_log, f"Can't handle {message_type(message)} from the cloud"):
-                await handler(message)
+            handler, received = await self.queue.get()
+            with log_and_continue(_log, f"Can't handle a message of the cloud ({self.name})"):
+                await handler(received)
 
 
 def is_loopback(url: str) -> bool:
@@ -103,21 +102,19 @@ class CloudLink:
         worker: Worker,
         *,
         message_log: MessageLog | None = None,
-        unreadable: Callable[[Received], None] = lambda _: None,
-        problems: Callable[[Message, tuple[Problem, ...]], None] = lambda _message, _problems: None,
+        unreadable: Callable[[AosError], None] = lambda _: None,
     ) -> None:
-        """`unreadable` is told of messages that cannot be read, `problems` of parts that were left out."""
+        """`unreadable` is told of frames that are no messages and of messages that cannot be read."""
         self._system_id = system_id
         self._settings = settings
         self._identities = identities
         self._worker = worker
         self._message_log = message_log
         self._unreadable = unreadable
-        self._problems = problems
         self._session = Session(system_id, response_timeout_s=settings.response_timeout_s)
         self._addresses = Addresses()
         self._backoff = Backoff(settings.reconnect_first_s, settings.reconnect_limit_s)
-        self._handlers: dict[type[Message], tuple[Callable[[Any], Awaitable[None]], _Topic]] = {}
+        self._handlers: dict[type[Message], tuple[Callable[[Received], Awaitable[None]], _Topic]] = {}
         self._topics: dict[str, _Topic] = {}
         self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._wake = asyncio.Event()
@@ -140,6 +137,16 @@ class CloudLink:
 
         Raises WrongStateError when the type has a handler already.
         """
+
+        async def with_message(received: Received) -> None:
+            await handler(cast("M", received.message))
+
+        self.on_received(kind, with_message, topic=topic)
+
+    def on_received(
+        self, kind: type[Message], handler: Callable[[Received], Awaitable[None]], *, topic: str = ""
+    ) -> None:
+        """Like `on`, for a handler that wants to know which parts of a message could not be read."""
         if kind in self._handlers:
             raise WrongStateError(f"{message_type(kind)} has a handler already")
         name = topic or message_type(kind)
@@ -345,6 +352,7 @@ class CloudLink:
                 received = self._session.receive(frame, now=_now(), created_at=datetime.now(UTC))
             except EnvelopeError as error:
                 _log.error("Message is dropped: %s", error)
+                self._unreadable(error)
                 continue
             self._wake.set()
             if received is not None:
@@ -353,13 +361,12 @@ class CloudLink:
     async def _dispatch(self, received: Received) -> None:
         message = received.message
         if message is None:
-            _log.error("Message can't be used: %s", received.error)
-            self._unreadable(received)
+            error = received.error or FailedError("message without content")
+            _log.error("Message can't be used: %s", error)
+            self._unreadable(error)
             return
         for problem in received.problems:
             _log.error("Part of %s from the cloud is left out: %s", message_type(message), problem)
-        if received.problems:
-            self._problems(message, received.problems)
         future = self._waiting.get(message.correlation_id)
         if future is not None:
             if not future.done():
@@ -371,7 +378,7 @@ class CloudLink:
             return
         function, topic = handler
         # A full topic holds up the connection rather than lose a message that was acknowledged.
-        await topic.queue.put((function, message))
+        await topic.queue.put((function, received))
 
 
 def _now() -> float:

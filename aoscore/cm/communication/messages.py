@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, TypedDict, TypeVar, get_args
+from typing import ClassVar, Final, TypedDict, TypeVar, get_args
 
 import msgspec
 
@@ -362,6 +362,9 @@ class CertificateChain(Wire, frozen=True, kw_only=True):
 
 class DesiredStatus(Message, frozen=True, kw_only=True, tag="desiredStatus"):
     """What the Unit shall become. None in `items` or `instances` means: not in the message (D17)."""
+
+    # A bad unit config is reported as such; it does not keep items from being updated.
+    may_be_unreadable: ClassVar[frozenset[str]] = frozenset({"unit_config"})
 
     nodes: tuple[DesiredNode, ...] = ()
     unit_config: UnitConfig | None = None

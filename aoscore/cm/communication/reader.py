@@ -2,7 +2,7 @@
 
 Member names match in any case, null counts as absent, unknown members are ignored, scalars are coerced, times need no
 offset. A list element that cannot be read is left out and reported as a problem, so that one bad entry does not void
-the message; anything else that cannot be read raises.
+the message; so is a member that its Struct lists in `may_be_unreadable`. Anything else that cannot be read raises.
 """
 
 from __future__ import annotations
@@ -119,7 +119,12 @@ class _Reader:
                 if field.required:
                     raise InvalidArgumentError(f"{where}: missing")
                 continue
-            arguments[field.name] = self.value(field.type, member, where)
+            try:
+                arguments[field.name] = self.value(field.type, member, where)
+            except InvalidArgumentError as error:
+                if field.name not in getattr(info.cls, "may_be_unreadable", ()):
+                    raise
+                self._leave_out(error)
         try:
             return info.cls(**arguments)
         except InvalidArgumentError as error:
@@ -152,9 +157,12 @@ class _Reader:
             try:
                 result.append(self.value(info.item_type, element, f"{path}[{index}]"))
             except InvalidArgumentError as error:
-                where, _, text = str(error).partition(": ")
-                self._problems.append(Problem(where, text))
+                self._leave_out(error)
         return tuple(result) if isinstance(info, ms.VarTupleType) else result
+
+    def _leave_out(self, error: InvalidArgumentError) -> None:
+        where, _, text = str(error).partition(": ")
+        self._problems.append(Problem(where, text))
 
     def _dict(self, info: ms.DictType, value: object, path: str) -> object:
         if not isinstance(value, dict):
@@ -174,8 +182,7 @@ class _Reader:
                 # An optional word that we do not know is taken as absent (§4.1, exception for identities).
                 if not isinstance(choices[0], ms.EnumType):
                     raise
-                where, _, text = str(error).partition(": ")
-                self._problems.append(Problem(where, text))
+                self._leave_out(error)
                 return None
         structs = [choice for choice in choices if isinstance(choice, ms.StructType)]
         if not isinstance(value, dict) or not structs:

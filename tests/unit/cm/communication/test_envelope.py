@@ -170,10 +170,10 @@ def test_unit_config_is_written_in_the_contract_s_order() -> None:
     )
 
 
-def test_unit_config_with_a_wrong_type_names_the_member() -> None:
-    received = receive({"messageType": "desiredStatus", "unitConfig": {"version": {"major": 1}}})
-    assert received.message is None
-    assert str(received.error) == "desiredStatus from the cloud: unitConfig.version: text expected, got an object"
+def test_a_bad_unit_config_is_left_out_and_the_member_named() -> None:
+    received = receive({**DESIRED, "unitConfig": {"version": {"major": 1}}})
+    assert isinstance(received.message, DesiredStatus) and received.message.unit_config is None
+    assert [str(problem) for problem in received.problems] == ["unitConfig.version: text expected, got an object"]
 
 
 def test_blob_urls() -> None:

@@ -17,7 +17,6 @@ from aoscore.cm.communication.messages import (
     BlobUrls,
     DesiredStatus,
     Identity,
-    Message,
     RequestBlobUrls,
     StateAcceptance,
     StateRequest,
@@ -212,18 +211,15 @@ async def test_one_topic_keeps_its_order_and_does_not_hold_up_another(worker: Wo
 
 
 async def test_nonsense_and_failing_handlers_do_no_harm(worker: Worker, cloud: FakeCloud) -> None:
-    unreadable: list[Received] = []
+    unreadable: list[str] = []
     problems: list[str] = []
+    link = make_link(worker, cloud.discovery_url, unreadable=lambda error: unreadable.append(str(error)))
 
-    def note(message: Message, parts: Any) -> None:
-        problems.extend(str(part) for part in parts)
-
-    link = make_link(worker, cloud.discovery_url, unreadable=unreadable.append, problems=note)
-
-    async def fail(message: DesiredStatus) -> None:
+    async def fail(received: Received) -> None:
+        problems.extend(str(problem) for problem in received.problems)
         raise NotFoundError("not today")
 
-    link.on(DesiredStatus, fail)
+    link.on_received(DesiredStatus, fail)
     async with running(link):
         await cloud.connected()
         await cloud.sockets[0].send_bytes(b"{ not json")
@@ -233,9 +229,11 @@ async def test_nonsense_and_failing_handlers_do_no_harm(worker: Worker, cloud: F
         await cloud.send_frame({"messageType": "desiredStatus", "subjects": [{"type": "group"}]})
         await link_is_alive(cloud)
         assert len(cloud.handshakes) == 1
-    assert [str(received.error) for received in unreadable] == [
-        "unknown message from the cloud: 'nobodyKnowsMe'",
-        "requestLog from the cloud: logType: missing",
+    assert [text.partition(":")[0] for text in unreadable] == [
+        "message from the cloud is not JSON",
+        "message from the cloud has protocol version 6, not 7",
+        "unknown message from the cloud",
+        "requestLog from the cloud",
     ]
     assert problems == ["subjects[0].identity: missing"]
 
