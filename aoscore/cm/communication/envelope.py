@@ -56,6 +56,11 @@ def to_document(value: Wire) -> dict[str, Any]:
     return document
 
 
+def encode_document(document: dict[str, Any]) -> bytes:
+    """What `to_document` made, as JSON."""
+    return msgspec.json.encode(document)
+
+
 def to_json(value: Wire) -> bytes:
     """A part of a message, or a message without its envelope, as JSON (unit config file, stored desired status)."""
     return msgspec.json.encode(to_document(value))

@@ -1,0 +1,394 @@
+"""Brings the Unit to the desired status: stores each phase, runs its step, goes on after a restart (cm-cloud.md §3).
+
+Decisions are in `plan` and `phases`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from aoscore.cm.communication.envelope import Received
+from aoscore.cm.communication.messages import (
+    CertificateChain,
+    DesiredItem,
+    DesiredNodeState,
+    DesiredStatus,
+    ErrorInfo,
+    SigningCertificate,
+    UnitConfig,
+    UnitConfigStatus,
+)
+from aoscore.cm.imagemanager.store import Item
+from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
+from aoscore.cm.nodeinfo import UnitNodeInfo
+from aoscore.cm.updatemanager import plan
+from aoscore.cm.updatemanager.phases import CANCELLABLE, Outcome, Phase, next_phase
+from aoscore.cm.updatemanager.plan import Limits, Tried
+from aoscore.cm.updatemanager.store import UpdateStore
+from aoscore.common import types
+from aoscore.common.aio import Backoff, Broadcast, log_and_continue
+from aoscore.common.errors import AosError, InvalidArgumentError, first_cause, to_error_info
+from aoscore.common.log import kv
+from aoscore.common.types import ConfigState
+
+_log = logging.getLogger(__name__)
+
+STEP_ATTEMPTS: Final = 5
+_RECHECK_S: Final = 1.0
+
+
+class Images(Protocol):
+    """The image manager."""
+
+    def statuses(self) -> Sequence[Item]: ...
+
+    async def download(
+        self,
+        items: Sequence[DesiredItem],
+        certificates: Sequence[SigningCertificate],
+        chains: Sequence[CertificateChain],
+    ) -> None: ...
+
+    async def fail(self, item_id: str, version: str, error: AosError) -> None: ...
+
+    async def install(self, wanted: Collection[tuple[str, str]]) -> None: ...
+
+
+class Launcher(Protocol):
+    """Runs instances on nodes."""
+
+    changed: Broadcast[list[UnitInstanceStatus]]
+
+    async def run_instances(self, requests: list[RunRequest]) -> None: ...
+
+    def statuses(self) -> Sequence[UnitInstanceStatus]: ...
+
+
+class UnitConfigs(Protocol):
+    """The unit config and its way to the nodes."""
+
+    def status(self) -> UnitConfigStatus: ...
+
+    def current(self) -> UnitConfig | None: ...
+
+    async def check(self, config: UnitConfig) -> None: ...
+
+    async def update(self, config: UnitConfig) -> None: ...
+
+
+class Nodes(Protocol):
+    """The nodes of the Unit."""
+
+    def nodes(self) -> Sequence[UnitNodeInfo]: ...
+
+
+class NodeControl(Protocol):
+    """IAM, which pauses and resumes nodes."""
+
+    async def pause_node(self, node_id: str) -> None: ...
+
+    async def resume_node(self, node_id: str) -> None: ...
+
+
+class Subjects(Protocol):
+    """The subjects active on the Unit."""
+
+    def subjects(self) -> Sequence[str]: ...
+
+
+class Reporter(Protocol):
+    """Tells the cloud."""
+
+    async def send_full(self) -> None: ...
+
+    def set_node_errors(self, errors: dict[str, types.ErrorInfo]) -> None: ...
+
+    def set_unit_config_attempt(self, attempt: UnitConfigStatus) -> None: ...
+
+
+class UpdateSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the configuration says; times in seconds."""
+
+    activating_s: float
+    placement_s: float
+    max_remove_percent: int = 100
+    absent_means_keep: bool = False
+
+
+class UpdateManager:
+    """The update run, as a service. `on_desired_status` is the handler of the cloud's message."""
+
+    def __init__(
+        self,
+        store: UpdateStore,
+        settings: UpdateSettings,
+        *,
+        images: Images,
+        launcher: Launcher,
+        unit_configs: UnitConfigs,
+        nodes: Nodes,
+        node_control: NodeControl,
+        subjects: Subjects,
+        reporter: Reporter,
+        alert: Callable[[str], None],
+        backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 60.0),
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._images = images
+        self._launcher = launcher
+        self._unit_configs = unit_configs
+        self._nodes = nodes
+        self._node_control = node_control
+        self._subjects = subjects
+        self._reporter = reporter
+        self._alert = alert
+        self._backoff = backoff
+        self._phase = Phase.NONE
+        self._desired: DesiredStatus | None = None
+        self._tried = Tried()
+        self._run = 0
+        """Counts desired statuses that were accepted: a step whose number is an older one is outdated."""
+        self._changed = asyncio.Event()
+        self._loaded = asyncio.Event()
+        self._lock = asyncio.Lock()
+
+    @property
+    def phase(self) -> Phase:
+        """Where the update run is."""
+        return self._phase
+
+    # ---- a desired status arrives
+
+    async def on_desired_status(self, received: Received) -> None:
+        """Takes in a desired status: starts a run, replaces the running one, or reports that nothing is to be done."""
+        message = received.message
+        if not isinstance(message, DesiredStatus):
+            raise InvalidArgumentError("not a desired status")
+        await self._loaded.wait()
+        for problem in received.problems:
+            self._alert(f"desired status: {problem}")
+            if problem.path.startswith("unitConfig"):
+                self._report_unit_config("", InvalidArgumentError(str(problem)))
+        for name in ("items", "instances"):
+            if getattr(message, name) is None:
+                _log.warning(kv("Desired status does not say what it wants", missing=name))
+        async with self._lock:
+            if not await self._accept(message, received):
+                await self._reporter.send_full()
+
+    async def _accept(self, message: DesiredStatus, received: Received) -> bool:
+        """Stores a desired status that needs a run; False when it needs none or is refused."""
+        desired = plan.complete(
+            message, received.problems, self._desired, absent_means_keep=self._settings.absent_means_keep
+        )
+        if self._phase is not Phase.NONE and self._desired is not None and plan.is_same(desired, self._desired):
+            _log.info("Desired status is the one the Unit is being updated to")
+            return True
+        items = self._images.statuses()
+        try:
+            plan.check_removals(desired, items, self._settings.max_remove_percent)
+        except AosError as error:
+            _log.error("%s", error)
+            self._alert(str(error))
+            return False
+        if self._phase is Phase.NONE:
+            reasons = plan.reasons_to_update(
+                desired, self._desired, items, self._nodes.nodes(), self._unit_configs.current(), self._tried
+            )
+            if not reasons:
+                _log.info("The Unit is as desired")
+                return False
+            _log.info(kv("Update starts", reasons="; ".join(reasons)))
+        else:
+            _log.info(kv("Update begins anew, the desired status changed", phase=self._phase))
+        await self._store.save(desired, Phase.DOWNLOADING)
+        self._desired, self._phase = desired, Phase.DOWNLOADING
+        self._run += 1
+        self._changed.set()
+        return True
+
+    # ---- the run
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Goes on where the last process stopped, then runs updates until cancelled."""
+        try:
+            self._desired, self._phase = await self._store.load()
+        except AosError as error:
+            # Better no update than one towards nothing: the cloud repeats its wish when it sees our status.
+            _log.error("Interrupted update is given up: %s", error)
+            self._alert(f"interrupted update is given up: {error}")
+            await self._store.save_phase(Phase.NONE)
+        if self._phase is not Phase.NONE:
+            _log.info(kv("Interrupted update goes on", phase=self._phase))
+        self._loaded.set()
+        started()
+        while True:
+            if self._phase is Phase.NONE:
+                await self._changed.wait()
+            self._changed.clear()
+            await self._step()
+
+    async def _step(self) -> None:
+        """Runs the step of the present phase and stores the next one, unless another desired status came."""
+        phase, desired, run = self._phase, self._desired, self._run
+        if phase is Phase.NONE or desired is None:
+            return
+        _log.info(kv("Update", phase=phase))
+        outcome = await self._perform(phase, desired)
+        async with self._lock:
+            if run != self._run:
+                return  # the phase and the desired status in the store are the new ones
+            following = next_phase(phase, outcome) if outcome else Phase.NONE
+            await self._save_phase(following)
+            if following is Phase.NONE:
+                _log.info("Update ended" if outcome else "Update is given up")
+                with log_and_continue(_log, "Can't send unit status"):
+                    await self._reporter.send_full()
+
+    async def _save_phase(self, phase: Phase) -> None:
+        await self._store.save_phase(phase)
+        self._phase = phase
+
+    async def _perform(self, phase: Phase, desired: DesiredStatus) -> Outcome | None:
+        """Runs a step, again after a pause when it fails. None: given up, or another desired status came."""
+        backoff = self._backoff()
+        for attempt in range(STEP_ATTEMPTS):
+            task = asyncio.create_task(self._steps[phase](self, desired), name=f"update {phase}")
+            try:
+                if not await self._finish(task, phase):
+                    return None
+                return task.result()
+            except Exception as error:
+                cause = first_cause(error)
+                if not isinstance(cause, AosError | OSError):
+                    raise
+                _log.error(kv("Update step failed", phase=phase, attempt=attempt + 1, error=cause))
+                if attempt + 1 == STEP_ATTEMPTS:
+                    self._alert(f"update is given up in phase {phase}: {cause}")
+                    return None
+            if await self._is_replaced(backoff.next()):
+                return None
+        return None
+
+    async def _finish(self, task: asyncio.Task[Outcome], phase: Phase) -> bool:
+        """Waits for a step; False when another desired status came and broke it off."""
+        waiter = asyncio.create_task(self._changed.wait())
+        try:
+            await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and phase not in CANCELLABLE:
+                await asyncio.wait({task})
+            return task.done()
+        finally:
+            waiter.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    async def _is_replaced(self, wait_s: float) -> bool:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- the steps: each may be run twice
+
+    async def _download(self, desired: DesiredStatus) -> Outcome:
+        await self._images.download(desired.items or (), desired.certificates, desired.certificate_chains)
+        return Outcome.DONE
+
+    async def _wait_for_schedule(self, desired: DesiredStatus) -> Outcome:
+        """The gate of the update scheduler: always open, as in 9.1."""
+        return Outcome.DONE
+
+    async def _configure(self, desired: DesiredStatus) -> Outcome:
+        """Nodes and unit config. Errors are reported and do not keep the items from being updated."""
+        errors: dict[str, types.ErrorInfo] = {}
+        for node_id, state in plan.node_changes(desired, self._nodes.nodes()):
+            try:
+                if state is DesiredNodeState.PAUSED:
+                    await self._node_control.pause_node(node_id)
+                else:
+                    await self._node_control.resume_node(node_id)
+            except AosError as error:
+                _log.error(kv("Can't change node state", nodeID=node_id, state=state, error=error))
+                errors[node_id] = to_error_info(error)
+        self._reporter.set_node_errors(errors)
+        config = desired.unit_config
+        failed_config = None
+        if config is not None and config != self._unit_configs.current():
+            try:
+                await self._unit_configs.check(config)
+                await self._unit_configs.update(config)
+            except (AosError, OSError) as error:
+                _log.error(kv("Can't install unit config", version=config.version, error=error))
+                self._report_unit_config(config.version, error)
+                failed_config = config
+            else:
+                self._report_unit_config(config.version, None)
+        self._tried = Tried(frozenset(errors), failed_config)
+        return Outcome.DONE
+
+    def _report_unit_config(self, version: str, error: Exception | None) -> None:
+        self._reporter.set_unit_config_attempt(
+            UnitConfigStatus(
+                version=version,
+                state=ConfigState.FAILED if error else ConfigState.INSTALLED,
+                error_info=ErrorInfo.of(to_error_info(error)) if error else None,
+            )
+        )
+
+    async def _launch(self, desired: DesiredStatus) -> Outcome:
+        await self._launcher.run_instances(plan.run_requests(desired, self._images.statuses()))
+        return Outcome.DONE
+
+    async def _activate(self, desired: DesiredStatus) -> Outcome:
+        """Waits until the instances run. New versions that do not are marked failed, to go back from."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        limits = Limits(activating_s=self._settings.activating_s, placement_s=self._settings.placement_s)
+        with self._launcher.changed.subscribe() as changes:
+            while True:
+                items = self._images.statuses()
+                verdict = plan.judge(
+                    plan.run_requests(desired, items),
+                    self._launcher.statuses(),
+                    self._subjects.subjects(),
+                    elapsed_s=loop.time() - began,
+                    limits=limits,
+                )
+                if verdict.settled:
+                    break
+                try:
+                    async with asyncio.timeout(_RECHECK_S):
+                        await changes.get()
+                except TimeoutError:
+                    pass
+        broken = plan.versions_to_give_up(verdict.failed, items)
+        for (item_id, version), error in verdict.failed.items():
+            _log.error(kv("Instance does not run", itemID=item_id, version=version, error=error))
+        for (item_id, version), error in broken.items():
+            _log.error(kv("Update goes back to the installed version", itemID=item_id, from_version=version))
+            self._alert(f"update of item {item_id} to {version} does not work, going back: {error}")
+            await self._images.fail(item_id, version, error)
+        return Outcome.GO_BACK if broken else Outcome.DONE
+
+    async def _finalize(self, desired: DesiredStatus) -> Outcome:
+        await self._images.install(plan.wanted_versions(desired))
+        return Outcome.DONE
+
+    _steps: Final = {
+        Phase.DOWNLOADING: _download,
+        Phase.PENDING: _wait_for_schedule,
+        Phase.INSTALLING: _configure,
+        Phase.LAUNCHING: _launch,
+        Phase.ACTIVATING: _activate,
+        Phase.FINALIZING: _finalize,
+    }

@@ -1,0 +1,604 @@
+"""Update runs: phases on disk, steps repeated after a crash, going back, cancelling, errors of every step."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from aoscore.cm.communication.envelope import Received
+from aoscore.cm.communication.messages import (
+    CertificateChain,
+    DesiredInstance,
+    DesiredItem,
+    DesiredNode,
+    DesiredNodeState,
+    DesiredStatus,
+    Identity,
+    ItemState,
+    SigningCertificate,
+    UnitConfig,
+    UnitConfigStatus,
+)
+from aoscore.cm.communication.reader import Problem
+from aoscore.cm.database import UPDATE_MANAGER_TABLES
+from aoscore.cm.imagemanager.store import Item
+from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
+from aoscore.cm.nodeinfo import UnitNodeInfo
+from aoscore.cm.updatemanager.manager import UpdateManager, UpdateSettings
+from aoscore.cm.updatemanager.phases import Phase
+from aoscore.cm.updatemanager.store import UpdateStore
+from aoscore.common.aio import Backoff, Broadcast
+from aoscore.common.db import Database, Schema
+from aoscore.common.errors import AosError, FailedError, SignatureError, to_error_info
+from aoscore.common.types import (
+    ConfigState,
+    ErrorInfo,
+    InstanceIdent,
+    InstanceState,
+    InstanceStatus,
+    NodeInfo,
+    NodeState,
+)
+from tests.support.images import desired as wanted_item
+from tests.support.running import running
+
+PHASES = ["downloading", "pending", "installing", "launching", "activating", "finalizing"]
+
+
+class Unit:
+    """The rest of CM and the nodes: what survives a crash of CM, and a record of what was asked of it."""
+
+    def __init__(self) -> None:
+        self.items: dict[tuple[str, str], Item] = {}
+        self.bad: dict[str, AosError] = {}
+        self.crashing: set[tuple[str, str]] = set()
+        self.running: dict[str, str] = {}
+        self.requests: list[RunRequest] = []
+        self.config: UnitConfig | None = None
+        self.config_error: AosError | None = None
+        self.node_states = {"n1": NodeState.PROVISIONED}
+        self.node_error: AosError | None = None
+        self.reports = 0
+        self.node_errors: dict[str, ErrorInfo] = {}
+        self.attempts: list[UnitConfigStatus] = []
+        self.alerts: list[str] = []
+        self.trace: list[str] = []
+        self.before: Callable[[str], Awaitable[None]] | None = None
+        self.changed: Broadcast[list[UnitInstanceStatus]] = Broadcast("instances")
+        self.activating: set[str] = set()
+
+    async def _enter(self, step: str) -> None:
+        self.trace.append(step)
+        if self.before:
+            await self.before(step)
+
+    # images
+
+    def statuses(self) -> Sequence[Item]:
+        return list(self.items.values())
+
+    async def download(
+        self,
+        items: Sequence[DesiredItem],
+        certificates: Sequence[SigningCertificate],
+        chains: Sequence[CertificateChain],
+    ) -> None:
+        await self._enter("download")
+        for item in items:
+            known = self.items.get((item.item_id, item.version))
+            if known is not None and known.state in (ItemState.INSTALLED, ItemState.PENDING):
+                continue
+            error = self.bad.get(item.version)
+            self.items[item.item_id, item.version] = Item(
+                item.item_id,
+                item.item_type,
+                item.version,
+                item.index_digest,
+                ItemState.FAILED if error else ItemState.PENDING,
+                datetime.now(UTC),
+                to_error_info(error) if error else None,
+                isinstance(error, SignatureError),
+            )
+
+    async def fail(self, item_id: str, version: str, error: AosError) -> None:
+        await self._enter("fail")
+        self.items[item_id, version] = msgspec.structs.replace(
+            self.items[item_id, version], state=ItemState.FAILED, error=to_error_info(error), final=True
+        )
+
+    async def install(self, wanted: Collection[tuple[str, str]]) -> None:
+        await self._enter("install")
+        done = set()
+        for key in wanted:
+            if key in self.items and self.items[key].state is not ItemState.FAILED:
+                self.items[key] = msgspec.structs.replace(self.items[key], state=ItemState.INSTALLED)
+                done.add(key[0])
+        for key in list(self.items):
+            if key not in wanted and (key[0] in done or key[0] not in {item_id for item_id, _ in wanted}):
+                del self.items[key]
+
+    # launcher
+
+    async def run_instances(self, requests: list[RunRequest]) -> None:
+        await self._enter("launch " + " ".join(f"{entry.item_id}:{entry.version}" for entry in requests))
+        self.requests = requests
+        self.running = {entry.item_id: entry.version for entry in requests}
+
+    def instances(self) -> list[UnitInstanceStatus]:
+        found = []
+        for item_id, version in self.running.items():
+            state, error = InstanceState.ACTIVE, None
+            if (item_id, version) in self.crashing:
+                state, error = InstanceState.FAILED, ErrorInfo(1, 0, "exit code 1")
+            if item_id in self.activating:
+                state = InstanceState.ACTIVATING
+            ident = InstanceIdent(item_id, "s", 0)
+            found.append(UnitInstanceStatus(InstanceStatus(ident, version, state, error=error), "n1"))
+        return found
+
+    # the others
+
+    async def pause_node(self, node_id: str) -> None:
+        await self._enter(f"pause {node_id}")
+        self._set_node(node_id, NodeState.PAUSED)
+
+    async def resume_node(self, node_id: str) -> None:
+        await self._enter(f"resume {node_id}")
+        self._set_node(node_id, NodeState.PROVISIONED)
+
+    def _set_node(self, node_id: str, state: NodeState) -> None:
+        if self.node_error:
+            raise self.node_error
+        self.node_states[node_id] = state
+
+    def nodes(self) -> Sequence[UnitNodeInfo]:
+        return [UnitNodeInfo(NodeInfo(node_id, state=state)) for node_id, state in self.node_states.items()]
+
+    def subjects(self) -> Sequence[str]:
+        return []
+
+    async def send_full(self) -> None:
+        self.reports += 1
+
+    def set_node_errors(self, errors: dict[str, ErrorInfo]) -> None:
+        self.node_errors = errors
+
+    def set_unit_config_attempt(self, attempt: UnitConfigStatus) -> None:
+        self.attempts.append(attempt)
+
+    @property
+    def view(self) -> dict[str, str]:
+        return {f"{item.item_id} {item.version}": item.state.value for item in self.items.values()}
+
+
+class FakeLauncher:
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+        self.changed = unit.changed
+
+    async def run_instances(self, requests: list[RunRequest]) -> None:
+        await self._unit.run_instances(requests)
+
+    def statuses(self) -> Sequence[UnitInstanceStatus]:
+        return self._unit.instances()
+
+
+class FakeUnitConfigs:
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+
+    def current(self) -> UnitConfig | None:
+        return self._unit.config
+
+    def status(self) -> UnitConfigStatus:
+        return UnitConfigStatus(state=ConfigState.ABSENT)
+
+    async def check(self, config: UnitConfig) -> None:
+        if self._unit.config_error:
+            raise self._unit.config_error
+
+    async def update(self, config: UnitConfig) -> None:
+        self._unit.config = config
+
+
+@contextlib.asynccontextmanager
+async def manager_of(unit: Unit, path: Path, **more: Any) -> AsyncIterator[UpdateManager]:
+    settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0} | more
+    async with Database(path / "cm.db", Schema(create=UPDATE_MANAGER_TABLES)) as database:
+        manager = UpdateManager(
+            UpdateStore(database),
+            UpdateSettings(**settings),
+            images=unit,
+            launcher=FakeLauncher(unit),
+            unit_configs=FakeUnitConfigs(unit),
+            nodes=unit,
+            node_control=unit,
+            subjects=unit,
+            reporter=unit,
+            alert=unit.alerts.append,
+            backoff=lambda: Backoff(0.01, 0.02),
+        )
+        async with running(manager):
+            yield manager
+
+
+def desired(*versions: tuple[str, str], **more: Any) -> DesiredStatus:
+    values: dict[str, Any] = {
+        "items": tuple(wanted_item(item_id, version, "d" + version) for item_id, version in versions),
+        "instances": tuple(
+            DesiredInstance(item=Identity(id=item_id), subject=Identity(id="s")) for item_id, _ in versions
+        ),
+    }
+    return DesiredStatus(**(values | more))
+
+
+async def give(manager: UpdateManager, status: DesiredStatus, *problems: Problem) -> None:
+    await manager.on_desired_status(Received("t", status, problems))
+
+
+async def finished(manager: UpdateManager) -> None:
+    async with asyncio.timeout(10):
+        while manager.phase is not Phase.NONE:
+            await asyncio.sleep(0.005)
+
+
+async def apply(manager: UpdateManager, status: DesiredStatus) -> None:
+    await give(manager, status)
+    await finished(manager)
+
+
+async def row(path: Path) -> tuple[str, str]:
+    async with Database(path / "cm.db", Schema(create=UPDATE_MANAGER_TABLES)) as database:
+        rows = await database.select("SELECT desiredStatus, updateState FROM updatemanager")
+        return str(rows[0][0]), str(rows[0][1])
+
+
+async def test_a_run_from_wish_to_report(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1"), ("b", "1")))
+        assert unit.view == {"a 1": "installed", "b 1": "installed"}
+        assert unit.trace == ["download", "launch a:1 b:1", "install"]
+        assert unit.reports == 1
+    assert (await row(tmp_path))[1] == "none"
+
+
+async def test_nothing_to_do_is_reported_too(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+        await give(manager, desired(("a", "1")))
+        assert manager.phase is Phase.NONE
+        assert (unit.reports, len(unit.trace)) == (2, 3)
+
+
+class Crash:
+    """Stops the world at one point of a run."""
+
+    def __init__(self, unit: Unit, phase: str) -> None:
+        self._step = {"downloading": "download", "launching": "launch", "finalizing": "install"}.get(phase, phase)
+        self.reached = asyncio.Event()
+        unit.before = self._wait
+
+    async def _wait(self, step: str) -> None:
+        if step.split()[0] == self._step:
+            self.reached.set()
+            await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_after_a_crash_in_any_phase_the_end_is_the_same(tmp_path: Path, phase: str) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+    status = desired(
+        ("a", "2"),
+        ("b", "1"),
+        nodes=(DesiredNode(item=Identity.of_codename("n1"), state=DesiredNodeState.PAUSED),),
+        unit_config=UnitConfig(version="1.0.0"),
+    )
+    # What a crash leaves is the row of the phase and whatever the steps before have done.
+    async with manager_of(unit, tmp_path) as manager:
+        saved: list[Phase] = []
+        save = manager._store.save_phase
+
+        async def save_and_die(value: Phase) -> None:
+            await save(value)
+            saved.append(value)
+            if value == phase:
+                await asyncio.get_running_loop().create_future()
+
+        manager._store.save_phase = save_and_die  # type: ignore[assignment]
+        if phase == "downloading":
+            crash = Crash(unit, phase)
+            await give(manager, status)
+            await crash.reached.wait()
+        else:
+            await give(manager, status)
+            async with asyncio.timeout(5):
+                while not saved or saved[-1] != phase:
+                    await asyncio.sleep(0.005)
+    unit.before = None
+    assert (await row(tmp_path))[1] == phase
+    async with manager_of(unit, tmp_path) as manager:
+        await finished(manager)
+    assert unit.view == {"a 2": "installed", "b 1": "installed"}
+    assert unit.running == {"a": "2", "b": "1"}
+    assert unit.node_states == {"n1": NodeState.PAUSED}
+    assert unit.config == UnitConfig(version="1.0.0")
+    assert (await row(tmp_path))[1] == "none"
+    assert not unit.alerts
+
+
+@pytest.mark.parametrize("step", ["download", "launch", "install", "pause"])
+async def test_a_stop_in_the_middle_of_a_step_keeps_the_update(tmp_path: Path, step: str) -> None:
+    """AosCore 9.1 forgets an update that is stopped while downloading (cm-cloud.md §3.6)."""
+    unit = Unit()
+    status = desired(("a", "1"), nodes=(DesiredNode(item=Identity.of_codename("n1"), state=DesiredNodeState.PAUSED),))
+    async with manager_of(unit, tmp_path) as manager:
+        crash = Crash(unit, step)
+        await give(manager, status)
+        await crash.reached.wait()
+    unit.before = None
+    assert (await row(tmp_path))[1] != "none"
+    async with manager_of(unit, tmp_path) as manager:
+        await finished(manager)
+    assert unit.view == {"a 1": "installed"} and unit.running == {"a": "1"}
+
+
+async def test_a_version_that_does_not_run_gives_way_to_its_predecessor(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1"), ("b", "1")))
+        unit.crashing = {("a", "2")}
+        unit.trace.clear()
+        await apply(manager, desired(("a", "2"), ("b", "2")))
+        assert unit.view == {"a 1": "installed", "a 2": "failed", "b 2": "installed"}
+        assert unit.running == {"a": "1", "b": "2"}
+        assert unit.trace == ["download", "launch a:2 b:2", "fail", "launch a:1 b:2", "install"]
+        error = unit.items["a", "2"].error
+        assert error is not None and error.message == "exit code 1"
+        assert any("going back" in alert for alert in unit.alerts)
+        # The same wish again changes nothing; another one is tried.
+        unit.trace.clear()
+        await apply(manager, desired(("a", "2"), ("b", "2")))
+        assert unit.trace == []
+        await apply(manager, desired(("a", "3"), ("b", "2")))
+        assert unit.running == {"a": "3", "b": "2"}
+
+
+@pytest.mark.parametrize("after", ["fail", "launch a:1", "install"])
+async def test_a_crash_while_going_back(tmp_path: Path, after: str) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+    unit.crashing = {("a", "2")}
+    reached = asyncio.Event()
+
+    async def stop(step: str) -> None:
+        if step == after:
+            reached.set()
+            await asyncio.get_running_loop().create_future()
+
+    unit.before = stop
+    async with manager_of(unit, tmp_path) as manager:
+        await give(manager, desired(("a", "2")))
+        await reached.wait()
+    unit.before = None
+    async with manager_of(unit, tmp_path) as manager:
+        await finished(manager)
+    assert unit.view == {"a 1": "installed", "a 2": "failed"} and unit.running == {"a": "1"}
+
+
+async def test_a_new_item_that_does_not_run_stays(tmp_path: Path) -> None:
+    unit = Unit()
+    unit.crashing = {("a", "1")}
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1"), ("b", "1")))
+    assert unit.view == {"a 1": "installed", "b 1": "installed"} and unit.running == {"a": "1", "b": "1"}
+
+
+async def test_a_version_that_stays_activating_is_given_up_after_the_time_limit(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path, activating_s=0.2) as manager:
+        await apply(manager, desired(("a", "1")))
+
+        async def hang(step: str) -> None:
+            unit.activating = {"a"} if step == "launch a:2" else set()
+
+        unit.before = hang
+        await apply(manager, desired(("a", "2")))
+        error = unit.items["a", "2"].error
+        assert error is not None and error.aos_code == 7
+        assert unit.running == {"a": "1"}
+
+
+async def test_an_item_that_cannot_be_downloaded_keeps_its_old_version_and_holds_up_nobody(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+        unit.bad = {"2": SignatureError("wrong signature")}
+        await apply(manager, desired(("a", "2"), ("b", "1")))
+        assert unit.view == {"a 1": "installed", "a 2": "failed", "b 1": "installed"}
+        assert unit.running == {"a": "1", "b": "1"}
+
+
+@pytest.mark.parametrize("step", ["download", "activating"])
+async def test_another_wish_wakes_what_waits(tmp_path: Path, step: str) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path, activating_s=3600.0) as manager:
+        if step == "activating":
+            unit.activating = {"a"}
+            await give(manager, desired(("a", "1")))
+            while manager.phase is not Phase.ACTIVATING:
+                await asyncio.sleep(0.005)
+        else:
+            crash = Crash(unit, "downloading")
+            await give(manager, desired(("a", "1")))
+            await crash.reached.wait()
+            unit.before = None
+        unit.activating = set()
+        reports = unit.reports
+        await apply(manager, desired(("a", "2")))
+        assert unit.running == {"a": "2"} and unit.view["a 2"] == "installed"
+        assert unit.reports == reports + 1  # nothing is said about the run that was replaced
+
+
+async def test_a_step_that_changes_things_ends_before_another_wish_is_followed(tmp_path: Path) -> None:
+    unit = Unit()
+    inside, gate = asyncio.Event(), asyncio.Event()
+
+    async def slow(step: str) -> None:
+        if step == "launch a:1":
+            inside.set()
+            await gate.wait()
+
+    unit.before = slow
+    async with manager_of(unit, tmp_path) as manager:
+        await give(manager, desired(("a", "1")))
+        await inside.wait()
+        for version in ("2", "3", "4"):
+            await give(manager, desired(("a", version)))
+        gate.set()
+        await finished(manager)
+        assert unit.running == {"a": "4"}  # the last one wins
+        assert "launch a:2" not in unit.trace and "launch a:3" not in unit.trace
+
+
+async def test_the_same_wish_does_not_disturb_the_run(tmp_path: Path) -> None:
+    unit = Unit()
+    unit.activating = {"a"}
+    async with manager_of(unit, tmp_path) as manager:
+        await give(manager, desired(("a", "1")))
+        while manager.phase is not Phase.ACTIVATING:
+            await asyncio.sleep(0.005)
+        await give(manager, desired(("a", "1")))
+        await asyncio.sleep(0.05)
+        assert unit.trace == ["download", "launch a:1"]
+        unit.activating = set()
+        await finished(manager)
+
+
+async def test_nodes_and_unit_config_report_their_errors_and_hold_up_nothing(tmp_path: Path) -> None:
+    unit = Unit()
+    unit.node_error = FailedError("node is away")
+    unit.config_error = FailedError("node refuses")
+    status = desired(
+        ("a", "1"),
+        nodes=(DesiredNode(item=Identity.of_codename("n1"), state=DesiredNodeState.PAUSED),),
+        unit_config=UnitConfig(version="2.0.0"),
+    )
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, status)
+        assert unit.view == {"a 1": "installed"}
+        assert unit.node_errors["n1"].message == "node is away"
+        assert (unit.attempts[0].version, unit.attempts[0].state) == ("2.0.0", ConfigState.FAILED)
+        trace = len(unit.trace)
+        await apply(manager, status)  # the cloud repeats it at each connect
+        assert len(unit.trace) == trace
+        unit.node_error = unit.config_error = None
+        await apply(manager, msgspec.structs.replace(status, unit_config=UnitConfig(version="2.0.1")))
+        assert unit.node_states == {"n1": NodeState.PAUSED} and unit.config == UnitConfig(version="2.0.1")
+
+
+async def test_nodes_that_are_as_wished_are_left_alone(tmp_path: Path) -> None:
+    unit = Unit()
+    node = DesiredNode(item=Identity.of_codename("n1"), state=DesiredNodeState.PROVISIONED)
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1"), nodes=(node,)))
+        assert "resume n1" not in unit.trace
+
+
+async def test_a_step_that_fails_is_repeated_then_given_up(tmp_path: Path) -> None:
+    unit = Unit()
+    failures = 3
+
+    async def fail(step: str) -> None:
+        nonlocal failures
+        if step.startswith("launch") and failures:
+            failures -= 1
+            raise FailedError("database is busy")
+
+    unit.before = fail
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+        assert unit.running == {"a": "1"} and not unit.alerts
+        failures = 10**6
+        await apply(manager, desired(("a", "2")))
+        assert any("given up in phase launching" in alert for alert in unit.alerts)
+        assert unit.view["a 1"] == "installed" and unit.running == {"a": "1"}
+        failures = 0
+        await apply(manager, desired(("a", "2")))  # the cloud repeats it
+        assert unit.running == {"a": "2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "phase"),
+    [
+        ("{ not json", "launching"),
+        ("{}", "downloading"),
+        ('{"items": [{"version": "1"}]}', "activating"),
+        ('{"items": []}', "dancing"),
+    ],
+)
+async def test_a_stored_wish_that_cannot_be_read_removes_nothing(tmp_path: Path, text: str, phase: str) -> None:
+    """AosCore 9.1 goes on with an empty one, which removes every item (cm-cloud.md §3.6)."""
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+    async with Database(tmp_path / "cm.db", Schema(create=UPDATE_MANAGER_TABLES)) as database:
+        await database.execute("UPDATE updatemanager SET desiredStatus = ?, updateState = ?", (text, phase))
+    trace = len(unit.trace)
+    async with manager_of(unit, tmp_path) as manager:
+        await asyncio.sleep(0.05)
+        assert manager.phase is Phase.NONE and len(unit.trace) == trace
+        assert len(unit.alerts) == 1
+        await apply(manager, desired(("a", "2")))
+        assert unit.running == {"a": "2"}
+
+
+async def test_a_wish_with_unreadable_parts(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1"), ("b", "1")))
+        problems = (
+            Problem("items[1].owner", "missing"),
+            Problem("instances[1].item", "missing"),
+            Problem("unitConfig.version", "text expected, got 7"),
+        )
+        await give(manager, desired(("a", "2")), *problems)
+        await finished(manager)
+        assert unit.view == {"a 2": "installed", "b 1": "installed"}
+        assert unit.running == {"a": "2", "b": "1"}
+        assert len(unit.alerts) == 3
+        assert unit.attempts[0].state is ConfigState.FAILED
+        assert unit.attempts[0].error_info is not None and "version" in unit.attempts[0].error_info.message
+
+
+async def test_too_many_removals(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path, max_remove_percent=50) as manager:
+        await apply(manager, desired(("a", "1"), ("b", "1")))
+        await apply(manager, desired())
+        assert len(unit.view) == 2 and "would remove 2 of 2" in unit.alerts[0] and unit.reports == 2
+        await apply(manager, desired(("a", "1")))
+        assert unit.view == {"a 1": "installed"}
+
+
+async def test_the_row_is_in_the_form_of_9_1(tmp_path: Path) -> None:
+    unit = Unit()
+    config = UnitConfig(format_version="1", version="1.0.0")
+    status = msgspec.structs.replace(desired(("a", "1"), unit_config=config), correlation_id="c")
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, status)
+    document = msgspec.json.decode((await row(tmp_path))[0])
+    assert set(document) == {"unitConfig", "items", "instances"}
+    assert document["items"] == [
+        {"item": {"id": "a", "type": "service"}, "version": "1", "owner": {"id": "owner"}, "indexDigest": "d1"}
+    ]
+    assert document["instances"] == [{"item": {"id": "a"}, "subject": {"id": "s"}, "priority": 0, "numInstances": 1}]
