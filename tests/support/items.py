@@ -1,69 +1,71 @@
-"""Deployable items for tests, made of busybox: a folder that aos-signer or `aos-devcloud upload` can pack."""
+"""Update items for tests: layer archives, documents, and a directory that holds them as blobs."""
 
-import shutil
+import gzip
+import hashlib
+import io
+import json
+import tarfile
 from pathlib import Path
-from textwrap import dedent, indent
+from typing import Any
 
-APPLETS = ("sh", "httpd", "echo", "cat", "sleep", "date", "ls", "wget", "id", "ip", "nslookup")
-
-
-def make_rootfs(rootfs: Path, start: str) -> None:
-    """A root file system whose /bin/start runs the shell script `start`."""
-    for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "www"):
-        (rootfs / name).mkdir(parents=True)
-    shutil.copy(shutil.which("busybox") or "/bin/busybox", rootfs / "bin" / "busybox")
-    for applet in APPLETS:
-        (rootfs / "bin" / applet).symlink_to("busybox")
-    (rootfs / "www" / "index.html").write_text("hello from the service\n")
-    script = rootfs / "bin" / "start"
-    script.write_text(f"#!/bin/sh\n{start}\n")
-    script.chmod(0o755)
+from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP
 
 
-def make_item(
-    folder: Path,
-    *,
-    user: Path,
-    domain: str,
-    codename: str = "web",
-    version: str = "1.0.0",
-    start: str = "echo web service starts; exec httpd -f -vv -p 8080 -h /www",
-    configuration: str = "",
-) -> Path:
-    """A bundle project below `folder`; `configuration` are further YAML lines of the item's configuration."""
-    make_rootfs(folder / "items" / "rootfs", start)
-    (folder / "meta").mkdir()
-    more = indent(dedent(configuration), " " * 6)
-    (folder / "meta" / "config.yaml").write_text(f"""\
-schemaVersion: 2
-publisher:
-  author: test
-  company: test
-publish:
-  tlsKey: {user}
-  signKey: {user}
-  domain: {domain}
-items:
-  - identity:
-      type: service
-      codename: {codename}
-      title: {codename}
-    version: {version}
-    images:
-      - sourceFolder: rootfs
-        osInfo:
-          os: linux
-        archInfo:
-          architecture: amd64
-        workingDir: /
-        cmd: /bin/start
-    configuration:
-      instances:
-        minInstances: 1
-        priority: 10
-      baseLayerIsNodeRootfs: false
-      hostname: {codename}
-      exposedPorts:
-        - 8080/tcp
-{more}""")
-    return folder
+def sha256(data: bytes) -> str:
+    """Digest as it is written in documents."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def tar(files: dict[str, bytes], *, mode: int = 0o644) -> bytes:
+    """An archive of regular files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), mode
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def packed(layer: bytes) -> bytes:
+    """A layer as it is transferred; the same bytes at every call."""
+    return gzip.compress(layer, mtime=0)
+
+
+class Blobs:
+    """Blobs of items in a directory, by the hex part of their digest."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+
+    def path(self, digest: str) -> Path:
+        """File of a blob."""
+        return self.directory / digest.removeprefix("sha256:")
+
+    def put(self, data: bytes) -> str:
+        """Add a blob; its digest."""
+        self.path(sha256(data)).write_bytes(data)
+        return sha256(data)
+
+    def put_json(self, document: Any) -> str:
+        """Add a document; its digest."""
+        return self.put(json.dumps(document).encode())
+
+    def describe(self, digest: str, media_type: str = "") -> dict[str, Any]:
+        """Descriptor of a blob."""
+        return {"mediaType": media_type, "digest": digest, "size": self.path(digest).stat().st_size}
+
+    def item(
+        self, layers: list[bytes], *, diff_ids: list[str] | None = None, item_config: dict[str, Any] | None = None
+    ) -> str:
+        """Add an item of gzip layers; the digest of its manifest. `diff_ids` replace the right ones."""
+        diff_ids = [sha256(layer) for layer in layers] if diff_ids is None else diff_ids
+        config = self.put_json({"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": diff_ids}})
+        manifest = {
+            "schemaVersion": 2,
+            "config": self.describe(config),
+            "aosItemConfig": self.describe(self.put_json(item_config or {})),
+            "layers": [self.describe(self.put(packed(layer)), MEDIA_TYPE_LAYER_GZIP) for layer in layers],
+        }
+        return self.put_json(manifest)

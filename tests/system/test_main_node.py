@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.items import make_item
+from tests.support.bundles import make_item
 from tests.system.conftest import DNS_IP, DOMAIN, GUEST_IP, ROOT, SYSTEM_ID, Bed, run, wait
 
 pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
