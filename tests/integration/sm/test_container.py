@@ -61,8 +61,8 @@ async def test_runs_and_leaves_nothing_behind(host: ContainerRuntime, tmp_path: 
         assert [statuses.get_nowait().state for _ in range(2)] == [InstanceState.ACTIVATING, InstanceState.ACTIVE]
         [target] = host.sample_targets()
         assert is_alive(target.pid) and target.partitions == (
-            ("storages", tmp_path / "storages"),
-            ("states", tmp_path / "states"),
+            ("storages", tmp_path / "storages/1"),
+            ("states", tmp_path / "states/1/state"),
         )
         await until(lambda: "started" in output(tmp_path, info))
         assert output(tmp_path, info).splitlines()[:2] == [f"hello world {instance_id(info.ident)}", "5000"]

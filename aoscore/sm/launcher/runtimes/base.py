@@ -57,7 +57,7 @@ class SampleTarget(msgspec.Struct, frozen=True):
     netns: Path | None
     """Bind mount of its network namespace; None for an instance without one of its own."""
     partitions: tuple[tuple[str, Path], ...] = ()
-    """Name (``storages``, ``states``) and host path of what the instance may fill."""
+    """Name (``storages``, ``states``) and host path of what the instance fills."""
 
 
 class RunningInstance(msgspec.Struct, frozen=True):

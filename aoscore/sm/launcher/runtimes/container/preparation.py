@@ -29,9 +29,9 @@ class Preparation:
         self._resources = resources
 
     def partitions(self, info: InstanceInfo) -> tuple[tuple[str, Path], ...]:
-        """Name and path of what the instance may fill."""
-        storages = (("storages", self._storage_dir),) if info.storage_path else ()
-        states = (("states", self._state_dir),) if info.state_path else ()
+        """Name and path of what the instance fills."""
+        storages = (("storages", self._storage_dir / info.storage_path),) if info.storage_path else ()
+        states = (("states", self._state_dir / info.state_path),) if info.state_path else ()
         return (*storages, *states)
 
     def fill(
