@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,10 +54,30 @@ def safe_join(root: Path, relative: str) -> Path:
 
 def remove_tree(path: Path) -> None:
     """Delete a file or a directory with all below it; absent is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except RecursionError:
+        # Before Python 3.13 a tree that is deep on purpose could not be deleted at all.
+        _remove_deep_tree(path)
+
+
+def _remove_deep_tree(path: Path) -> None:
+    """Delete a directory however deep it is: every directory found is moved to the top first."""
+    left = [path]
+    while left:
+        current = left[-1]
+        with os.scandir(current) as entries:
+            found = list(entries)
+        if not found:
+            left.pop().rmdir()
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                left.append(Path(entry.path).rename(path / f".{uuid.uuid4().hex}"))
+            else:
+                Path(entry.path).unlink()
 
 
 def available_bytes(path: Path) -> int:

@@ -13,7 +13,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,16 +227,19 @@ def tree_digest(tree: Path, *, follow_links: bool = False) -> str:
 
     With `follow_links` as AosCore 9.1 computes it: a link to a file adds a line with the path it resolves to.
     """
+    # Bytes: names need not be valid UTF-8. Without recursion: a layer may be deep.
     root = os.path.realpath(os.fsencode(tree))
     files: list[bytes] = []
-    for directory, _, names in os.walk(root):
-        for name in names:
-            path = os.path.join(directory, name)  # noqa: PTH118 - bytes: names need not be valid UTF-8
-            mode = os.lstat(path).st_mode
-            if stat.S_ISREG(mode):
-                files.append(path)
-            elif follow_links and stat.S_ISLNK(mode) and os.path.isfile(path):  # noqa: PTH113
-                files.append(os.path.realpath(path))
+    directories = [root]
+    while directories:
+        with os.scandir(directories.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(entry.path)
+                elif follow_links and entry.is_file():
+                    files.append(os.path.realpath(entry.path))
     total = hashlib.sha256()
     for path in sorted(files):
         relative = os.path.relpath(path, root)

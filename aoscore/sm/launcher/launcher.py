@@ -123,9 +123,9 @@ class Launcher:
         self._expired -= new.keys()
         self._retries.forget(changes)
         self._install_retries.forget(item_key(info) for info in start)
-        for info in new.values():
+        for ident, info in new.items():
             if info is not None:
-                self._report(_status(info, InstanceState.ACTIVATING))
+                self._report(self._running_status(ident, info) or _status(info, InstanceState.ACTIVATING))
         for key in self._installing.keys() - self._tell_wanted():
             self._installing[key].cancel()
         self._report_due = True
@@ -393,6 +393,12 @@ class Launcher:
     def _on_broken(self, key: ItemKey) -> None:
         self._broken.add(key)
         self._wake.set()
+
+    def _running_status(self, ident: InstanceIdent, info: InstanceInfo) -> InstanceStatus | None:
+        """What the runtime says of an instance that runs as wanted already."""
+        if ident not in self._started or self._instances.get(ident) != info:
+            return None
+        return next((one.status for one in self._up[ident].running() if one.ident == ident), None)
 
     def _is_current(self, info: InstanceInfo) -> bool:
         return self._changes.get(info.ident, info) == info

@@ -136,3 +136,23 @@ async def test_run_program_kills_the_whole_group_in_time(tmp_path: Path) -> None
 async def test_run_program_bounds_output() -> None:
     done = await run_program(["head", "-c", str(3 * OUTPUT_LIMIT_BYTES), "/dev/zero"], timeout_s=20)
     assert len(done.stdout) == OUTPUT_LIMIT_BYTES
+
+
+def test_deep_tree_is_removed(tmp_path: Path) -> None:
+    """Deeper than the recursion limit and longer than PATH_MAX: only relative steps get there."""
+    here = os.open(".", os.O_DIRECTORY)
+    try:
+        top = tmp_path / "deep"
+        top.mkdir()
+        (top / "file").write_bytes(b"1")
+        (top / "link").symlink_to("/")
+        os.chdir(top)
+        for _ in range(2500):
+            Path("d").mkdir()
+            os.chdir("d")
+        Path("file").write_bytes(b"1")
+    finally:
+        os.fchdir(here)
+        os.close(here)
+    remove_tree(top)
+    assert not top.exists()

@@ -295,7 +295,7 @@ async def test_roll_back_after_a_failed_install(bed: Bed) -> None:
         bed.images.errors["2.0.0"] = NotFoundError("blob is gone")
         await update(launcher, A2)
         statuses = await update(launcher, A)
-        assert statuses["a"].version == "1.0.0"
+        assert (statuses["a"].version, statuses["a"].state) == ("1.0.0", InstanceState.ACTIVE)
         assert bed.runtime.calls == ["start a 1.0.0"]
     assert await bed.stored() == ({A.ident: A}, {})
 
