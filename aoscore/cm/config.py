@@ -122,6 +122,17 @@ class Config(_Section, frozen=True, kw_only=True):
     update_manager: UpdateManagerConfig = UpdateManagerConfig()
     migration: MigrationConfig = MigrationConfig()
     # Own keys.
+    dns_program: str = ""
+    """dnsmasq for CM to run; empty: it is a service of the system, told by signal about new names."""
+    network_pools: tuple[str, ...] = (
+        "172.17.0.0/16",
+        "172.18.0.0/16",
+        "172.19.0.0/16",
+        "172.20.0.0/14",
+        "172.24.0.0/14",
+        "172.28.0.0/14",
+    )
+    """Where the networks of instances are taken from, /16 each."""
     cloud_ping_period: Duration = Duration(30)
     """How often CM checks that the cloud link is alive; 0 = never."""
 

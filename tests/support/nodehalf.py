@@ -294,7 +294,8 @@ async def node_half(directory: Path, **options: object) -> AsyncIterator[NodeHal
 
 
 async def _main(directory: Path, port: int) -> None:
-    async with node_half(directory, port=port, node_ids=("n1", "n2")) as half:
+    configs = {"a": oci.ItemConfig(requested_resources=oci.RequestedResources(cpu=600))}
+    async with node_half(directory, port=port, node_ids=("n1", "n2"), configs=configs) as half:
         with half.launcher.changed.subscribe() as changes:
             print("ready", flush=True)
             requests = directory / "requests.json"

@@ -122,7 +122,7 @@ class DnsServer:
     async def _run_once(self, pause: Backoff) -> None:
         settings = self._settings
         settings.pid_file.parent.mkdir(parents=True, exist_ok=True)
-        settings.pid_file.unlink(missing_ok=True)
+        _end_predecessor(settings)
         try:
             process = await asyncio.create_subprocess_exec(*dnsmasq_arguments(settings))
         except OSError as error:
@@ -136,6 +136,19 @@ class DnsServer:
         if asyncio.get_running_loop().time() - begun_s > 60:
             pause.reset()
         raise FailedError(f"{settings.program} ended with code {code}")
+
+
+def _end_predecessor(settings: DnsSettings) -> None:
+    """A name server left over from a CM that was killed still has our address: it is known by its command line."""
+    try:
+        pid = int(settings.pid_file.read_text().strip())
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return
+    if f"--addn-hosts={settings.hosts_file}" in arguments:
+        _log.info(kv("Ending name server of an earlier run", pid=pid))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

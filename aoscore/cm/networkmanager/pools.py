@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
 
-from aoscore.common.errors import OutOfRangeError
+from aoscore.common.errors import InvalidArgumentError, OutOfRangeError
 
 DEFAULT_POOLS = (
     "172.17.0.0/16",
@@ -44,6 +44,15 @@ class SubnetPool:
             for pool in map(IPv4Network, pools)
             for subnet in (pool.subnets(new_prefix=prefix) if pool.prefixlen < prefix else [pool])
         )
+
+    @staticmethod
+    def check(pools: Sequence[str]) -> None:
+        """Raises InvalidArgumentError for a text that is no pool."""
+        for pool in pools:
+            try:
+                IPv4Network(pool)
+            except ValueError as error:
+                raise InvalidArgumentError(f"{pool!r} is no pool of networks: {error}") from None
 
     def choose(self, routes: Iterable[Route]) -> IPv4Network:
         """The first free subnet that is in no route's way; it stays free until `take`."""
