@@ -8,8 +8,9 @@ from typing import Final
 
 import msgspec
 
+from aoscore.cm.networkmanager.pools import DEFAULT_POOLS, SubnetPool
 from aoscore.common.config import Duration, load_config
-from aoscore.common.errors import ConfigError
+from aoscore.common.errors import ConfigError, InvalidArgumentError
 
 _NOT_GIVEN: Final = Path("\0")
 _MINUTE_S: Final = 60
@@ -124,14 +125,7 @@ class Config(_Section, frozen=True, kw_only=True):
     # Own keys.
     dns_program: str = ""
     """dnsmasq for CM to run; empty: it is a service of the system, told by signal about new names."""
-    network_pools: tuple[str, ...] = (
-        "172.17.0.0/16",
-        "172.18.0.0/16",
-        "172.19.0.0/16",
-        "172.20.0.0/14",
-        "172.24.0.0/14",
-        "172.28.0.0/14",
-    )
+    network_pools: tuple[str, ...] = DEFAULT_POOLS
     """Where the networks of instances are taken from, /16 each."""
     cloud_ping_period: Duration = Duration(30)
     """How often CM checks that the cloud link is alive; 0 = never."""
@@ -182,4 +176,8 @@ def load(path: Path) -> Config:
     ):
         if not text:
             raise ConfigError(f"{path}: {name} is empty")
+    try:
+        SubnetPool(config.network_pools)
+    except InvalidArgumentError as error:
+        raise ConfigError(f"{path}: networkPools: {error}") from None
     return config

@@ -15,6 +15,7 @@ import msgspec
 from aoscore.cm import database
 from aoscore.cm.alerts import Alerts
 from aoscore.cm.communication.messages import Message
+from aoscore.cm.iamclient.subjects import UnitSubjects
 from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
 from aoscore.cm.launcher.nodedriver import DriverSettings
@@ -158,6 +159,7 @@ class NodeHalf:
         self.images.missing.update(missing)
         self.nodes = NodeInfoProvider(self.iam, sm_timeout_s=sm_timeout_s)
         self.alerts = Alerts(self.cloud, send_period_s=0.1, main_node_id=self.nodes.main_node_id)
+        self.subjects = UnitSubjects(self.iam)
         self.dns = DnsServer(DnsSettings())
         self.networks = NetworkManager(NetworkStore(db), self.dns, routes=list)
         self.storage = StorageState(
@@ -191,7 +193,7 @@ class NodeHalf:
             self.images,
             self.storage,
             self.unit_config,
-            self.iam,
+            self.subjects,
             self.cloud,
             settings=settings,
             alert=self.alerts.add_core_alert,
@@ -207,6 +209,7 @@ class NodeHalf:
             self.alerts,
             self.dns,
             self.nodes,
+            self.subjects,
             self.unit_config,
             self.launcher,
             self.monitoring,

@@ -67,13 +67,13 @@ class InstanceBook:
         self,
         requests: Sequence[RunRequest],
         spots: Mapping[tuple[str, str], Collection[Home]],
-        subjects: Collection[str] | None,
+        subjects: Collection[str],
         now: datetime,
     ) -> None:
         """Make records for what is wanted and put aside what is not.
 
         `spots`: for components wanted everywhere, by item id and version, the runtimes that can run them.
-        `subjects`: those that are active, None when that is not known.
+        `subjects`: those that are active.
         """
         self.failures = {}
         seen: set[InstanceIdent] = set()
@@ -113,7 +113,7 @@ class InstanceBook:
         request: RunRequest,
         ident: InstanceIdent,
         home: Home | None,
-        subjects: Collection[str] | None,
+        subjects: Collection[str],
         now: datetime,
     ) -> None:
         key = (ident, request.version)
@@ -138,11 +138,7 @@ class InstanceBook:
         )
         if home is not None:
             record = msgspec.structs.replace(record, node_id=home.node_id, runtime_id=home.runtime_id)
-        if subjects is None:
-            is_inactive = record.state is RecordState.DISABLED
-        else:
-            is_inactive = request.is_unit_subject and request.subject_id not in subjects
-        if is_inactive:
+        if request.is_unit_subject and request.subject_id not in subjects:
             self._put(_aside(record, RecordState.DISABLED, now))
         else:
             self._put(msgspec.structs.replace(record, state=RecordState.ACTIVE, cached_since=None))

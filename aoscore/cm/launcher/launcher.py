@@ -9,7 +9,7 @@ import contextlib
 import grp
 import logging
 import pwd
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -46,7 +46,7 @@ from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.storagestate.manager import DiskBudgets, Paths
 from aoscore.common.aio import Backoff, Broadcast, log_and_continue
-from aoscore.common.errors import AosError, DeadlineError, NotFoundError, NotSupportedError, to_error_info
+from aoscore.common.errors import AosError, DeadlineError, NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import (
     AlertRulePercents,
@@ -127,11 +127,11 @@ class UnitConfig(Protocol):
 
 
 class Subjects(Protocol):
-    """Subjects that are active on the Unit, known by IAM."""
+    """Subjects that are active on the Unit."""
 
-    async def get_subjects(self) -> tuple[str, ...]: ...
+    changed: Broadcast[tuple[str, ...]]
 
-    def watch_subjects(self) -> AsyncIterator[tuple[str, ...]]: ...
+    def subjects(self) -> Sequence[str]: ...
 
 
 class CloudLink(Protocol):
@@ -179,8 +179,6 @@ class Launcher:
         self._requests: list[RunRequest] = []
         self._overrides: list[Override] = []
         self._results = EnvVarResults()
-        self._active_subjects: tuple[str, ...] | None = None
-        """None while IAM has not told: then nothing is stopped for want of a subject."""
         self._confirmed: dict[str, str] = {}
         self._drivers: dict[str, NodeDriver] = {}
         self._driver_tasks: asyncio.TaskGroup | None = None
@@ -267,6 +265,7 @@ class Launcher:
         with (
             self._nodes.changed.subscribe() as node_changes,
             self._unit_config.changed.subscribe() as config_changes,
+            self._subjects.changed.subscribe() as subject_changes,
         ):
             async with asyncio.TaskGroup() as tasks:
                 self._driver_tasks = tasks
@@ -276,7 +275,7 @@ class Launcher:
                 started()
                 tasks.create_task(self._follow_nodes(node_changes))
                 tasks.create_task(self._follow_config(config_changes))
-                tasks.create_task(self._follow_subjects())
+                tasks.create_task(self._follow_subjects(subject_changes))
                 tasks.create_task(self._balance_when_needed())
                 tasks.create_task(self._expire_overrides())
                 tasks.create_task(self._report_env_vars())
@@ -311,24 +310,9 @@ class Launcher:
             await changes.get()
             self._wake.set()
 
-    async def _follow_subjects(self) -> None:
-        pause = Backoff(1, 60)
-        while self._active_subjects is None:
-            try:
-                self._set_subjects(await self._subjects.get_subjects())
-            except NotSupportedError:
-                # An IAM without identifier: no subject is ever active.
-                self._set_subjects(())
-            except AosError as error:
-                _log.warning(kv("Can't get subjects, all count as active", error=error))
-                await asyncio.sleep(pause.next())
-        async for subjects in self._subjects.watch_subjects():
-            self._set_subjects(subjects)
-
-    def _set_subjects(self, subjects: tuple[str, ...]) -> None:
-        if self._active_subjects is None or set(subjects) != set(self._active_subjects):
-            _log.info(kv("Active subjects", subjects=list(subjects)))
-            self._active_subjects = subjects
+    async def _follow_subjects(self, changes: asyncio.Queue[tuple[str, ...]]) -> None:
+        while True:
+            await changes.get()
             self._must_balance = True
             self._wake.set()
 
@@ -404,7 +388,7 @@ class Launcher:
             for one in self._requests
         }
         spots = {key: self._spots(key[0], item, unloaded) for key, item in items.items()}
-        self._book.apply_requests(self._requests, spots, self._active_subjects, self._now())
+        self._book.apply_requests(self._requests, spots, self._subjects.subjects(), self._now())
         records = self._book.active()
         budgets = await self._storage.budgets()
         # Instances that run while their images are gone here are left alone until the images are back.

@@ -39,20 +39,14 @@ class SubnetPool:
     """Subnets for networks, cut from larger pools, given out in order; returned ones come last."""
 
     def __init__(self, pools: Sequence[str] = DEFAULT_POOLS, prefix: int = SUBNET_PREFIX) -> None:
-        self._free = deque(
-            subnet
-            for pool in map(IPv4Network, pools)
-            for subnet in (pool.subnets(new_prefix=prefix) if pool.prefixlen < prefix else [pool])
-        )
-
-    @staticmethod
-    def check(pools: Sequence[str]) -> None:
         """Raises InvalidArgumentError for a text that is no pool."""
-        for pool in pools:
+        self._free: deque[IPv4Network] = deque()
+        for text in pools:
             try:
-                IPv4Network(pool)
+                pool = IPv4Network(text)
             except ValueError as error:
-                raise InvalidArgumentError(f"{pool!r} is no pool of networks: {error}") from None
+                raise InvalidArgumentError(f"{text!r} is no pool of networks: {error}") from None
+            self._free += pool.subnets(new_prefix=prefix) if pool.prefixlen < prefix else [pool]
 
     def choose(self, routes: Iterable[Route]) -> IPv4Network:
         """The first free subnet that is in no route's way; it stays free until `take`."""

@@ -61,6 +61,10 @@ class UnitConfigManager:
             return UnitConfigStatus(state=ConfigState.ABSENT)
         return UnitConfigStatus(version=self._config.version, state=ConfigState.INSTALLED)
 
+    def current(self) -> UnitConfig | None:
+        """The installed config."""
+        return self._config if self._error is None else None
+
     def node_config(self, node_id: str, node_type: str) -> NodeConfig:
         """The part of the current config for a node; an empty one when there is no config."""
         return pick_node_config(self._config or UnitConfig(), node_id, node_type)

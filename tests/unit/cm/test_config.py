@@ -113,3 +113,10 @@ def test_not_a_configuration(tmp_path: Path, text: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"cm\.cfg"):
         load(tmp_path / "cm.cfg")
+
+
+def test_network_pools(tmp_path: Path) -> None:
+    config = load(write(tmp_path, {**MINIMAL, "networkPools": ["10.64.0.0/12"]}))
+    assert config.network_pools == ("10.64.0.0/12",)
+    with pytest.raises(ConfigError, match=r"networkPools: .* is no pool"):
+        load(write(tmp_path, {**MINIMAL, "networkPools": ["10.0.0.1/8"]}))

@@ -5,7 +5,7 @@ from collections import Counter
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aoscore.cm.launcher.balancer import (
@@ -467,7 +467,7 @@ def check_fits(nodes: list[Node], wanted: list[Wanted], decisions: dict[Instance
             assert not resource.shared_count or resources[node.node_id, resource.name] <= resource.shared_count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(units(), st.booleans(), st.randoms(use_true_random=False))
 def test_never_over_capacity_and_repeatable(
     unit: tuple[list[Node], list[Wanted], Budgets], rebalance: bool, rng: random.Random
@@ -487,7 +487,7 @@ def test_never_over_capacity_and_repeatable(
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(units())
 def test_nothing_moves_without_a_reason(unit: tuple[list[Node], list[Wanted], Budgets]) -> None:
     nodes, wanted, budgets = unit
@@ -496,7 +496,7 @@ def test_nothing_moves_without_a_reason(unit: tuple[list[Node], list[Wanted], Bu
     assert {ident: again.get(ident) for ident in first} == first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(units(), st.integers(0, 9))
 def test_removal_moves_nobody(unit: tuple[list[Node], list[Wanted], Budgets], index: int) -> None:
     nodes, wanted, budgets = unit
@@ -508,7 +508,7 @@ def test_removal_moves_nobody(unit: tuple[list[Node], list[Wanted], Budgets], in
             assert again[one.ident] == first[one.ident]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(units(), st.integers(0, 3))
 def test_lost_node_moves_only_its_own_unless_more_important(
     unit: tuple[list[Node], list[Wanted], Budgets], lost: int

@@ -101,6 +101,7 @@ async def test_first_config(tmp_path: Path) -> None:
         assert bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)}
         assert bed.manager.status() == UnitConfigStatus(version="1.0.0", state=ConfigState.INSTALLED)
         assert bed.file.read_bytes() == to_json(config("1.0.0"))
+        assert bed.manager.current() == config("1.0.0")
         assert bed.manager.node_config("b", "main").priority == 7
 
 
