@@ -13,12 +13,12 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import msgspec
 
 from aoscore.common import linux
 from aoscore.common.errors import RuntimeFailure
+from aoscore.sm.launcher.runtimes.base import is_instance_id
 from aoscore.sm.networkmanager.model import NETNS_DIR, Network, fnv1a, netns_path, parse_subnet, veth_name
 
 _log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Links:
                 if link.get_attr("IFLA_IFALIAS") == ALIAS
             )
         names = NETNS_DIR.iterdir() if NETNS_DIR.is_dir() else ()
-        return Inventory(links, frozenset(path.name for path in names if _is_instance_id(path.name)))
+        return Inventory(links, frozenset(path.name for path in names if is_instance_id(path.name)))
 
     def _index(self, name: str) -> int | None:
         found = self._ip.link_lookup(ifname=name)
@@ -172,14 +172,6 @@ def _mac(text: str) -> str:
     """A locally administered address out of a name."""
     digits = fnv1a(text)
     return ":".join(["02", "a0", *(digits[index : index + 2] for index in range(0, 8, 2))])
-
-
-def _is_instance_id(name: str) -> bool:
-    """Instance ids are version 3 UUIDs; namespaces of others rarely are."""
-    try:
-        return UUID(name).version == 3 and str(UUID(name)) == name
-    except ValueError:
-        return False
 
 
 def _make_namespace(instance_id: str) -> Path:

@@ -39,6 +39,14 @@ def instance_id(ident: InstanceIdent) -> str:
     return str(uuid.uuid3(_NAMESPACE, f"{ident.item_id}:{ident.subject_id}:{ident.instance}"))
 
 
+def is_instance_id(text: str) -> bool:
+    """Whether a name can be one of ours: version 3 UUIDs in the usual form, which others rarely use."""
+    try:
+        return uuid.UUID(text).version == 3 and str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
+
+
 def runtime_id(runtime_type: str, node_id: str) -> str:
     """The runtime's id towards CM (sm.md §4.1)."""
     return str(uuid.uuid3(_NAMESPACE, f"{runtime_type}-{node_id}"))
