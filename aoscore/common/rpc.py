@@ -119,6 +119,15 @@ def rpc_errors(what: str) -> Iterator[None]:
                 raise CanceledError(text) from error
             case _:
                 raise FailedError(f"{text} ({error.code().name})") from error
+    except grpc.aio.UsageError as error:
+        raise FailedError(f"{what}: {error}") from error
+    except asyncio.CancelledError as error:
+        # Closing a channel looks like this in every call that is using it. Taken for a cancellation of the caller's
+        # own task it would end that task without a word.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise CanceledError(f"{what}: the connection was closed") from error
 
 
 def _describe(method: Callable[..., Any]) -> str:

@@ -14,6 +14,7 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common.errors import (
     AlreadyExistsError,
+    CanceledError,
     DeadlineError,
     FailedError,
     InvalidArgumentError,
@@ -122,6 +123,28 @@ async def test_errors_reach_the_caller_as_ours() -> None:
                     pb.SubscribeCertChangedRequest(), timeout=0.1
                 )
                 await call_.read()
+
+
+async def test_closed_channel_is_an_error_and_no_cancellation() -> None:
+    one = server(Certificates())
+    async with running(one):
+        channel = open_channel(f"127.0.0.1:{one.port}", None)
+
+        async def follow() -> None:
+            with rpc_errors("follow"):
+                stub = stubs.IAMPublicCertServiceStub(channel)
+                await stub.SubscribeCertChanged(pb.SubscribeCertChangedRequest()).read()
+
+        waiting, canceled = asyncio.create_task(follow()), asyncio.create_task(follow())
+        await asyncio.sleep(0.05)
+        canceled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await canceled
+        await channel.close()
+        with pytest.raises(CanceledError, match="follow: the connection was closed"):
+            await waiting
+        with pytest.raises(FailedError, match="follow: Channel is closed"):
+            await follow()
 
 
 async def test_taken_port_is_an_error() -> None:
