@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.benchmarks import footprint
+from tests.benchmarks import footprint, speedups
 
 if __name__ == "__main__":
-    sys.exit(footprint.main())
+    sys.exit(footprint.main() or speedups.main())
