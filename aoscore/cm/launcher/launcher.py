@@ -418,8 +418,10 @@ class Launcher:
                 try:
                     infos[record.ident] = await self._prepare(placed, items[record.ident.item_id, record.version])
                 except (AosError, OSError) as failure:
-                    self._book.apply_decision(placed, Decision(None))
                     error = failure
+                    if record.site != decision.site:
+                        self._book.apply_decision(placed, Decision(None))
+                    # What runs there already goes on: trouble with its data here is no reason to stop it.
             if error is not None:
                 errors[record.ident] = error
                 if str(error) != str(self._errors.get(record.ident)):

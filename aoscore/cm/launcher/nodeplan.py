@@ -50,6 +50,6 @@ def plan_update(
     ]
     stop += [ident for ident in by_ident if ident in retry and ident not in stop]
     missing = any(not (info.ident in running and matches(info, running[info.ident])) for info in wanted)
-    if told and not stop and not missing:
+    if not stop and not missing and (told or not wanted):
         return None
     return NodeUpdate(tuple(wanted), tuple(stop))

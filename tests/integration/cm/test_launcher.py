@@ -13,6 +13,7 @@ from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.cm.communication import messages
 from aoscore.cm.communication.messages import EnvVar, EnvVarOverride, Identity, NodeConfig, UnitConfig
+from aoscore.cm.storagestate.manager import StorageState
 from aoscore.common import oci
 from aoscore.common.types import ItemType, NodeState
 from tests.support.nodehalf import NodeHalf, node_half, request
@@ -398,6 +399,25 @@ async def test_running_instance_whose_image_is_gone_is_left_alone(tmp_path: Path
         half.images.missing.clear()
         await half.until({"a#0": "active@n1", "b#0": "active@n1"})
         assert started(sm) == ["a#0", "b#0"]
+
+
+async def test_trouble_with_data_stops_nothing_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    sm = TestSm("n1")
+    configs = {item: oci.ItemConfig(quotas=oci.Quotas(state_limit=10)) for item in "ab"}
+    async with node_half(tmp_path, configs=configs) as half, connected(half, sm):
+        await half.launcher.run_instances([request("a")])
+        await half.settled()
+    with monkeypatch.context() as patch:
+        patch.setattr(StorageState, "setup", fail)
+        async with node_half(tmp_path, configs=configs) as half, connected(half, sm):
+            await half.launcher.run_instances([request("a"), request("b")])
+            await half.until({"a#0": "failed@n1", "b#0": "failed@"})
+            await quiet(sm)
+            assert started(sm) == ["a#0"]
+            assert len(sm.updates) == 1
 
 
 async def test_lost_database_stops_nothing_before_the_cloud_has_spoken(tmp_path: Path) -> None:

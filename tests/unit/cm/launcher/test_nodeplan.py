@@ -51,7 +51,7 @@ def test_unwanted_is_stopped() -> None:
 
 
 def test_left_alone() -> None:
-    assert plan_update([], dict([runs(A)]), told=True, leave={A}) is None
+    assert plan_update([], dict([runs(A)]), told=False, leave={A}) is None
     assert plan_update([info(B)], dict([runs(A)]), told=True, leave={A}) == NodeUpdate((info(B),), ())
 
 
