@@ -1,20 +1,27 @@
 """Service Manager: composition root and entry point of `aos_servicemanager`."""
 
+import argparse
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from aoscore.common.aio import Backoff, Service, Worker
+from aoscore.common.daemon import Program, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
-from aoscore.common.errors import AosError
+from aoscore.common.errors import AosError, ConfigError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
 from aoscore.common.types import LogRequest, NodeInfo, SMInfo
+from aoscore.sm import cgroups, config, journal
+from aoscore.sm.alerts.journalalerts import CursorStore, JournalAlerts
+from aoscore.sm.alerts.rules import AlertRules
 from aoscore.sm.config import Config
 from aoscore.sm.database import open_database
 from aoscore.sm.iamclient import PermissionsClient
@@ -23,7 +30,16 @@ from aoscore.sm.imagemanager.items import ItemTable
 from aoscore.sm.imagemanager.store import ImageStore
 from aoscore.sm.launcher import launcher
 from aoscore.sm.launcher.runtimes.base import Runtime
+from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, load_container_config
+from aoscore.sm.launcher.runtimes.container.history import RunHistory
+from aoscore.sm.launcher.runtimes.container.output import JournalOutput, choose_output
+from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.launcher.store import LauncherStore
+from aoscore.sm.logprovider.provider import LogProvider
+from aoscore.sm.logprovider.source import FileSource, JournalSource, LogSource
+from aoscore.sm.monitoring.monitor import Monitoring
+from aoscore.sm.networkmanager.manager import NetworkManager
+from aoscore.sm.networkmanager.store import NetworkStore
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
 from aoscore.sm.resourcemanager.resources import Resources, load_resources
 from aoscore.sm.smclient import client
@@ -33,6 +49,98 @@ _log = logging.getLogger(__name__)
 _IMAGE_THREADS = 2
 # After that systemd starts us again; until then IAM may still be starting itself.
 _IAM_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The configuration file with its plug-in sections and expressions checked."""
+
+    config: Config
+    containers: tuple[tuple[str, ContainerConfig], ...]
+    """Type and section of each container runtime."""
+    alert_rules: AlertRules
+
+
+def load(path: Path) -> Setup:
+    """Read the configuration file. Raises NotFoundError or ConfigError naming file and key."""
+    loaded = config.load(path)
+    containers = []
+    for index, runtime in enumerate(loaded.runtimes):
+        if runtime.plugin != "container":
+            raise ConfigError(f"{path}: 'runtimes[{index}].plugin' {runtime.plugin!r} is not supported, use container")
+        section = load_container_config(
+            runtime.config, path=path, where=f"runtimes[{index}].config", working_dir=loaded.working_dir
+        )
+        containers.append((runtime.type, section))
+    alerts = loaded.journal_alerts
+    try:
+        rules = AlertRules(
+            alerts.filter, service_priority=alerts.service_alert_priority, system_priority=alerts.system_alert_priority
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: 'journalAlerts.filter': {error}") from error
+    return Setup(loaded, tuple(containers), rules)
+
+
+async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> list[Service]:
+    """All services of an SM with container runtimes, in start order."""
+    core = await build_core(setup.config, stack)
+    networks = NetworkManager(NetworkStore(core.database), core.client.networks)
+    layout = await core.worker.run(cgroups.probe)
+    history = RunHistory(setup.config.working_dir / "instancelogs")
+    runtimes: list[ContainerRuntime] = []
+    sources: list[LogSource] = []
+    for runtime_type, section in setup.containers:
+        output_dir = section.output_dir or setup.config.working_dir / "instancelogs"
+        output = choose_output(section.output, output_dir, section.output_max_size_bytes)
+        is_journal = isinstance(output, JournalOutput)
+        sources.append(JournalSource(section.cgroup_parent) if is_journal else FileSource(output_dir))
+        runtimes.append(
+            ContainerRuntime(
+                section,
+                runtime_type,
+                core.node,
+                layout,
+                networks=networks,
+                permissions=core.permissions,
+                resources=core.resources,
+                output=output,
+                history=history,
+            )
+        )
+    monitoring = Monitoring(
+        core.node,
+        runtimes,
+        networks,
+        core.node_config,
+        core.client.send,
+        period_s=setup.config.monitoring.poll_period_s,
+        window_s=setup.config.monitoring.average_window_s,
+    )
+    has_journal = journal.is_available()
+    no_files = FileSource(setup.config.working_dir / "instancelogs")
+    logs = LogProvider(
+        JournalSource("") if has_journal else no_files,
+        sources[0] if sources else no_files,
+        history,
+        core.client.send,
+        max_part_size_bytes=setup.config.logging.max_part_size_bytes,
+        max_part_count=setup.config.logging.max_part_count,
+    )
+    after: list[Service] = [monitoring, logs]
+    if has_journal:
+        after.append(JournalAlerts(setup.alert_rules, CursorStore(core.database), history, core.client.send))
+    else:
+        _log.warning("No journal on this machine: no system logs and no journal alerts")
+    return assemble(
+        core,
+        runtimes=runtimes,
+        networks=networks,
+        monitoring=monitoring,
+        request_log=logs.request,
+        before=[networks],
+        after=after,
+    )
 
 
 @dataclass(frozen=True)
@@ -56,37 +164,37 @@ class Networks(launcher.Networks, client.Networks, Protocol):
     """The network manager as launcher and link to CM need it."""
 
 
-async def build_core(config: Config, stack: contextlib.AsyncExitStack) -> Core:
+async def build_core(settings: Config, stack: contextlib.AsyncExitStack) -> Core:
     """Make the objects, in the order in which they need each other."""
-    stack.enter_context(DirectoryLock(config.working_dir))
-    iam = await stack.enter_async_context(IamPublicClient(config.iam_public_server_url, config.ca_cert))
+    stack.enter_context(DirectoryLock(settings.working_dir))
+    iam = await stack.enter_async_context(IamPublicClient(settings.iam_public_server_url, settings.ca_cert))
     node = await _node_info(iam)
-    certificates = CertificateKeeper(iam, config.cert_storage, config.ca_cert)
-    permissions = await stack.enter_async_context(PermissionsClient(config.iam_protected_server_url, certificates))
+    certificates = CertificateKeeper(iam, settings.cert_storage, settings.ca_cert)
+    permissions = await stack.enter_async_context(PermissionsClient(settings.iam_protected_server_url, certificates))
     worker = await stack.enter_async_context(Worker("files"))
     database = await stack.enter_async_context(
-        open_database(config.database_path, config.migration.migration_path, config.merged_migration_dir)
+        open_database(settings.database_path, settings.migration.migration_path, settings.merged_migration_dir)
     )
     sm_client = client.SmClient(
-        config.cm_server_url, node.node_id, certificates, reconnect_pause_s=config.cm_reconnect_timeout_s
+        settings.cm_server_url, node.node_id, certificates, reconnect_pause_s=settings.cm_reconnect_timeout_s
     )
     image_worker = await stack.enter_async_context(Worker("images", _IMAGE_THREADS))
     images = ImageManager(
-        await image_worker.run(ImageStore, config.images_dir),
+        await image_worker.run(ImageStore, settings.images_dir),
         ItemTable(database),
         sm_client,
         Downloader(image_worker),
         image_worker,
         sm_client,
-        ttl_s=config.image_manager.update_item_ttl_s,
-        period_s=config.image_manager.remove_outdated_period_s,
-        limit_percent=config.image_manager.images_part_limit_percent,
-        first_layer_on_top=config.image_manager.first_layer_on_top,
+        ttl_s=settings.image_manager.update_item_ttl_s,
+        period_s=settings.image_manager.remove_outdated_period_s,
+        limit_percent=settings.image_manager.images_part_limit_percent,
+        first_layer_on_top=settings.image_manager.first_layer_on_top,
     )
-    node_config = NodeConfigManager(config.node_config_path, worker)
+    node_config = NodeConfigManager(settings.node_config_path, worker)
     await node_config.load()
     return Core(
-        config=config,
+        config=settings,
         node=node,
         worker=worker,
         database=database,
@@ -94,7 +202,7 @@ async def build_core(config: Config, stack: contextlib.AsyncExitStack) -> Core:
         permissions=permissions,
         client=sm_client,
         images=images,
-        resources=await worker.run(load_resources, config.resources_config_file),
+        resources=await worker.run(load_resources, settings.resources_config_file),
         node_config=node_config,
     )
 
@@ -144,3 +252,13 @@ async def _node_info(iam: IamPublicClient) -> NodeInfo:
                     raise
                 _log.warning(kv("IAM does not answer yet", error=error, next_try_s=round(pause_s, 1)))
                 await asyncio.sleep(pause_s)
+
+
+PROGRAM = Program(
+    name="aos_servicemanager", title="SM", default_config="aos_servicemanager.cfg", load=load, build=build
+)
+
+
+def main() -> None:
+    """Entry point of the program aos_servicemanager."""
+    sys.exit(run_daemon(PROGRAM))

@@ -1,0 +1,127 @@
+"""SM's configuration file: example, defaults, and everything that can be wrong with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aoscore.common.errors import ConfigError, NotFoundError
+from aoscore.sm import app
+from aoscore.sm.config import load
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "sm.cfg"
+MINIMAL: dict[str, Any] = {
+    "workingDir": "/w",
+    "caCert": "/ca.pem",
+    "cmServerURL": "main:8093",
+    "iamPublicServerURL": "iam:8090",
+    "iamProtectedServerURL": "iam:8089",
+}
+
+
+def write(tmp_path: Path, document: object) -> Path:
+    path = tmp_path / "sm.cfg"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def test_the_example_loads() -> None:
+    setup = app.load(EXAMPLE)
+    assert setup.config.cm_server_url == "aosmain:8093"
+    assert setup.config.image_manager.update_item_ttl_s == 30 * 86400.0
+    ((runtime_type, container),) = setup.containers
+    assert runtime_type == "crun"
+    assert container.storage_dir == Path("/var/aos/storages")
+
+
+def test_the_example_shows_every_key() -> None:
+    document = json.loads(EXAMPLE.read_text())
+    config = load(EXAMPLE)
+
+    def keys(struct: Any) -> set[str]:
+        return {name.lower() for name in struct.__struct_encode_fields__}
+
+    assert keys(config) == {name.lower() for name in document}
+    for name in ("monitoring", "image_manager", "logging", "journal_alerts", "migration"):
+        encoded = dict(zip(config.__struct_fields__, config.__struct_encode_fields__, strict=True))[name]
+        assert keys(getattr(config, name)) == {key.lower() for key in document[encoded]}
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = load(write(tmp_path, MINIMAL))
+    assert config.cert_storage == "sm"
+    assert config.cm_reconnect_timeout_s == 10.0
+    assert config.node_config_path == Path("/w/aos_node.cfg")
+    assert config.images_dir == Path("/w/images")
+    assert config.database_path == Path("/w/servicemanager.db")
+    assert config.merged_migration_dir == Path("/w/mergedMigration")
+    assert (config.migration.migration_path / "5_update.up.sql").is_file()
+    assert config.monitoring.poll_period_s == config.monitoring.average_window_s == 35.0
+    assert config.logging.max_part_count == 80
+    assert config.runtimes == ()
+
+
+def test_keys_in_any_case_and_leftovers_of_old_images(tmp_path: Path) -> None:
+    document = {
+        **{key.upper(): value for key, value in MINIMAL.items()},
+        "stateDir": "/old",
+        "storageDir": "/old",
+        "MONITORING": {"POLLPERIOD": "PT1M"},
+    }
+    assert load(write(tmp_path, document)).monitoring.poll_period_s == 60.0
+
+
+def test_priorities_out_of_range_are_replaced(tmp_path: Path) -> None:
+    alerts = {"serviceAlertPriority": 8, "systemAlertPriority": -1}
+    config = load(write(tmp_path, {**MINIMAL, "journalAlerts": alerts}))
+    assert (config.journal_alerts.service_alert_priority, config.journal_alerts.system_alert_priority) == (4, 3)
+
+
+def runtime(**changes: Any) -> dict[str, Any]:
+    return {"runtimes": [{"plugin": "container", "type": "crun", **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"cmServerUrll": "x"}, "unknown key 'cmServerUrll'"),
+        ({"monitoring": {"period": "1s"}}, "unknown key 'monitoring.period'"),
+        ({"monitoring": {"pollPeriod": "soon"}}, "monitoring.pollPeriod|soon"),
+        ({"monitoring": {"pollPeriod": 0}}, "'monitoring.pollPeriod' must be greater than 0"),
+        ({"logging": {"maxPartCount": "many"}}, "maxPartCount"),
+        ({"imageManager": {"imagesPartLimit": 101}}, "imagesPartLimit"),
+        ({"workingDir": 5}, "workingDir"),
+        ({"journalAlerts": {"filter": ["("]}}, "journalAlerts.filter"),
+        ({"runtimes": {}}, "runtimes"),
+        (runtime(plugin="rootfs"), r"'runtimes\[0\].plugin' 'rootfs' is not supported"),
+        (runtime(config={"crunExecutble": "x"}), r"runtimes\[0\].config.crunExecutble"),
+        (runtime(config={"hostBinds": "usr"}), r"runtimes\[0\].config"),
+        ({"runtimes": [{"plugin": "container", "type": "a"}] * 2}, r"'runtimes\[1\].type' 'a' is used twice"),
+    ],
+)
+def test_wrong_key_or_type_names_file_and_key(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    path = write(tmp_path, {**MINIMAL, **changes})
+    with pytest.raises(ConfigError, match=text) as caught:
+        app.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_key_and_missing_file(tmp_path: Path) -> None:
+    document = {key: value for key, value in MINIMAL.items() if key != "caCert"}
+    with pytest.raises(ConfigError, match="caCert"):
+        load(write(tmp_path, document))
+    with pytest.raises(NotFoundError, match=r"nothing\.cfg"):
+        load(tmp_path / "nothing.cfg")
+    with pytest.raises(ConfigError, match=r"sm\.cfg"):
+        load(write(tmp_path, "{"))
+
+
+def test_program_ends_with_a_clear_error(tmp_path: Path) -> None:
+    path = write(tmp_path, {**MINIMAL, "workngDir": "/x"})
+    program = "import sys; from aoscore.sm.app import main; sys.argv[1:] = ['-c', sys.argv[1]]; main()"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "unknown key 'workngDir'" in done.stdout + done.stderr
