@@ -223,7 +223,15 @@ cdef class Sampler:
     cdef int node_fds[NODE_FILES]
     cdef list spaces
 
-    def __cinit__(self):
+    def __cinit__(
+        self,
+        *,
+        filesystems=None,
+        bint memory_details=False,
+        str proc_root not None="/proc",
+        str cgroup_root not None="/sys/fs/cgroup",
+        int max_kept_files=768,
+    ):
         cdef int index
         for index in range(NODE_FILES):
             self.node_fds[index] = NO_FILE
@@ -234,16 +242,6 @@ cdef class Sampler:
         if self.instances == NULL or self.buffer.data == NULL:
             raise MemoryError()
         self.names = {}
-
-    def __init__(
-        self,
-        *,
-        filesystems=None,
-        bint memory_details=False,
-        str proc_root not None="/proc",
-        str cgroup_root not None="/sys/fs/cgroup",
-        int max_kept_files=768,
-    ):
         self.spaces = [(name, os.fsencode(path)) for name, path in (filesystems or {}).items()]
         self.memory_details = memory_details
         self.proc_root = proc_root

@@ -472,6 +472,7 @@ cdef class Unpacker:
         cdef const unsigned char *piece = NULL
         cdef size_t done = 0, taken
         cdef int index = 0 if kind == c"L" else 1 if kind == c"K" else 2
+        cdef int result
         cdef unsigned char *data = <unsigned char *>malloc(size + 1)
         if data == NULL:
             self.error = ENOMEM
@@ -488,11 +489,9 @@ cdef class Unpacker:
             free(data)
             return -1
         if kind == c"g":
-            done = <size_t>self.check(
-                EXTENDED_HEADER if self.extended_pending() else read_global(<char *>data, size)
-            )
+            result = self.check(EXTENDED_HEADER if self.extended_pending() else read_global(<char *>data, size))
             free(data)
-            return <int>done
+            return result
         if (
             (kind == c"L" and self.extended.long_name.data != NULL)
             or (kind == c"K" and self.extended.long_link.data != NULL)
