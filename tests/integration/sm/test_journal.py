@@ -125,6 +125,7 @@ async def test_alerts_follow_the_journal_over_restarts(journald: None, tmp_path:
         return JournalAlerts(rules, cursors, history, queue.put)
 
     log("before the first start", 3)
+    await asyncio.sleep(0.5)
     async with running(service()):
         await asyncio.sleep(0.5)
         log("disk broken", 3)

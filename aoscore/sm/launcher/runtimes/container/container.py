@@ -82,8 +82,9 @@ class Container:
         """Create and start; afterwards its process runs."""
         with self._tools.output.prepare(self.id) as output:
             self.pid = await self._tools.crun.create(self.id, self.bundle.path, output)
-        await self._tools.crun.start(self.id)
+        # Before the start: what a process writes at once belongs to its run.
         self.record = msgspec.structs.replace(self.record, started=time.time())
+        await self._tools.crun.start(self.id)
 
     async def supervise(self) -> None:
         """Report what becomes of it, and start it again whenever it ends, until cancelled."""
