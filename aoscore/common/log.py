@@ -64,7 +64,7 @@ def setup(level: str, *, journal: bool, identifier: str) -> None:
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_StdoutFormatter(colour=sys.stdout.isatty()))
-    logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
-    # Libraries tell their own stories at INFO; ours are what an operator reads.
-    for library in ("websockets", "asyncio", "grpc", "pyroute2"):
-        logging.getLogger(library).setLevel(max(LEVELS[level], logging.WARNING))
+    # Libraries tell their own stories; ours are what an operator reads. Set at the root, since some libraries reset the
+    # levels of their own loggers when they are imported.
+    logging.basicConfig(level=max(LEVELS[level], logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("aoscore").setLevel(LEVELS[level])

@@ -57,11 +57,20 @@ class Blobs:
         return {"mediaType": media_type, "digest": digest, "size": self.path(digest).stat().st_size}
 
     def item(
-        self, layers: list[bytes], *, diff_ids: list[str] | None = None, item_config: dict[str, Any] | None = None
+        self,
+        layers: list[bytes],
+        *,
+        diff_ids: list[str] | None = None,
+        item_config: dict[str, Any] | None = None,
+        process: dict[str, Any] | None = None,
     ) -> str:
-        """Add an item of gzip layers; the digest of its manifest. `diff_ids` replace the right ones."""
+        """Add an item of gzip layers; the digest of its manifest.
+
+        `diff_ids` replace the right ones; `process` is the member `config` of the image config.
+        """
         diff_ids = [sha256(layer) for layer in layers] if diff_ids is None else diff_ids
-        config = self.put_json({"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": diff_ids}})
+        platform = {"architecture": "amd64", "os": "linux"}
+        config = self.put_json({**platform, "config": process or {}, "rootfs": {"diff_ids": diff_ids}})
         manifest = {
             "schemaVersion": 2,
             "config": self.describe(config),

@@ -79,7 +79,8 @@ class SmBed:
             [tar({"app": (app or f"{item} {version}").encode()})], item_config={"author": f"{item} {version}"}
         )
         ident = InstanceIdent(item, "subject", 0)
-        return InstanceInfo(ident, version, digest, "owner", runtime_id("test", NODE.node_id), **changes)
+        runtime = changes.pop("runtime_id", None) or runtime_id("test", NODE.node_id)
+        return InstanceInfo(ident, version, digest, "owner", runtime, **changes)
 
 
 class Child:
