@@ -118,7 +118,12 @@ class Launcher:
         changes |= {info.ident: info for info in start}
         new = {ident: info for ident, info in changes.items() if wanted.get(ident) != info or ident in self._expired}
         if new:
-            await self._store.add_changes(new)
+            try:
+                await self._store.add_changes(new)
+            except Exception as error:
+                for one in start:
+                    self.changed.publish(_status(one, InstanceState.FAILED, to_error_info(error)))
+                raise
         self._changes |= new
         self._expired -= new.keys()
         self._retries.forget(changes)
@@ -239,7 +244,7 @@ class Launcher:
         elif steps.start:
             await _in_parallel([self._start(info) for info in steps.start])
         elif steps.remove_items:
-            await self._images.remove(steps.remove_items)
+            await self._remove_items(steps.remove_items)
         else:
             return False
         return True
@@ -288,6 +293,17 @@ class Launcher:
             del self._installing[key]
             self._wake.set()
 
+    async def _remove_items(self, keys: Sequence[ItemKey]) -> None:
+        try:
+            await self._images.remove(keys)
+        except Exception as error:
+            for key in keys:
+                pause_s = self._install_retries.failed(key, self._clock())
+                _log.error(kv("Can't remove item", item=key, error=error, retry_in_s=round(pause_s)))
+        else:
+            for key in keys:
+                self._ttls_s.pop(key, None)
+
     async def _load(self, key: ItemKey) -> InstalledImage:
         image = await self._images.load(key)
         self._ttls_s[key] = image.item_config.offline_ttl if image.item_config else 0.0
@@ -316,7 +332,17 @@ class Launcher:
             if old is not None and (info is None or info.owner_id != old.owner_id):
                 with log_and_continue(_log, f"Can't release network of {ident}"):
                     await self._networks.release_instance(ident)
-        await self._store.apply(changes)
+        try:
+            await self._store.apply(changes)
+        except Exception as error:
+            # A full disk, most likely. What was stopped starts again when the change can be stored.
+            for ident, info in changes.items():
+                pause_s = self._retries.failed(ident, self._clock())
+                _log.error(kv("Can't store change", instance=ident, error=error, retry_in_s=round(pause_s)))
+                if info is not None:
+                    self._report(_status(info, InstanceState.FAILED, to_error_info(error)))
+            return
+        self._retries.forget(changes)
         for ident, info in changes.items():
             # CM may have changed its mind while we waited: then the newer change stays.
             if ident in self._changes and self._changes[ident] == info:
@@ -362,13 +388,15 @@ class Launcher:
         now_s = self._clock()
         self._offline.tick(datetime.now(UTC), now_s)
         if self._offline.since != self._stored_offline_since:
-            await self._store.set_offline_since(self._offline.since)
-            self._stored_offline_since = self._offline.since
+            with log_and_continue(_log, "Can't store since when the Unit is offline"):
+                await self._store.set_offline_since(self._offline.since)
+                self._stored_offline_since = self._offline.since
         over = self._offline.expired(self._offline_limits_s(), now_s)
         if over:
             _log.warning(kv("Offline time is over, instances stopped", instances=", ".join(map(str, sorted(over)))))
-            await self._store.add_expired(over)
             self._expired |= over
+            with log_and_continue(_log, "Can't store whose offline time is over"):
+                await self._store.add_expired(over)
 
     # Statuses
 

@@ -95,7 +95,7 @@ def plan(situation: Situation) -> Plan:
     if start:
         return msgspec.structs.replace(steps, start=tuple(_urgent_first(start)))
     used = {item_key(info) for info in (*instances.values(), *wanted.values())}
-    return msgspec.structs.replace(steps, remove_items=tuple(sorted(situation.installed - used)))
+    return msgspec.structs.replace(steps, remove_items=tuple(sorted(situation.installed - used - situation.held)))
 
 
 def _priority(info: InstanceInfo | None) -> int:

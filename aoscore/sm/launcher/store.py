@@ -71,8 +71,7 @@ class LauncherStore:
         def write(connection: apsw.Connection) -> None:
             for ident, info in changes.items():
                 connection.execute(
-                    "INSERT OR REPLACE INTO aoscore_changes VALUES (?, ?, ?, ?, ?, ?)",
-                    (*_key(ident), "" if info is None else to_json(info).decode()),
+                    "INSERT OR REPLACE INTO aoscore_changes VALUES (?, ?, ?, ?, ?, ?)", (*_key(ident), _text(info))
                 )
                 connection.execute(f"DELETE FROM aoscore_expired WHERE {_IDENT}", _key(ident))  # noqa: S608
 
@@ -90,7 +89,11 @@ class LauncherStore:
                         f"INSERT OR REPLACE INTO instances ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",  # noqa: S608
                         _to_row(info),
                     )
-                connection.execute(f"DELETE FROM aoscore_changes WHERE {_IDENT}", _key(ident))  # noqa: S608
+                # CM may have changed its mind since: then the newer change stays.
+                connection.execute(
+                    f"DELETE FROM aoscore_changes WHERE {_IDENT} AND info = ?",  # noqa: S608
+                    (*_key(ident), _text(info)),
+                )
 
         await self._database.write(write)
 
@@ -137,6 +140,10 @@ def _load(connection: apsw.Connection) -> Stored:
         expired=frozenset(_ident(row) for row in connection.execute("SELECT * FROM aoscore_expired")),
         offline_since=datetime.fromisoformat(str(since[0])).astimezone(UTC) if since else None,
     )
+
+
+def _text(info: InstanceInfo | None) -> str:
+    return "" if info is None else to_json(info).decode()
 
 
 def _key(ident: InstanceIdent) -> tuple[str, str, int, str, int]:

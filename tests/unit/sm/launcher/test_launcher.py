@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Set
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 
 from aoscore.common.aio import Backoff, Broadcast
 from aoscore.common.db import Database
-from aoscore.common.errors import AosError, FailedError, NotFoundError, NotSupportedError
+from aoscore.common.errors import AosError, FailedError, NoSpaceError, NotFoundError, NotSupportedError
 from aoscore.common.oci import ImageConfig, ItemConfig
 from aoscore.common.types import (
     AlertRulePercents,
@@ -18,6 +19,7 @@ from aoscore.common.types import (
     AlertRules,
     Duration,
     EnvVar,
+    ErrorInfo,
     InstanceIdent,
     InstanceInfo,
     InstanceState,
@@ -32,7 +34,7 @@ from aoscore.sm.imagemanager.model import InstalledImage, ItemKey, item_key
 from aoscore.sm.launcher.launcher import Launcher
 from aoscore.sm.launcher.model import NodeStatuses
 from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id
-from aoscore.sm.launcher.store import LauncherStore
+from aoscore.sm.launcher.store import Changes, LauncherStore
 
 MIGRATION = Path(__file__).resolve().parents[4] / "aoscore" / "sm" / "migration"
 
@@ -162,13 +164,14 @@ class Bed:
         self.networks = FakeNetworks()
         self.clock: Callable[[], float] = asyncio.get_running_loop().time
         self.pause_s = 0.02
+        self.store_type: type[LauncherStore] = LauncherStore
 
     @contextlib.asynccontextmanager
     async def launcher(self, *, crash: bool = False) -> AsyncIterator[Launcher]:
         """Runs until the block ends; with `crash` without the clean stop."""
         async with open_database(self.directory / "sm.db", MIGRATION, self.directory / "merged") as database:
             launcher = Launcher(
-                LauncherStore(database),
+                self.store_type(database),
                 [self.runtime],
                 self.images,
                 self.networks,
@@ -459,6 +462,63 @@ async def test_offline_time_stops_and_a_restart_does_not_forget(bed: Bed) -> Non
         await asyncio.sleep(0.02)
         assert bed.runtime.calls == []
         assert (await update(launcher, A))["a"].state is InstanceState.ACTIVE
+
+
+class FullDisk(LauncherStore):
+    """A store whose disk is full at times."""
+
+    full = False
+
+    async def add_changes(self, changes: Changes) -> None:
+        self._check()
+        await super().add_changes(changes)
+
+    async def apply(self, changes: Changes) -> None:
+        self._check()
+        await super().apply(changes)
+
+    async def set_offline_since(self, time: datetime | None) -> None:
+        self._check()
+        await super().set_offline_since(time)
+
+    def _check(self) -> None:
+        if self.full:
+            raise NoSpaceError("disk is full")
+
+
+async def test_full_disk_is_a_clear_status_and_heals(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.store_type = FullDisk
+    async with bed.launcher() as launcher:
+        await update(launcher, A)
+        # The image is there, but the change cannot be stored.
+        bed.images.gate = asyncio.Event()
+        await launcher.update([A2], [])
+        await until(lambda: "install a 2.0.0" in bed.images.calls)
+        monkeypatch.setattr(FullDisk, "full", True)
+        bed.images.gate.set()
+        await until(lambda: launcher.statuses().statuses[0].state is InstanceState.FAILED)
+        assert launcher.statuses().statuses[0].error == ErrorInfo(3, 3, "disk is full")
+        launcher.cloud_connected(True)
+        with launcher.changed.subscribe() as queue:
+            with pytest.raises(NoSpaceError):
+                await launcher.update([B], [])
+            status = await queue.get()
+            while not (isinstance(status, InstanceStatus) and status.ident == B.ident):
+                status = await queue.get()
+            assert status.state is InstanceState.FAILED
+        monkeypatch.setattr(FullDisk, "full", False)
+        await until(lambda: bed.runtime.instances == {A.ident: A2})
+    assert await bed.stored() == ({A.ident: A2}, {})
+
+
+async def test_newer_change_survives_the_applying_of_an_older_one(tmp_path: Path) -> None:
+    async with open_database(tmp_path / "sm.db", MIGRATION, tmp_path / "merged") as database:
+        store = LauncherStore(database)
+        await store.add_changes({A.ident: A})
+        await store.add_changes({A.ident: A2})
+        await store.apply({A.ident: A})
+        stored = await store.load()
+    assert (stored.instances, stored.changes) == ({A.ident: A}, {A.ident: A2})
 
 
 async def test_store_keeps_every_member(tmp_path: Path) -> None:
