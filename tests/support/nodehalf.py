@@ -14,7 +14,6 @@ import msgspec
 
 from aoscore.cm import database
 from aoscore.cm.alerts import Alerts
-from aoscore.cm.communication.messages import Message
 from aoscore.cm.iamclient.subjects import UnitSubjects
 from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
@@ -30,7 +29,7 @@ from aoscore.cm.storagestate.manager import StorageState
 from aoscore.cm.storagestate.store import StateStore
 from aoscore.cm.unitconfig.manager import UnitConfigManager
 from aoscore.common import oci
-from aoscore.common.aio import Broadcast, Service
+from aoscore.common.aio import Service
 from aoscore.common.db import Database, Schema
 from aoscore.common.errors import NotFoundError
 from aoscore.common.types import (
@@ -43,6 +42,7 @@ from aoscore.common.types import (
     SMInfo,
 )
 from tests.support.running import running
+from tests.unit.cm.fakes import FakeLink
 
 FAST = LauncherSettings(
     nodes_connection_timeout_s=5,
@@ -51,18 +51,6 @@ FAST = LauncherSettings(
     check_env_vars_period_s=0.1,
     driver=DriverSettings(reply_timeout_s=2, retry_first_s=0.2, retry_limit_s=1),
 )
-
-
-class FakeCloud:
-    """A cloud link that keeps what was sent."""
-
-    def __init__(self) -> None:
-        self.connected = True
-        self.connection: Broadcast[bool] = Broadcast("cloud")
-        self.sent: list[Message] = []
-
-    async def send(self, message: Message) -> None:
-        self.sent.append(message)
 
 
 class FakeIam:
@@ -152,7 +140,7 @@ class NodeHalf:
         missing: Sequence[str] = (),
     ) -> None:
         self.db = db
-        self.cloud = FakeCloud()
+        self.cloud = FakeLink()
         self.iam = FakeIam(node_ids)
         self.images = FakeImages()
         self.images.configs.update(configs or {})
