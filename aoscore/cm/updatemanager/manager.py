@@ -39,6 +39,9 @@ from aoscore.common.types import ConfigState
 _log = logging.getLogger(__name__)
 
 STEP_ATTEMPTS: Final = 5
+# A run that left something undone (a full disk, a blob that the cloud did not have) is repeated after these pauses.
+RETRY_FIRST_S: Final = 60.0
+RETRY_LIMIT_S: Final = 1800.0
 _RECHECK_S: Final = 1.0
 
 
@@ -137,7 +140,9 @@ class UpdateManager:
         reporter: Reporter,
         alert: Callable[[str], None],
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 60.0),
+        retry_pause: Backoff | None = None,
     ) -> None:
+        """`backoff` makes the pauses between attempts of one step, `retry_pause` those between whole runs."""
         self._store = store
         self._settings = settings
         self._images = images
@@ -152,6 +157,10 @@ class UpdateManager:
         self._phase = Phase.NONE
         self._desired: DesiredStatus | None = None
         self._tried = Tried()
+        self._refused: DesiredStatus | None = None
+        self._retry_pause = retry_pause or Backoff(RETRY_FIRST_S, RETRY_LIMIT_S)
+        self._retry_at: float | None = None
+        """When what did not work in the last run is tried again; None when there is no such thing."""
         self._run = 0
         """Counts desired statuses that were accepted: a step whose number is an older one is outdated."""
         self._changed = asyncio.Event()
@@ -179,39 +188,62 @@ class UpdateManager:
             if getattr(message, name) is None:
                 _log.warning(kv("Desired status does not say what it wants", missing=name))
         async with self._lock:
-            if not await self._accept(message, received):
-                await self._reporter.send_full()
+            await self._take_in(message, received)
 
-    async def _accept(self, message: DesiredStatus, received: Received) -> bool:
-        """Stores a desired status that needs a run; False when it needs none or is refused."""
+    async def _take_in(self, message: DesiredStatus, received: Received) -> None:
+        """Decides what a desired status leads to.
+
+        The cloud may answer each status of the Unit with its desired status: what is known already must not cause
+        another status, or the two would never stop talking.
+        """
         desired = plan.complete(
             message, received.problems, self._desired, absent_means_keep=self._settings.absent_means_keep
         )
-        if self._phase is not Phase.NONE and self._desired is not None and plan.is_same(desired, self._desired):
+        same = self._desired is not None and plan.is_same(desired, self._desired)
+        if same and self._phase is not Phase.NONE:
             _log.info("Desired status is the one the Unit is being updated to")
-            return True
-        items = self._images.statuses()
+            return
         try:
-            plan.check_removals(desired, items, self._settings.max_remove_percent)
+            plan.check_removals(desired, self._images.statuses(), self._settings.max_remove_percent)
         except AosError as error:
-            _log.error("%s", error)
-            self._alert(str(error))
-            return False
+            if desired != self._refused:
+                self._refused = desired
+                _log.error("%s", error)
+                self._alert(str(error))
+                await self._reporter.send_full()
+            return
         if self._phase is Phase.NONE:
-            reasons = plan.reasons_to_update(
-                desired, self._desired, items, self._nodes.nodes(), self._unit_configs.current(), self._tried
-            )
+            reasons = self._reasons(desired)
             if not reasons:
                 _log.info("The Unit is as desired")
-                return False
+                return
+            if same and self._retry_at is not None:
+                _log.info(kv("Desired status is tried again later", reasons="; ".join(reasons)))
+                return
             _log.info(kv("Update starts", reasons="; ".join(reasons)))
         else:
             _log.info(kv("Update begins anew, the desired status changed", phase=self._phase))
+        if not same:
+            self._retry_pause.reset()
+        await self._begin(desired)
+
+    def _reasons(self, desired: DesiredStatus) -> list[str]:
+        return plan.reasons_to_update(
+            desired,
+            self._desired,
+            self._images.statuses(),
+            self._nodes.nodes(),
+            self._unit_configs.current(),
+            self._tried,
+        )
+
+    async def _begin(self, desired: DesiredStatus) -> None:
+        """Stores wish and phase together, then wakes the run."""
         await self._store.save(desired, Phase.DOWNLOADING)
         self._desired, self._phase = desired, Phase.DOWNLOADING
+        self._refused = self._retry_at = None
         self._run += 1
         self._changed.set()
-        return True
 
     # ---- the run
 
@@ -229,10 +261,26 @@ class UpdateManager:
         self._loaded.set()
         started()
         while True:
-            if self._phase is Phase.NONE:
-                await self._changed.wait()
+            if self._phase is Phase.NONE and not await self._is_replaced(self._retry_in()):
+                await self._try_again()
             self._changed.clear()
             await self._step()
+
+    def _retry_in(self) -> float | None:
+        if self._retry_at is None:
+            return None
+        return max(0.0, self._retry_at - asyncio.get_running_loop().time())
+
+    async def _try_again(self) -> None:
+        """Begins the run for the present desired status once more, if it has still not been reached."""
+        async with self._lock:
+            if self._phase is not Phase.NONE or self._desired is None:
+                return
+            reasons = self._reasons(self._desired)
+            self._retry_at = None
+            if reasons:
+                _log.info(kv("Update is tried again", reasons="; ".join(reasons)))
+                await self._begin(self._desired)
 
     async def _step(self) -> None:
         """Runs the step of the present phase and stores the next one, unless another desired status came."""
@@ -247,7 +295,10 @@ class UpdateManager:
             following = next_phase(phase, outcome) if outcome else Phase.NONE
             await self._save_phase(following)
             if following is Phase.NONE:
-                _log.info("Update ended" if outcome else "Update is given up")
+                left = self._reasons(desired)
+                _log.info(kv("Update ended", left="; ".join(left)) if left else "Update ended, the Unit is as desired")
+                if left:
+                    self._retry_at = asyncio.get_running_loop().time() + self._retry_pause.next()
                 with log_and_continue(_log, "Can't send unit status"):
                     await self._reporter.send_full()
 
@@ -290,7 +341,8 @@ class UpdateManager:
                 task.cancel()
                 await asyncio.wait({task})
 
-    async def _is_replaced(self, wait_s: float) -> bool:
+    async def _is_replaced(self, wait_s: float | None) -> bool:
+        """Waits for another desired status; False when none came in time."""
         try:
             async with asyncio.timeout(wait_s):
                 await self._changed.wait()

@@ -207,7 +207,7 @@ class FakeUnitConfigs:
 
 
 @contextlib.asynccontextmanager
-async def manager_of(unit: Unit, path: Path, **more: Any) -> AsyncIterator[UpdateManager]:
+async def manager_of(unit: Unit, path: Path, retry_s: float = 3600.0, **more: Any) -> AsyncIterator[UpdateManager]:
     settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0} | more
     async with Database(path / "cm.db", Schema(create=UPDATE_MANAGER_TABLES)) as database:
         manager = UpdateManager(
@@ -222,6 +222,7 @@ async def manager_of(unit: Unit, path: Path, **more: Any) -> AsyncIterator[Updat
             reporter=unit,
             alert=unit.alerts.append,
             backoff=lambda: Backoff(0.01, 0.02),
+            retry_pause=Backoff(retry_s, retry_s),
         )
         async with running(manager):
             yield manager
@@ -268,13 +269,47 @@ async def test_a_run_from_wish_to_report(tmp_path: Path) -> None:
     assert (await row(tmp_path))[1] == "none"
 
 
-async def test_nothing_to_do_is_reported_too(tmp_path: Path) -> None:
+async def test_what_is_known_already_causes_no_status(tmp_path: Path) -> None:
+    """A cloud that answers each status with its desired status must not keep the two talking for ever."""
     unit = Unit()
-    async with manager_of(unit, tmp_path) as manager:
+    async with manager_of(unit, tmp_path, max_remove_percent=50) as manager:
         await apply(manager, desired(("a", "1")))
-        await give(manager, desired(("a", "1")))
+        for _ in range(3):
+            await give(manager, desired(("a", "1")))
         assert manager.phase is Phase.NONE
-        assert (unit.reports, len(unit.trace)) == (2, 3)
+        assert (unit.reports, len(unit.trace)) == (1, 3)
+        for _ in range(3):
+            await give(manager, desired())  # refused
+        assert (unit.reports, len(unit.alerts)) == (2, 1)
+        unit.bad = {"2": FailedError("disk is full")}
+        for _ in range(3):
+            await apply(manager, desired(("a", "2")))
+        assert unit.reports == 3 and unit.trace.count("download") == 2
+
+
+async def test_what_failed_for_a_while_is_tried_again(tmp_path: Path) -> None:
+    unit = Unit()
+    unit.bad = {"1": FailedError("disk is full")}
+    async with manager_of(unit, tmp_path, retry_s=0.05) as manager:
+        await apply(manager, desired(("a", "1")))
+        assert unit.view == {"a 1": "failed"}
+        unit.bad = {}
+        async with asyncio.timeout(5):
+            while unit.view != {"a 1": "installed"}:
+                await asyncio.sleep(0.01)
+        await finished(manager)
+        downloads = unit.trace.count("download")
+        await asyncio.sleep(0.2)
+        assert unit.trace.count("download") == downloads
+
+
+async def test_what_failed_for_good_is_not_tried_again(tmp_path: Path) -> None:
+    unit = Unit()
+    unit.bad = {"1": SignatureError("wrong")}
+    async with manager_of(unit, tmp_path, retry_s=0.05) as manager:
+        await apply(manager, desired(("a", "1")))
+        await asyncio.sleep(0.2)
+        assert unit.trace.count("download") == 1
 
 
 class Crash:
@@ -533,8 +568,8 @@ async def test_a_step_that_fails_is_repeated_then_given_up(tmp_path: Path) -> No
         assert any("given up in phase launching" in alert for alert in unit.alerts)
         assert unit.view["a 1"] == "installed" and unit.running == {"a": "1"}
         failures = 0
-        await apply(manager, desired(("a", "2")))  # the cloud repeats it
-        assert unit.running == {"a": "2"}
+        await apply(manager, desired(("a", "3")))
+        assert unit.running == {"a": "3"}
 
 
 @pytest.mark.parametrize(

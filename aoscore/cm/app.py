@@ -1,0 +1,360 @@
+"""The CM process: its command line and its composition root - every object, and who gets whom (cm-cloud.md §1.4)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from aoscore.cm import config as configuration
+from aoscore.cm.alerts import Alerts
+from aoscore.cm.communication.link import CloudLink, LinkSettings
+from aoscore.cm.communication.messagelog import MessageLog
+from aoscore.cm.communication.messages import (
+    BlobUrls,
+    DeprovisioningRequest,
+    DesiredStatus,
+    FinishProvisioningRequest,
+    IssuedUnitCertificates,
+    OverrideEnvVars,
+    RenewCertificatesNotification,
+    RequestBlobUrls,
+    RequestLog,
+    StartProvisioningRequest,
+    StateAcceptance,
+    UpdateState,
+)
+from aoscore.cm.config import Config
+from aoscore.cm.database import open_database
+from aoscore.cm.fileserver import BlobServer
+from aoscore.cm.iamclient.certificates import Certificates
+from aoscore.cm.iamclient.client import IamClient
+from aoscore.cm.iamclient.subjects import UnitSubjects
+from aoscore.cm.imagemanager.fetcher import Fetcher, FetchSettings
+from aoscore.cm.imagemanager.manager import ImageManager, ImageManagerSettings
+from aoscore.cm.imagemanager.platforms import RuntimePlatform
+from aoscore.cm.imagemanager.space import Space
+from aoscore.cm.imagemanager.store import ItemStore
+from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
+from aoscore.cm.launcher.store import LauncherStore
+from aoscore.cm.logs import LogForwarder
+from aoscore.cm.monitoring import Monitoring
+from aoscore.cm.networkmanager.dns import DnsServer, DnsSettings
+from aoscore.cm.networkmanager.manager import NetworkManager
+from aoscore.cm.networkmanager.routes import read_routes
+from aoscore.cm.networkmanager.store import NetworkStore
+from aoscore.cm.nodeinfo import NodeInfoProvider
+from aoscore.cm.smcontroller.controller import Receivers, SmController
+from aoscore.cm.storagestate.manager import StorageState
+from aoscore.cm.storagestate.store import StateStore
+from aoscore.cm.unitconfig.manager import UnitConfigManager
+from aoscore.cm.updatemanager.manager import UpdateManager, UpdateSettings
+from aoscore.cm.updatemanager.reporter import StatusReporter
+from aoscore.cm.updatemanager.store import UpdateStore
+from aoscore.common.aio import Backoff, Service, Worker
+from aoscore.common.blobstore import BlobStore
+from aoscore.common.certs import load_certificates
+from aoscore.common.daemon import EXIT_OK, Option, Program, run_daemon
+from aoscore.common.db import Database
+from aoscore.common.download import Downloader
+from aoscore.common.errors import AosError
+from aoscore.common.files import DirectoryLock, remove_tree
+from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
+from aoscore.common.log import kv
+from aoscore.common.tls import TlsIdentity, grpc_server_credentials, read_roots, ssl_client_context
+from aoscore.common.types import NodeAlert, NodeState
+
+_log = logging.getLogger(__name__)
+
+ONLINE: Final = "online"
+"""IAM type of the certificate for the cloud."""
+WORKER_THREADS: Final = 4
+"""Hashing, decryption and file work of several downloads."""
+
+Alert = Callable[[str], None]
+
+
+class Identities:
+    """The certificate for the cloud, asked for each time."""
+
+    def __init__(self, iam: IamPublicClient, ca_cert: Path) -> None:
+        self._iam = iam
+        self._ca_cert = ca_cert
+
+    async def online_identity(self) -> TlsIdentity:
+        """The present one."""
+        return TlsIdentity.of(self._ca_cert, await self._iam.get_cert(ONLINE))
+
+
+class BlobUrlSource:
+    """Asks the cloud for blob URLs, once there is a connection."""
+
+    def __init__(self, link: CloudLink) -> None:
+        self._link = link
+
+    async def blob_urls(self, digests: Sequence[str]) -> BlobUrls:
+        """The cloud's answer."""
+        await self._link.wait_connected()
+        return await self._link.request(RequestBlobUrls(digests=tuple(digests)), BlobUrls)
+
+
+async def _system_id(iam: IamPublicClient) -> str:
+    """Id of the Unit. IAM may still be starting: it is asked until it answers."""
+    backoff = Backoff(0.5, 10.0)
+    while True:
+        try:
+            return (await iam.get_system_info()).system_id
+        except AosError as error:
+            _log.warning("Waiting for IAM: %s", error)
+        await asyncio.sleep(backoff.next())
+
+
+def _runtime_platforms(nodes: NodeInfoProvider) -> set[RuntimePlatform] | None:
+    """What the Unit's runtimes run; None while the SM of some node has not told."""
+    platforms: set[RuntimePlatform] = set()
+    for node in nodes.nodes():
+        if "sm" not in node.info.components:
+            continue
+        if not node.has_sm_link and node.info.state is not NodeState.UNPROVISIONED:
+            return None
+        platforms.update(
+            RuntimePlatform(entry.arch_info.architecture, entry.os_info.os, entry.arch_info.variant)
+            for entry in node.runtimes
+        )
+    return platforms or None
+
+
+def _link(config: Config, system_id: str, iam: IamPublicClient, worker: Worker, alert: Alert) -> CloudLink:
+    return CloudLink(
+        system_id,
+        LinkSettings(
+            discovery_url=config.service_discovery_url,
+            override_discovery_url=config.override_service_discovery_url,
+            response_timeout_s=config.cloud_response_wait_timeout,
+            ping_period_s=config.cloud_ping_period,
+        ),
+        Identities(iam, config.ca_cert),
+        worker,
+        message_log=MessageLog(config.cloud_message_log) if config.cloud_message_log else None,
+        unreadable=lambda error: alert(str(error)),
+    )
+
+
+async def _images(
+    config: Config, database: Database, link: CloudLink, nodes: NodeInfoProvider, alerts: Alerts, worker: Worker
+) -> ImageManager:
+    settings = config.image_manager
+    blobs = await worker.run(BlobStore, settings.install_path)
+    download_tls = ssl_client_context(settings.download_ca_cert) if settings.download_ca_cert is not None else None
+
+    async def evict(directory: Path, needed_bytes: int) -> None:
+        await manager.evict(directory, needed_bytes)
+
+    fetcher = Fetcher(
+        blobs,
+        FetchSettings(
+            download_dir=settings.download_path / "blobs" / "sha256",
+            unpack_dir=settings.install_path / "tmp",
+            require_signature=settings.require_signature,
+            parallel=settings.parallel_downloads,
+            give_up_s=settings.download_give_up_time,
+        ),
+        urls=BlobUrlSource(link),
+        downloader=Downloader(worker, ssl_context=download_tls),
+        space=Space(evict),
+        worker=worker,
+        alert=alerts.add,
+    )
+    manager = ImageManager(
+        ImageManagerSettings(item_ttl_s=settings.update_item_ttl, check_period_s=settings.remove_outdated_period),
+        ItemStore(database),
+        blobs,
+        fetcher,
+        worker,
+        roots=load_certificates(read_roots(config.ca_cert), what=str(config.ca_cert)),
+        runtimes=lambda: None if settings.all_platforms else _runtime_platforms(nodes),
+    )
+    return manager
+
+
+async def build(config: Config, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
+    """Make every object; the services in start order."""
+    stack.enter_context(DirectoryLock(config.working_dir))
+    worker = await stack.enter_async_context(Worker("cm", threads=WORKER_THREADS))
+    database = await stack.enter_async_context(open_database(config))
+    iam = await stack.enter_async_context(IamPublicClient(config.iam_public_server_url, config.ca_cert))
+    keeper = CertificateKeeper(iam, config.cert_storage, config.ca_cert)
+    protected_iam = await stack.enter_async_context(IamClient(config.iam_protected_server_url, lambda: keeper.identity))
+
+    link = _link(config, await _system_id(iam), iam, worker, alert=lambda text: alerts.add_core_alert(text))
+    nodes = NodeInfoProvider(iam, sm_timeout_s=config.node_info_provider.sm_connection_timeout)
+    subjects = UnitSubjects(iam)
+    alerts = Alerts(link, send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id)
+    if database.recovered is not None:
+        alerts.add_core_alert(f"database was damaged and begun anew, the old one is {database.recovered.name}")
+    storage = StorageState(
+        StateStore(database),
+        link,
+        storage_dir=config.storage_dir,
+        state_dir=config.state_dir,
+        alert=alerts.add_core_alert,
+    )
+    images = await _images(config, database, link, nodes, alerts, worker)
+    file_server = BlobServer(config.file_server_url, images.blob_path)
+    dns = DnsServer(DnsSettings(ip=config.dns_ip, storage_path=config.dns_storage_path, pid_file=config.dns_pid_file))
+    networks = NetworkManager(NetworkStore(database), dns, routes=read_routes)
+    await networks.load()
+
+    def on_sm_lost(node_id: str) -> None:
+        nodes.on_sm_lost(node_id)
+        launcher.on_sm_lost(node_id)
+
+    def on_node_alert(node_id: str, alert: NodeAlert) -> None:
+        alerts.on_node_alert(node_id, alert)
+        launcher.on_node_alert(node_id, alert)
+
+    controller = SmController(
+        config.cm_server_url,
+        lambda: grpc_server_credentials(lambda: keeper.identity),
+        cloud=link,
+        networks=networks,
+        blob_url=file_server.url,
+        # What SMs tell, to whom it goes; later objects by lambda.
+        receivers=Receivers(
+            sm_info=nodes.on_sm_info,
+            sm_lost=on_sm_lost,
+            node_statuses=lambda node_id, statuses: launcher.on_node_statuses(node_id, statuses),
+            statuses=lambda node_id, statuses: launcher.on_statuses(node_id, statuses),
+            monitoring=lambda node_id, sample: monitoring.on_sample(node_id, sample),
+            alert=on_node_alert,
+            log=lambda node_id, part: logs.on_log(node_id, part),
+        ),
+    )
+    logs = LogForwarder(link, controller, node_ids=lambda: [node.node_id for node in nodes.nodes()])
+    unit_config = UnitConfigManager(config.unit_config_file, nodes, controller)
+    launcher = Launcher(
+        LauncherStore(database),
+        nodes,
+        controller,
+        images,
+        storage,
+        unit_config,
+        iam,
+        link,
+        settings=LauncherSettings(
+            instance_ttl_s=config.launcher.instance_ttl,
+            nodes_connection_timeout_s=config.launcher.nodes_connection_timeout,
+            check_env_vars_period_s=config.launcher.check_override_env_vars_period,
+        ),
+        alert=alerts.add_core_alert,
+        hold=database.recovered is not None,
+    )
+    monitoring = Monitoring(
+        link, nodes=nodes.changed, instances=launcher.changed, send_period_s=config.monitoring.send_period
+    )
+    reporter = StatusReporter(
+        link,
+        nodes=nodes,
+        items=images,
+        instances=launcher,
+        unit_config=unit_config,
+        subjects=subjects,
+        quiet_s=config.unit_status_send_timeout,
+    )
+    updates = UpdateManager(
+        UpdateStore(database),
+        UpdateSettings(
+            activating_s=config.update_manager.activating_timeout,
+            placement_s=config.node_info_provider.sm_connection_timeout,
+            max_remove_percent=config.update_manager.max_remove_percent,
+            absent_means_keep=config.update_manager.absent_means_keep,
+        ),
+        images=images,
+        launcher=launcher,
+        unit_configs=unit_config,
+        nodes=nodes,
+        node_control=protected_iam,
+        subjects=subjects,
+        reporter=reporter,
+        alert=alerts.add_core_alert,
+    )
+    certificates = Certificates(protected_iam, link, main_node_id=nodes.main_node_id)
+
+    async def on_override(message: OverrideEnvVars) -> None:
+        await launcher.override_env_vars(list(message.items))
+
+    # Messages of one topic are handled in their order.
+    link.on_received(DesiredStatus, updates.on_desired_status)
+    link.on(RequestLog, logs.on_request)
+    link.on(OverrideEnvVars, on_override)
+    link.on(StateAcceptance, storage.on_state_acceptance, topic="state")
+    link.on(UpdateState, storage.on_update_state, topic="state")
+    link.on(RenewCertificatesNotification, certificates.on_renew, topic="certificates")
+    link.on(IssuedUnitCertificates, certificates.on_issued, topic="certificates")
+    link.on(StartProvisioningRequest, certificates.on_start_provisioning, topic="provisioning")
+    link.on(FinishProvisioningRequest, certificates.on_finish_provisioning, topic="provisioning")
+    link.on(DeprovisioningRequest, certificates.on_deprovisioning, topic="provisioning")
+
+    return [
+        keeper,
+        file_server.server,
+        storage,
+        alerts,
+        dns,
+        nodes,
+        unit_config,
+        images,
+        launcher,
+        monitoring,
+        controller,
+        subjects,
+        reporter,
+        updates,
+        link,
+    ]
+
+
+def reset(config: Config, options: argparse.Namespace) -> int | None:
+    """With --reset: removes everything CM keeps - database, images, storages, states, unit config - and ends."""
+    if not options.reset:
+        return None
+    with DirectoryLock(config.working_dir):
+        database = config.database_file
+        for path in (
+            *(database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm")),
+            config.image_manager.install_path,
+            config.image_manager.download_path,
+            config.unit_config_file,
+        ):
+            remove_tree(path)
+        # The directories themselves may be mount points.
+        for directory in (config.storage_dir, config.state_dir):
+            for path in directory.iterdir() if directory.is_dir() else ():
+                remove_tree(path)
+    _log.info(kv("Everything that CM kept is removed", workingDir=config.working_dir))
+    return EXIT_OK
+
+
+PROGRAM = Program(
+    name="aos_communicationmanager",
+    title="CM",
+    default_config="aos_cm.cfg",
+    load=configuration.load,
+    build=build,
+    options=(Option("reset", "r", "remove everything CM keeps, and end"),),
+    before=reset,
+)
+
+
+def main() -> None:
+    """Entry point of the program aos_communicationmanager."""
+    sys.exit(run_daemon(PROGRAM))
+
+
+if __name__ == "__main__":
+    main()
