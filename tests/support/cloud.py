@@ -5,12 +5,13 @@ import contextlib
 import json
 import ssl
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from aiohttp import WSMsgType, web
 
 Document = dict[str, Any]
+Answer = Callable[[Document], Awaitable[Document]]
 
 
 class FakeCloud:
@@ -27,6 +28,8 @@ class FakeCloud:
         self.frames: list[Document] = []
         self.received: asyncio.Queue[Document] = asyncio.Queue()
         self.sockets: list[web.WebSocketResponse] = []
+        self.answers: dict[str, Answer] = {}
+        """By message type: what is sent back, with the correlation id of the message."""
         self.port = 0
         self._ssl = ssl_context
         self._connected = asyncio.Event()
@@ -87,6 +90,9 @@ class FakeCloud:
                 self.received.put_nowait(document)
                 if self.acks:
                     await self.send_frame({"messageType": "ack"}, txn=document["header"]["txn"])
+                if answer := self.answers.get(document["data"]["messageType"]):
+                    data = await answer(document["data"])
+                    await self.send_frame({**data, "correlationId": document["data"].get("correlationId", "")})
         self._connected.clear()
         return socket
 

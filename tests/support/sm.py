@@ -37,6 +37,7 @@ class TestSm:
         self.instances: dict[Key, pb.InstanceStatus] = {}
         self.infos: dict[Key, pb.InstanceInfo] = {}
         self.broken: set[str] = set()
+        self.broken_versions: set[tuple[str, str]] = set()
         self.silent = False
         self.starts: list[Key] = []
         self.updates: list[pb.UpdateInstances] = []
@@ -158,7 +159,8 @@ class TestSm:
                 continue
             self.starts.append(key)
             self.infos[key] = info
-            failed = info.instance.item_id in self.broken
+            item_id = info.instance.item_id
+            failed = item_id in self.broken or (item_id, info.version) in self.broken_versions
             self.instances[key] = pb.InstanceStatus(
                 instance=info.instance,
                 version=info.version,

@@ -13,7 +13,7 @@ from aoscore.cm.launcher.model import UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.updatemanager.unitstatus import Delta, full_status, unit_item, unit_node
 from aoscore.common.aio import Broadcast, log_and_continue
-from aoscore.common.types import ErrorInfo
+from aoscore.common.types import ConfigState, ErrorInfo
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +109,11 @@ class StatusReporter:
         if not self._cloud.connected:
             return
         current = self._part("unit config", lambda: [self._unit_config.status()])
-        if self._attempt is not None and self._attempt.version != (current[0].version if current else ""):
-            current = [*current, self._attempt]
+        attempt = self._attempt
+        if attempt is not None and (
+            attempt.state is ConfigState.FAILED or attempt.version not in [entry.version for entry in current]
+        ):
+            current = [*current, attempt]
         status = full_status(
             unit_config=current,
             nodes=self._part("nodes", self._nodes.nodes),

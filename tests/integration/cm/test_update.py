@@ -1,0 +1,286 @@
+"""A real CM between a cloud, an IAM process and a node: updates, going back, bad input, and kill -9 at every phase."""
+
+import asyncio
+import random
+import sys
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from aoscore._pb.common.v2 import common_pb2 as common
+from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore.common.http import request
+from tests.support.unitbed import UnitBed, shown_items, unit_bed
+from tests.support.iam import Iam
+from tests.support.images import Image
+from tests.support.pki import TestCa
+
+PHASES = ["downloading", "pending", "installing", "launching", "activating", "finalizing"]
+pytestmark = pytest.mark.timeout(120)
+
+
+def image(text: str) -> Image:
+    return Image([text.encode() * 50_000, b"shared layer"])
+
+
+A1, A2, A3, B1 = image("a1"), image("a2"), image("a3"), image("b1")
+
+
+@pytest.fixture(scope="module")
+def iam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iam]:
+    unit_iam = Iam(tmp_path_factory.mktemp("iam"), TestCa())
+    unit_iam.provision()
+    unit_iam.start()
+    yield unit_iam
+    unit_iam.kill()
+
+
+@pytest.fixture
+async def bed(tmp_path: Path, iam: Iam) -> AsyncIterator[UnitBed]:
+    async with unit_bed(tmp_path, iam) as opened:
+        for each in (A1, A2, A3, B1):
+            opened.blobs.publish(each)
+        yield opened
+
+
+async def deploy_first(bed: UnitBed) -> None:
+    """Version 1 of item a runs."""
+    await bed.cloud.connected()
+    await bed.cloud.send_frame(bed.wish(("a", "1.0.0", A1)))
+    await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed"})
+    assert bed.running == {"a": "1.0.0"}
+
+
+async def test_deploy_update_remove(bed: UnitBed) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    status = bed.statuses()[-1]
+    (group,) = status["instances"]
+    (instance,) = group["instances"]
+    assert (group["item"], group["version"]) == ({"id": "a", "type": "service"}, "1.0.0")
+    assert (instance["node"], instance["state"]) == ({"codename": "node-1"}, "active")
+    assert status["nodes"][0]["isConnected"] and status["subjects"] == [
+        {"codename": "subject1"},
+        {"codename": "subject2"},
+    ]
+    await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1)))
+    await bed.full_status(lambda status: shown_items(status) == {"a 2.0.0": "installed", "b 1.0.0": "installed"})
+    assert bed.running == {"a": "2.0.0", "b": "1.0.0"}
+    await bed.cloud.send_frame(bed.wish())
+    await bed.full_status(lambda status: status["items"] == [] and status["instances"] == [])
+    await bed.until(lambda: bed.running == {})
+    assert bed.items == {"a 2.0.0": "removed", "b 1.0.0": "removed"}
+    assert await bed.stop() == 0
+    assert " [ERR] " not in bed.log().replace("Cloud connection lost", "")
+
+
+@pytest.mark.parametrize("point", [f"{when} {phase}" for phase in PHASES for when in ("after", "before")])
+async def test_killed_at_every_phase_the_end_is_the_same(bed: UnitBed, point: str) -> None:
+    if point == "before downloading":
+        pytest.skip("nothing has begun then: the cloud repeats its wish")
+    await bed.start()
+    await deploy_first(bed)
+    await bed.stop()
+    wish = bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1))
+    await bed.start(point)
+    await bed.cloud.connected()
+    await bed.cloud.send_frame(wish)
+    await bed.died()
+    seen = len(bed.statuses())
+    await bed.start()
+    # The cloud says nothing more: what was accepted is on disk.
+    await bed.until(lambda: bed.phase == "none" and len(bed.statuses()) > seen)
+    await bed.full_status(lambda status: shown_items(status) == {"a 2.0.0": "installed", "b 1.0.0": "installed"})
+    await bed.until(lambda: bed.running == {"a": "2.0.0", "b": "1.0.0"})
+    assert bed.items == {"a 2.0.0": "installed", "b 1.0.0": "installed"}
+    files = {path.name for path in (bed.directory / "work" / "install" / "blobs" / "sha256").iterdir()}
+    assert files == {digest.removeprefix("sha256:") for digest in (*A2.blobs, *B1.blobs)}
+
+
+@pytest.mark.parametrize("point", ["after launching", "after activating", "after finalizing"])
+async def test_killed_while_going_back(bed: UnitBed, point: str) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    await bed.stop()
+    bed.sm.broken_versions = {("a", "2.0.0")}
+    await bed.start(point)
+    await bed.cloud.connected()
+    await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2)))
+    await bed.died()
+    await bed.start()
+    await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed", "a 2.0.0": "failed"})
+    await bed.until(lambda: bed.running == {"a": "1.0.0"})
+
+
+async def test_killed_again_and_again_at_any_moment(bed: UnitBed) -> None:
+    rng = random.Random(7)
+    await bed.start()
+    await deploy_first(bed)
+    await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1)))
+    for _ in range(6):
+        await asyncio.sleep(rng.uniform(0.0, 0.25))
+        await bed.kill()
+        await bed.start()
+        if bed.phase == "none" and "a 2.0.0" not in bed.items:
+            await bed.cloud.connected()
+            await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1)))
+    await bed.until(lambda: bed.phase == "none" and bed.running == {"a": "2.0.0", "b": "1.0.0"})
+    assert bed.items == {"a 2.0.0": "installed", "b 1.0.0": "installed"}
+
+
+async def test_a_version_that_does_not_run_gives_way(bed: UnitBed) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    bed.sm.broken_versions = {("a", "2.0.0")}
+    await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1)))
+    status = await bed.full_status(lambda status: len(status["items"]) == 3)
+    assert shown_items(status) == {"a 1.0.0": "installed", "a 2.0.0": "failed", "b 1.0.0": "installed"}
+    failed = next(entry for entry in status["items"] if entry["state"] == "failed")
+    assert failed["errorInfo"]["message"] == "not found"
+    assert bed.running == {"a": "1.0.0", "b": "1.0.0"}
+    await bed.cloud.send_frame(bed.wish(("a", "3.0.0", A3), ("b", "1.0.0", B1)))
+    await bed.full_status(lambda status: shown_items(status) == {"a 3.0.0": "installed", "b 1.0.0": "installed"})
+    assert bed.running == {"a": "3.0.0", "b": "1.0.0"}
+
+
+@pytest.mark.parametrize("spoil", ["digest", "truncated", "signature", "unsigned"])
+async def test_a_bad_blob_installs_nothing_and_loses_nothing(bed: UnitBed, spoil: str) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    layer = A2.layers[0]
+    match spoil:
+        case "digest":
+            bed.blobs.publish_blob(layer, b"something else")
+        case "truncated":
+            bed.blobs.file(layer).write_bytes(bed.blobs.file(layer).read_bytes()[:100])
+        case "signature":
+            bed.blobs.change(layer, sign_info=bed.signer.sign(b"something else"))
+        case "unsigned":
+            bed.blobs.change(layer, sign_info=None)
+    await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1)))
+    status = await bed.full_status(lambda status: len(status["items"]) == 3)
+    assert shown_items(status) == {"a 1.0.0": "installed", "a 2.0.0": "failed", "b 1.0.0": "installed"}
+    failed = next(entry for entry in status["items"] if entry["state"] == "failed")
+    assert failed["errorInfo"]["aosCode"] == 10 and failed["errorInfo"]["message"]
+    assert bed.running == {"a": "1.0.0", "b": "1.0.0"}
+    assert failed["errorInfo"]["message"] in bed.log()
+    assert not (bed.directory / "work" / "install" / "blobs" / "sha256" / layer.removeprefix("sha256:")).exists()
+
+
+async def test_nonsense_from_the_cloud(bed: UnitBed) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    for raw in (b"{", b"\xff", b"[]", b'{"header": 1, "data": 2}', b'{"header": {"version": 7}}'):
+        await bed.cloud.sockets[-1].send_bytes(raw)
+    await bed.cloud.send_frame({"messageType": "desiredStatus", "items": 7})
+    wish = bed.wish(("a", "2.0.0", A2))
+    wish["items"].append({"item": {"id": "b", "type": "gadget"}, "version": 1})
+    wish["unitConfig"] = {"version": {"major": 1}, "nodes": "many"}
+    await bed.cloud.send_frame(wish)
+    status = await bed.full_status(lambda status: shown_items(status) == {"a 2.0.0": "installed"})
+    assert bed.is_alive and bed.running == {"a": "2.0.0"}
+    config = [entry for full in bed.statuses() for entry in full["unitConfig"] if entry["state"] == "failed"]
+    assert config and "unitConfig" in config[0]["errorInfo"]["message"]
+    assert status["isDeltaInfo"] is False
+    alerts = [item["message"] for item in (await bed.cloud.next("alerts"))["data"]["items"] if "message" in item]
+    assert any("not JSON" in message for message in alerts)
+    assert any("items[1]" in message for message in alerts)
+
+
+async def test_monitoring_alerts_and_logs_are_forwarded(tmp_path: Path, iam: Iam) -> None:
+    now = Timestamp()
+    now.FromDatetime(datetime.now(UTC))
+    periods = {"monitoring": {"sendPeriod": "200ms"}, "alerts": {"sendPeriod": "100ms"}}
+    async with unit_bed(tmp_path, iam, **periods) as bed:
+        await bed.start()
+        await bed.cloud.connected()
+        await bed.until(lambda: bed.sm.received)
+        sample = pb.MonitoringData(timestamp=now, ram=1000, cpu=50)
+        bed.sm.send(instant_monitoring=pb.InstantMonitoring(node_monitoring=sample))
+        monitoring = (await bed.cloud.next("monitoringData"))["data"]
+        while not monitoring["nodes"][0]["items"]:
+            monitoring = (await bed.cloud.next("monitoringData"))["data"]
+        assert monitoring["nodes"][0]["items"][0]["ram"] == 1000
+        bed.sm.send(alert=pb.Alert(timestamp=now, system_alert=pb.SystemAlert(message="smoke")))
+        alert = (await bed.cloud.next("alerts"))["data"]["items"][0]
+        assert (alert["tag"], alert["message"], alert["node"]) == ("systemAlert", "smoke", {"codename": "node-1"})
+        request = {"messageType": "requestLog", "correlationId": "c7", "logType": "systemLog", "filter": {}}
+        await bed.cloud.send_frame(request)
+        asked = await bed.sm.wait(lambda sm: [f for f in sm.received if f.HasField("system_log_request")])
+        bed.sm.send(
+            log=pb.LogData(
+                correlation_id=asked[0].system_log_request.correlation_id,
+                part_count=1,
+                part=1,
+                data=b"log",
+                status="ok",
+                error=common.ErrorInfo(),
+            )
+        )
+        log = (await bed.cloud.next("pushLog"))["data"]
+        assert (log["correlationId"], log["content"], log["status"]) == ("c7", "bG9n", "ok")
+
+
+async def test_blobs_go_to_the_node_by_http(bed: UnitBed) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    answer = await bed.sm.blobs.GetBlobsInfos(pb.BlobsInfosRequest(digests=[A1.index, *A1.layers]))
+    for digest, url in zip([A1.index, *A1.layers], answer.urls, strict=True):
+        assert (await request("GET", url)).body == A1.blobs[digest]
+
+
+async def test_a_foreign_cloud_gets_nothing_and_the_unit_lives_on(tmp_path: Path, iam: Iam) -> None:
+    async with unit_bed(tmp_path, iam) as bed:
+        bed.blobs.publish(A1)
+        await bed.start()
+        await deploy_first(bed)
+        await bed.stop()
+    (tmp_path / "again").mkdir()
+    async with unit_bed(tmp_path / "again", iam) as bed:
+        foreign = TestCa("Foreign").issue("cloud")
+        foreign.write(tmp_path, "foreign")
+        assert bed.cloud._ssl is not None
+        bed.cloud._ssl.load_cert_chain(tmp_path / "foreign.pem", tmp_path / "foreign.key")
+        await bed.start()
+        await bed.until(lambda: bed.new_log().count("Can't connect to the cloud") >= 2)
+        assert "CERTIFICATE_VERIFY_FAILED" in bed.new_log()
+        assert bed.is_alive and not bed.cloud.frames and not bed.cloud.discoveries
+
+
+async def test_start_without_cloud_and_wrong_configurations(tmp_path: Path, iam: Iam) -> None:
+    async with unit_bed(tmp_path, iam) as bed:
+        bed.extra = {"serviceDiscoveryUrl": "https://127.0.0.1:1/sd/v7/"}
+        await bed.start()
+        await bed.until(lambda: bed.sm.received)  # nodes are served
+        assert await bed.stop() == 0
+        for wrong in (
+            {"cmServer": "x"},
+            {"alerts": {"sendPeriod": []}},
+            {"imageManager": {"parallelDownloads": "many"}},
+        ):
+            bed.extra = wrong
+            await bed.start()
+            assert bed.process is not None and await bed.process.wait() == 78
+            assert next(iter(wrong)) in bed.log().splitlines()[-1]
+
+
+async def test_reset_removes_everything(bed: UnitBed) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    assert bed.process is not None
+    first, bed.process = bed.process, None
+    command = ["-c", str(bed.config_file), "--reset"]
+
+    async def reset() -> int:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "aoscore.cm.app", *command)
+        return await process.wait()
+
+    assert await reset() == 70  # CM is running
+    bed.process = first
+    await bed.stop()
+    assert await reset() == 0
+    left = [path.name for path in (bed.directory / "work").rglob("*") if path.is_file()]
+    assert set(left) <= {".lock"}

@@ -1,0 +1,257 @@
+"""A real CM process between a cloud and an SM that the test plays, beside a real IAM process.
+
+As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `after PHASE` (the
+phase has just been stored), `before PHASE` (it is about to be stored, the step before it is done), or `never`.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import ssl
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aoscore._pb.common.v2 import common_pb2 as common
+from aoscore._pb.iamanager.v6 import iamanager_pb2 as iam_pb
+from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore.cm.communication.envelope import to_document
+from aoscore.common.tls import TlsIdentity
+from tests.support.cloud import Document, FakeCloud
+from tests.support.iam import TYPES, Iam, free_port
+from tests.support.images import BlobCloud, Image, Signer, desired
+from tests.support.pki import TestCa
+from tests.support.sm import TestSm
+
+READY_S = 30.0
+SYSTEM_ID = "unit-1"
+NODE_ID = "node-1"
+SUBJECT = "5a9d3c3e-0f6e-4d39-8f0b-7a2f0c6b4e22"
+
+
+class UnitBed:
+    """IAM (started once), CM (comes and goes), cloud and SM (in the test). Make it with `unit_bed`."""
+
+    def __init__(self, directory: Path, iam: Iam, **config: Any) -> None:
+        self.directory = directory
+        self.iam = iam
+        self.ca = iam.authority
+        self.signer = Signer(self.ca)
+        (directory / "blobs").mkdir()
+        self.blobs = BlobCloud(directory / "blobs", self.signer)
+        self.cloud = FakeCloud(SYSTEM_ID, self._cloud_tls(self.ca))
+        self.cloud.answers["requestBlobUrls"] = self._blob_urls
+        platform = {"arch_info": common.ArchInfo(architecture="amd64"), "os_info": common.OSInfo(os="linux")}
+        self.sm = TestSm(NODE_ID, (pb.RuntimeInfo(runtime_id="crun-1", type="crun", **platform),))
+        self.port = free_port()
+        self.file_port = free_port()
+        self.process: asyncio.subprocess.Process | None = None
+        self.config_file = directory / "cm.cfg"
+        self.extra = config
+
+    def _cloud_tls(self, ca: TestCa) -> Any:
+        ca.issue("cloud").write(self.directory, "cloud")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.directory / "cloud.pem", self.directory / "cloud.key")
+        context.load_verify_locations(cadata=self.ca.root_pem.decode())
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    async def _blob_urls(self, data: Document) -> Document:
+        answer = await self.blobs.blob_urls(data["digests"])
+        return {"messageType": "blobUrls", "items": [_json(item) for item in answer.items]}
+
+    def write_config(self) -> None:
+        """The configuration file, with the addresses of everybody."""
+        document = {
+            "workingDir": str(self.directory / "work"),
+            "caCert": str(self.iam.ca_file),
+            "certStorage": "cm",
+            "iamProtectedServerUrl": self.iam.protected,
+            "iamPublicServerUrl": self.iam.public,
+            "cmServerUrl": f"127.0.0.1:{self.port}",
+            "fileServerUrl": f"http://127.0.0.1:{self.file_port}",
+            "serviceDiscoveryUrl": self.cloud.discovery_url,
+            "unitStatusSendTimeout": "200ms",
+            "dnsStoragePath": str(self.directory / "dns"),
+            "nodeInfoProvider": {"smConnectionTimeout": "10s"},
+            "updateManager": {"activatingTimeout": "30s"},
+        }
+        self.config_file.write_text(json.dumps({**document, **self.extra}))
+
+    # ---- the process
+
+    async def start(self, point: str = "never") -> None:
+        """Start CM; returns when it says that it is ready, or has died where it was told to."""
+        self.write_config()
+        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.support.unitbed", point]
+        with (self.directory / "cm.log").open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *command, "-c", str(self.config_file), "-v", "debug", stdout=log, stderr=log
+            )
+        async with asyncio.timeout(READY_S):
+            while "CM is ready" not in self.new_log() and self.process.returncode is None:
+                await asyncio.sleep(0.02)
+
+    def log(self) -> str:
+        """All that CM has logged, in all its lives."""
+        return (self.directory / "cm.log").read_text()
+
+    def new_log(self) -> str:
+        """What the present process has logged."""
+        return self.log().rpartition("Init CM")[2]
+
+    async def died(self) -> None:
+        """Wait until the process has killed itself."""
+        assert self.process is not None
+        async with asyncio.timeout(30):
+            assert await self.process.wait() == -signal.SIGKILL, self.new_log()
+        self.process = None
+
+    async def kill(self) -> None:
+        """kill -9."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+        self.process = None
+
+    async def stop(self) -> int:
+        """Orderly stop; the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        async with asyncio.timeout(20):
+            code = await self.process.wait()
+        self.process = None
+        return code
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    # ---- wishes and what becomes of them
+
+    def wish(self, *versions: tuple[str, str, Image], **more: Any) -> Document:
+        """A desired status: items with their versions and images, one instance each."""
+        document: Document = {
+            "messageType": "desiredStatus",
+            "items": [_json(desired(item_id, version, image)) for item_id, version, image in versions],
+            "instances": [
+                {"item": {"id": item_id}, "subject": {"id": SUBJECT}, "priority": 0, "numInstances": 1}
+                for item_id, _, _ in versions
+            ],
+            "subjects": [{"identity": {"id": SUBJECT}, "type": "group"}],
+            "certificates": [_json(entry) for entry in self.signer.certificates],
+            "certificateChains": [_json(entry) for entry in self.signer.chains],
+        }
+        return document | more
+
+    @property
+    def running(self) -> dict[str, str]:
+        """What the node runs: item to version."""
+        return {key[0]: status.version for key, status in self.sm.instances.items() if status.state == "active"}
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """Rows of CM's database, read beside CM."""
+        with contextlib.closing(sqlite3.connect(self.directory / "work" / "cm.db")) as connection:
+            return connection.execute(query).fetchall()
+
+    @property
+    def phase(self) -> str:
+        return str(self.rows("SELECT updateState FROM updatemanager")[0][0])
+
+    @property
+    def items(self) -> dict[str, str]:
+        """Versions in the database: `item version` to state."""
+        return {f"{row[0]} {row[1]}": row[2] for row in self.rows("SELECT itemID, version, state FROM imagemanager")}
+
+    async def until(self, condition: Callable[[], Any], timeout_s: float = 30) -> None:
+        """Wait until something is so."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await asyncio.sleep(0.03)
+        except TimeoutError:
+            raise AssertionError(f"not reached; CM said:\n{self.new_log()[-4000:]}") from None
+
+    def statuses(self, *, full: bool = True) -> list[Document]:
+        """Unit statuses so far."""
+        frames = [frame["data"] for frame in self.cloud.frames if frame["data"]["messageType"] == "unitStatus"]
+        return [data for data in frames if data["isDeltaInfo"] is not full]
+
+    async def full_status(self, condition: Callable[[Document], Any]) -> Document:
+        """Wait for a full status that is so."""
+        await self.until(lambda: any(condition(status) for status in self.statuses()))
+        return next(status for status in reversed(self.statuses()) if condition(status))
+
+
+def shown_items(status: Document) -> dict[str, str]:
+    """Items of a unit status: `item version` to state."""
+    return {f"{entry['item'].get('id')} {entry['version']}": entry["state"] for entry in status["items"]}
+
+
+def _json(value: Any) -> Any:
+    return json.loads(msgspec.json.encode(to_document(value)))
+
+
+@contextlib.asynccontextmanager
+async def unit_bed(directory: Path, iam: Iam, **config: Any) -> AsyncIterator[UnitBed]:
+    """A Unit without CM running yet; everything is stopped at the end."""
+    bed = UnitBed(directory, iam, **config)
+    identity = await asyncio.to_thread(_sm_identity, iam)
+    try:
+        async with bed.cloud.running(), bed.blobs.running():
+            node = asyncio.create_task(_stay_connected(bed.sm, bed.port, identity))
+            try:
+                yield bed
+            finally:
+                node.cancel()
+                await asyncio.gather(node, return_exceptions=True)
+    finally:
+        await bed.kill()
+
+
+async def _stay_connected(sm: TestSm, port: int, identity: TlsIdentity) -> None:
+    """An SM connects again whenever CM was gone."""
+    while True:
+        async with sm.connected(port, identity):
+            await sm.ended.wait()
+        await asyncio.sleep(0.1)
+
+
+def _sm_identity(iam: Iam) -> TlsIdentity:
+    with iam.open() as client:
+        info = client.certs.GetCert(iam_pb.GetCertRequest(type=TYPES[3]))
+    return TlsIdentity(iam.ca_file, info.cert_url, info.key_url)
+
+
+def _main(point: str, arguments: list[str]) -> int:
+    from aoscore.cm.app import PROGRAM
+    from aoscore.cm.updatemanager.store import UpdateStore
+    from aoscore.common.daemon import run_daemon
+
+    when, _, phase = point.partition(" ")
+
+    def dying(save: Any) -> Any:
+        async def wrapper(self: Any, *values: Any) -> None:
+            hit = values[-1] == phase
+            if hit and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            await save(self, *values)
+            if hit and when == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return wrapper
+
+    UpdateStore.save = dying(UpdateStore.save)  # type: ignore[method-assign]
+    UpdateStore.save_phase = dying(UpdateStore.save_phase)  # type: ignore[method-assign]
+    return run_daemon(PROGRAM, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1], sys.argv[2:]))
