@@ -133,6 +133,8 @@ def client_context(root_file: Path, identity: Path | None = None) -> ssl.SSLCont
 class MiniUnit:
     """A Unit with one node `main`: keys, registration, discovery, link, downloads."""
 
+    node_id = "main"
+
     def __init__(self, cloud: DevcloudProcess, system_id: str = "unit-1") -> None:
         self.cloud = cloud
         self.system_id = system_id
@@ -181,14 +183,14 @@ class MiniUnit:
             "model_name": "mini",
             "model_version": "1",
             "provisioning_software": "aos-provisioning:5.5.0",
-            "nodes": [{"id": "main", "type": "main-type", "attrs": {"MainNode": ""}}],
-            "secure_data": json.dumps({"version": "2.0.0", "nodes": {"main": "password"}}),
+            "nodes": [{"id": self.node_id, "type": "main-type", "attrs": {"MainNode": ""}}],
+            "secure_data": json.dumps({"version": "2.0.0", "nodes": {self.node_id: "password"}}),
             "online_public_csr": self.csr("online"),
-            "online_public_node_id": "main",
+            "online_public_node_id": self.node_id,
             "offline_public_csr": self.csr("offline"),
-            "offline_public_node_id": "main",
+            "offline_public_node_id": self.node_id,
             "additional_csrs": [
-                {"cert_type": cert_type, "csr": self.csr(cert_type), "node_id": "main"}
+                {"cert_type": cert_type, "csr": self.csr(cert_type), "node_id": self.node_id}
                 for cert_type in ("iam", "sm", "cm")
             ],
         }
@@ -197,7 +199,7 @@ class MiniUnit:
         self.apply("online", answer["online_certificate"])
         self.apply("offline", answer["offline_certificate"])
         for entry in answer["additional_certs"]:
-            assert entry["node_id"] == "main"
+            assert entry["node_id"] == self.node_id
             self.apply(entry["cert_type"], entry["cert"])
 
     # Link

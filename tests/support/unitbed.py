@@ -1,7 +1,7 @@
 """A real CM process between a cloud and an SM that the test plays, beside a real IAM process.
 
-As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `after PHASE` (the
-phase has just been stored), `before PHASE` (it is about to be stored, the step before it is done), or `never`.
+As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `after PHASE`
+(the phase has just been stored), `before PHASE` (it is about to be stored, the step before it is done), or `never`.
 """
 
 import asyncio
@@ -38,17 +38,18 @@ SUBJECT = "5a9d3c3e-0f6e-4d39-8f0b-7a2f0c6b4e22"
 class UnitBed:
     """IAM (started once), CM (comes and goes), cloud and SM (in the test). Make it with `unit_bed`."""
 
-    def __init__(self, directory: Path, iam: Iam, **config: Any) -> None:
+    def __init__(self, directory: Path, iam: Iam, *, ca: TestCa | None, node_id: str, **config: Any) -> None:
+        """`ca` issues the certificates of cloud and signers; by default IAM's own."""
         self.directory = directory
         self.iam = iam
-        self.ca = iam.authority
+        self.ca = ca or iam.authority
         self.signer = Signer(self.ca)
         (directory / "blobs").mkdir()
         self.blobs = BlobCloud(directory / "blobs", self.signer)
         self.cloud = FakeCloud(SYSTEM_ID, self._cloud_tls(self.ca))
         self.cloud.answers["requestBlobUrls"] = self._blob_urls
         platform = {"arch_info": common.ArchInfo(architecture="amd64"), "os_info": common.OSInfo(os="linux")}
-        self.sm = TestSm(NODE_ID, (pb.RuntimeInfo(runtime_id="crun-1", type="crun", **platform),))
+        self.sm = TestSm(node_id, (pb.RuntimeInfo(runtime_id="crun-1", type="crun", **platform),))
         self.port = free_port()
         self.file_port = free_port()
         self.process: asyncio.subprocess.Process | None = None
@@ -200,9 +201,11 @@ def _json(value: Any) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def unit_bed(directory: Path, iam: Iam, **config: Any) -> AsyncIterator[UnitBed]:
-    """A Unit without CM running yet; everything is stopped at the end."""
-    bed = UnitBed(directory, iam, **config)
+async def unit_bed(
+    directory: Path, iam: Iam, *, ca: TestCa | None = None, node_id: str = NODE_ID, **config: Any
+) -> AsyncIterator[UnitBed]:
+    """A Unit without CM running yet; everything is stopped at the end. `config`: more keys for CM's configuration."""
+    bed = UnitBed(directory, iam, ca=ca, node_id=node_id, **config)
     identity = await asyncio.to_thread(_sm_identity, iam)
     try:
         async with bed.cloud.running(), bed.blobs.running():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from aoscore.common.aio import Broadcast
+from aoscore.common.errors import NotSupportedError
+
+_log = logging.getLogger(__name__)
 
 
 class SubjectSource(Protocol):
@@ -30,7 +34,10 @@ class UnitSubjects:
 
     async def run(self, started: Callable[[], None]) -> None:
         """Follows them until cancelled."""
-        self._subjects = await self._iam.get_subjects()
+        try:
+            self._subjects = await self._iam.get_subjects()
+        except NotSupportedError:
+            _log.info("IAM has no identifier: no subject is ever active")
         started()
         async for subjects in self._iam.watch_subjects():
             if subjects != self._subjects:

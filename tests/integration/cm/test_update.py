@@ -13,10 +13,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.http import request
-from tests.support.unitbed import UnitBed, shown_items, unit_bed
 from tests.support.iam import Iam
 from tests.support.images import Image
 from tests.support.pki import TestCa
+from tests.support.unitbed import UnitBed, shown_items, unit_bed
 
 PHASES = ["downloading", "pending", "installing", "launching", "activating", "finalizing"]
 pytestmark = pytest.mark.timeout(120)
