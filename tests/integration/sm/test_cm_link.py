@@ -23,7 +23,7 @@ from aoscore.common.types import (
     SystemAlert,
 )
 from aoscore.sm import app
-from tests.support.items import tar
+from tests.support.items import packed, sha256, tar
 from tests.support.processes import NoMonitoring, NoNetworks, ProcessRuntime, empty_log
 from tests.support.running import running
 from tests.support.smbed import NODE, SmBed
@@ -193,6 +193,30 @@ async def test_bad_image_is_a_clear_status_and_nothing_is_lost(
         await bed.cm.wait(lambda cm: cm.states() == {"svc": ("1.0.0", "active")})
         assert one.runtime.running() == before
         assert not any("GetBlobsInfos" in call for call in bed.cm.calls[calls:])
+
+
+async def test_download_goes_on_where_an_earlier_process_stopped(bed: SmBed) -> None:
+    layer = tar({"app": os.urandom(100_000).hex().encode()})
+    info = bed.instance("svc", manifest_digest=bed.blobs.item([layer]))
+    digest = sha256(packed(layer))
+    bed.cm.unknown.add(digest)
+    async with sm(bed):
+        await bed.cm.connected(1)
+        bed.cm.update(info)
+        await bed.cm.wait(lambda cm: cm.states() == {"svc": ("1.0.0", "failed")})
+    bed.cm.unknown.clear()
+    blob = bed.blobs.path(digest)
+    half = blob.stat().st_size // 2
+    downloads = bed.root / "sm" / "images" / "downloads"
+    (downloads / digest.replace(":", "-")).write_bytes(blob.read_bytes()[:half])
+    # Only who asks for the rest alone gets the right content.
+    blob.write_bytes(bytes(half) + blob.read_bytes()[half:])
+    calls = len(bed.cm.calls)
+    async with sm(bed):
+        await bed.cm.connected(2)
+        await bed.cm.wait(lambda cm: cm.states() == {"svc": ("1.0.0", "active")})
+    assert [call for call in bed.cm.calls[calls:] if "GetBlobs" in call] == [f"GetBlobsInfos {digest}"]
+    assert list(downloads.iterdir()) == []
 
 
 async def test_bad_instance_does_not_stop_good_ones(bed: SmBed) -> None:
