@@ -13,9 +13,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.http import request
+from aoscore.common.tls import TlsIdentity
 from tests.support.iam import Iam
 from tests.support.images import Image
 from tests.support.pki import TestCa
+from tests.support.sm import TestSm
 from tests.support.unitbed import UnitBed, shown_items, unit_bed
 
 PHASES = ["downloading", "pending", "installing", "launching", "activating", "finalizing"]
@@ -70,9 +72,8 @@ async def test_deploy_update_remove(bed: UnitBed) -> None:
     await bed.full_status(lambda status: shown_items(status) == {"a 2.0.0": "installed", "b 1.0.0": "installed"})
     assert bed.running == {"a": "2.0.0", "b": "1.0.0"}
     await bed.cloud.send_frame(bed.wish())
-    await bed.full_status(lambda status: status["items"] == [] and status["instances"] == [])
-    await bed.until(lambda: bed.running == {})
-    assert bed.items == {"a 2.0.0": "removed", "b 1.0.0": "removed"}
+    await bed.until(lambda: bed.items == {"a 2.0.0": "removed", "b 1.0.0": "removed"} and bed.phase == "none")
+    await bed.until(lambda: bed.running == {} and bed.statuses()[-1]["items"] == bed.statuses()[-1]["instances"] == [])
     assert await bed.stop() == 0
     assert " [ERR] " not in bed.log().replace("Cloud connection lost", "")
 
@@ -248,6 +249,19 @@ async def test_a_foreign_cloud_gets_nothing_and_the_unit_lives_on(tmp_path: Path
         await bed.until(lambda: bed.new_log().count("Can't connect to the cloud") >= 2)
         assert "CERTIFICATE_VERIFY_FAILED" in bed.new_log()
         assert bed.is_alive and not bed.cloud.frames and not bed.cloud.discoveries
+
+
+async def test_a_node_with_a_foreign_certificate_gets_nothing(tmp_path: Path, iam: Iam) -> None:
+    async with unit_bed(tmp_path, iam) as bed:
+        await bed.start()
+        await bed.until(lambda: bed.sm.received)
+        stranger = TestSm("node-2")
+        foreign = TestCa("Foreign").identity(tmp_path, "sm")
+        trusting = TlsIdentity(iam.ca_file, foreign.cert_url, foreign.key_url)
+        async with stranger.connected(bed.port, trusting):
+            async with asyncio.timeout(20):
+                await stranger.ended.wait()
+        assert not stranger.received and "node-2" not in bed.log() and bed.is_alive
 
 
 async def test_start_without_cloud_and_wrong_configurations(tmp_path: Path, iam: Iam) -> None:
