@@ -206,8 +206,15 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     )
     images = await _images(config, database, link, nodes, alerts, worker)
     file_server = BlobServer(config.file_server_url, images.blob_path)
-    dns = DnsServer(DnsSettings(ip=config.dns_ip, storage_path=config.dns_storage_path, pid_file=config.dns_pid_file))
-    networks = NetworkManager(NetworkStore(database), dns, routes=read_routes)
+    dns = DnsServer(
+        DnsSettings(
+            ip=config.dns_ip,
+            storage_path=config.dns_storage_path,
+            pid_file=config.dns_pid_file,
+            program=config.dns_program,
+        )
+    )
+    networks = NetworkManager(NetworkStore(database), dns, routes=read_routes, pools=config.network_pools)
     await networks.load()
 
     def on_sm_lost(node_id: str) -> None:

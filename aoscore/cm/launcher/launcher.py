@@ -437,6 +437,7 @@ class Launcher:
         self._place_due_s = None
         if self._errors:
             self._place_due_s = asyncio.get_running_loop().time() + self._place_pause.next()
+            self._wake.set()  # the waiting task counts with the time known when it began to wait
         else:
             self._place_pause.reset()
 

@@ -275,6 +275,8 @@ async def test_instance_without_place_is_placed_when_a_node_can(half: NodeHalf) 
 async def test_missing_image_heals_by_itself(half: NodeHalf) -> None:
     half.images.missing.add("a")
     async with connected(half, TestSm("n1")):
+        await soon(lambda: half.nodes.nodes()[0].is_usable)
+        await asyncio.sleep(0.3)  # nothing else must be what starts the next try
         await half.launcher.run_instances([request("a")])
         assert half.overview() == {"a#0": "failed@"}
         half.images.missing.clear()
