@@ -13,6 +13,7 @@ LEVELS = {
 }
 _TAGS = {logging.DEBUG: "DBG", logging.INFO: "INF", logging.WARNING: "WRN", logging.ERROR: "ERR"}
 _COLOURS = {"DBG": "\033[37m", "INF": "\033[32m", "WRN": "\033[33m", "ERR": "\033[31m"}
+_LIBRARIES = ("websockets", "asyncio", "grpc", "pyroute2")
 _GREY, _BLUE, _PLAIN = "\033[90m", "\033[34m", "\033[0m"
 
 
@@ -64,7 +65,13 @@ def setup(level: str, *, journal: bool, identifier: str) -> None:
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_StdoutFormatter(colour=sys.stdout.isatty()))
-    # Libraries tell their own stories; ours are what an operator reads. Set at the root, since some libraries reset the
-    # levels of their own loggers when they are imported.
-    logging.basicConfig(level=max(LEVELS[level], logging.WARNING), handlers=[handler], force=True)
-    logging.getLogger("aoscore").setLevel(LEVELS[level])
+    handler.addFilter(_no_library_chatter)
+    logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
+
+
+def _no_library_chatter(record: logging.LogRecord) -> bool:
+    """Libraries have a say from warnings on: below that, ours is what an operator reads.
+
+    A filter, since some libraries set the level of their loggers themselves.
+    """
+    return record.levelno >= logging.WARNING or not record.name.startswith(_LIBRARIES)

@@ -62,7 +62,7 @@ class Demo:
             finish_provisioning=(),
             deprovision=(),
             dns_ip=_DNS_IP,
-            status_period="1s",
+            status_period="100ms",
             monitoring_period="5s",
             cgroup_parent=f"/{_CGROUP}",
             output="files",
@@ -155,9 +155,8 @@ class Demo:
         project = self._dir / "service"
         remove_tree(project)
         rootfs = self._make_image(project)
-        (project / "meta").mkdir()
-        (project / "meta" / "config.yaml").write_text(_config_yaml(self._user("sp"), rootfs.name))
-        args = [self._tools / "bin" / "aos-signer", "go", "--skip-check-version"]
+        (project / "config.yaml").write_text(_config_yaml(self._user("sp"), rootfs.name))
+        args = [self._tools / "bin" / "aos-signer", "--skip-check-version", "go"]
         root = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN]).strip()
         self._inside(args, timeout_s=120, cwd=project, env={"REQUESTS_CA_BUNDLE": root.splitlines()[-1]})
 
@@ -186,23 +185,27 @@ class Demo:
             ["unpack", "--image", f"{layout}:web", project / "bundle"],
         ):
             self._run(["umoci", *args])
-        items = project / "items"
-        items.mkdir()
-        (project / "bundle" / "rootfs").rename(items / "web")
-        return items / "web"
+        (project / _ITEM).mkdir()
+        return (project / "bundle" / "rootfs").rename(project / _ITEM / "rootfs")
 
     def _deploy(self) -> None:
         with _step("Assign the service to the Unit"):
+            heard = self._call("messages", unit=_SYSTEM_ID, message_type="unitStatus")
+            after = max((message["number"] for message in heard), default=0)
             self._call("assign", item=_ITEM, target=_SYSTEM_ID)
-        seen: set[str] = set()
         began = time.monotonic()
+        names = self._names()
+        shown: set[str] = set()
 
         def active() -> bool:
+            nonlocal after
+            for message in self._call("messages", unit=_SYSTEM_ID, message_type="unitStatus", after=after):
+                after = message["number"]
+                for line in _lines(message["data"], names):
+                    if line not in shown:
+                        shown.add(line)
+                        print(f"    {time.monotonic() - began:5.1f} s  {line}", flush=True)
             status = self._call("unit", unit=_SYSTEM_ID)["status"]
-            for line in _progress(status):
-                if line not in seen:
-                    seen.add(line)
-                    print(f"    {time.monotonic() - began:5.1f} s  {line}", flush=True)
             states = [one["state"] for group in status.get("instances", []) for one in group["instances"]]
             items = [item["state"] for item in status.get("items", [])]
             return bool(states) and set(states) == {"active"} and "installed" in items
@@ -233,7 +236,7 @@ class Demo:
 
     def _report(self, page: str) -> None:
         print(f"\n{page}\n\nStatus of the Unit")
-        for line in _progress(self._call("unit", unit=_SYSTEM_ID)["status"]):
+        for line in _lines(self._call("unit", unit=_SYSTEM_ID)["status"], self._names()):
             print(f"    {line}")
         self._wait(lambda: bool(self._call("monitoring", unit=_SYSTEM_ID, limit=1)), 30, "a monitoring sample")
         print("\nA monitoring sample")
@@ -246,6 +249,9 @@ class Demo:
         print(f"Log files: {self._dir / 'log'}.  End it with:  make demo-down")
 
     # Helpers
+
+    def _names(self) -> dict[str, str]:
+        return {item["id"]: item["codename"] for item in self._call("items")}
 
     def _user(self, role: str) -> Path:
         return self._cloud / "users" / f"{role}.p12"
@@ -308,11 +314,11 @@ def _step(what: str) -> Iterator[None]:
     print(f"{time.monotonic() - began:.1f} s", flush=True)
 
 
-def _progress(status: dict[str, Any]) -> Iterator[str]:
-    """A unit status in lines."""
+def _lines(status: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
+    """A unit status in lines; `names` are the items' names for people, by their ids."""
 
     def name(identity: dict[str, Any]) -> str:
-        return str(identity.get("codename") or identity.get("id"))
+        return str(identity.get("codename") or names.get(identity["id"], identity["id"]))
 
     def error(entry: dict[str, Any]) -> str:
         return f": {entry['errorInfo']['message']}" if entry.get("errorInfo") else ""
@@ -343,6 +349,7 @@ def _config_yaml(user: Path, source: str) -> str:
               codename: {_ITEM}
               title: Demo web service
             version: {_VERSION}
+            sourceFolder: {_ITEM}
             images:
               - sourceFolder: {source}
                 osInfo:
@@ -359,8 +366,8 @@ def _config_yaml(user: Path, source: str) -> str:
               hostname: {_ITEM}
               exposedPorts:
                 - {_PORT}/tcp
+              # No CPU limit: this machine may be too busy to promise any CPU to anybody.
               quotas:
-                cpuLimit: 1000
                 ramLimit: 64MiB
                 tmpLimit: 1MiB
                 pidsLimit: 20

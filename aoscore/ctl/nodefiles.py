@@ -146,6 +146,7 @@ def _cm(node: MainNode) -> dict[str, Any]:
         "dnsIp": node.dns_ip,
         "dnsStoragePath": str(node.var / "dns"),
         "dnsPidFile": str(node.run / "dns.pid"),
+        "dnsProgram": "/usr/sbin/dnsmasq" if node.dns_ip else "",
         "monitoring": {"sendPeriod": node.monitoring_period},
         "imageManager": {
             "installPath": str(work / "imagemanager" / "install"),

@@ -31,10 +31,9 @@ def make_item(
     configuration: str = "",
 ) -> Path:
     """A bundle project below `folder`; `configuration` are further YAML lines of the item's configuration."""
-    make_rootfs(folder / "items" / "rootfs", start)
-    (folder / "meta").mkdir()
+    make_rootfs(folder / codename / "rootfs", start)
     more = indent(dedent(configuration), " " * 6)
-    (folder / "meta" / "config.yaml").write_text(f"""\
+    (folder / "config.yaml").write_text(f"""\
 schemaVersion: 2
 publisher:
   author: test
@@ -49,6 +48,7 @@ items:
       codename: {codename}
       title: {codename}
     version: {version}
+    sourceFolder: {codename}
     images:
       - sourceFolder: rootfs
         osInfo:

@@ -172,6 +172,12 @@ class NodeIdentity(Wire, frozen=True, kw_only=True):
     title: str = always("")
 
 
+class Placement(Wire, frozen=True, kw_only=True):
+    """Node or runtime of an instance in unit status: the member is always there, empty while it has no place."""
+
+    codename: str = always("")
+
+
 class InstanceMembers(TypedDict):
     """The members that name an instance."""
 
@@ -457,8 +463,8 @@ class UnitItem(Wire, frozen=True, kw_only=True):
 class UnitInstance(Wire, frozen=True, kw_only=True):
     """State of one instance; the checksum is hex SHA3-224 of its state (D8)."""
 
-    node: Identity
-    runtime: Identity
+    node: Placement
+    runtime: Placement
     instance: int
     state_checksum: str = ""
     state: InstanceState

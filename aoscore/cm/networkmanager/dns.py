@@ -178,6 +178,9 @@ def dnsmasq_arguments(settings: DnsSettings) -> list[str]:
         "--bind-dynamic",
         "--except-interface=lo",
         "--expand-hosts",
+        # Plain names are ours alone: asked for another kind of address, "none" is the answer, not a refusal that makes
+        # some resolvers give up the name.
+        "--local=//",
         "--all-servers",
         "--strict-order",
     ]

@@ -16,6 +16,7 @@ from aoscore.cm.communication.messages import (
     NodeIdentity,
     OSInfo,
     Partition,
+    Placement,
     Resource,
     Runtime,
     UnitConfigStatus,
@@ -114,8 +115,8 @@ def _group(status: UnitInstanceStatus) -> UnitInstances:
 
 def _instance(status: UnitInstanceStatus) -> UnitInstance:
     return UnitInstance(
-        node=Identity.of_codename(status.node_id),
-        runtime=Identity.of_codename(status.status.runtime_id),
+        node=Placement(codename=status.node_id),
+        runtime=Placement(codename=status.status.runtime_id),
         instance=status.status.ident.instance,
         state_checksum=status.state_checksum,
         state=status.status.state,
