@@ -106,6 +106,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
                 resources=core.resources,
                 output=output,
                 history=history,
+                send_alert=core.client.send,
             )
         )
     monitoring = Monitoring(

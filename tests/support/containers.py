@@ -16,7 +16,17 @@ from typing import Any
 import msgspec
 
 from aoscore.common.oci import ImageConfig, ItemConfig, ProcessConfig, RunParameters
-from aoscore.common.types import ArchInfo, CPUInfo, Duration, InstanceIdent, InstanceInfo, ItemType, NodeInfo, OSInfo
+from aoscore.common.types import (
+    ArchInfo,
+    CPUInfo,
+    Duration,
+    InstanceIdent,
+    InstanceInfo,
+    ItemType,
+    NodeInfo,
+    OSInfo,
+    ResourceAllocateAlert,
+)
 from aoscore.sm import cgroups
 from aoscore.sm.imagemanager.model import InstalledImage, ItemKey
 from aoscore.sm.launcher.runtimes.base import instance_id
@@ -51,6 +61,16 @@ class PlainNetworks:
             subprocess.run(["ip", "netns", "delete", instance_id], check=True)
 
 
+class Alerts:
+    """Remembers alerts."""
+
+    def __init__(self) -> None:
+        self.sent: list[ResourceAllocateAlert] = []
+
+    async def send(self, alert: ResourceAllocateAlert) -> None:
+        self.sent.append(alert)
+
+
 class Secrets:
     """Gives numbered secrets and remembers who has one."""
 
@@ -83,7 +103,13 @@ def config(directory: Path, **changes: Any) -> ContainerConfig:
     )
 
 
-def runtime(directory: Path, *, resources: tuple[ResourceConfig, ...] = (), **changes: Any) -> ContainerRuntime:
+def runtime(
+    directory: Path,
+    *,
+    resources: tuple[ResourceConfig, ...] = (),
+    alerts: Alerts | None = None,
+    **changes: Any,
+) -> ContainerRuntime:
     """A runtime over `directory`."""
     settings = config(directory, **changes)
     assert settings.output_dir is not None
@@ -97,6 +123,7 @@ def runtime(directory: Path, *, resources: tuple[ResourceConfig, ...] = (), **ch
         resources=Resources(resources),
         output=choose_output(settings.output, settings.output_dir, settings.output_max_size_bytes),
         history=RunHistory(settings.output_dir),
+        send_alert=(alerts or Alerts()).send,
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 ALIAS = "aos"
 _INSIDE = "eth0"
 _HAIRPIN = 1
+_OUR_NAMES = re.compile(r"(br-|veth)[0-9a-f]{8}")
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -75,6 +77,8 @@ class Links:
 
     def remove_link(self, name: str) -> None:
         """Delete a link; an absent one is success."""
+        if name not in {known for _, known in socket.if_nameindex()}:
+            return
         with _netlink_errors(f"link {name}"):
             index = self._index(name)
             if index is not None:
@@ -125,12 +129,15 @@ class Links:
 
     def inventory(self) -> Inventory:
         """Links and namespaces of ours, whoever made them and when."""
-        with _netlink_errors("list of links"):
-            links = frozenset(
-                str(link.get_attr("IFLA_IFNAME"))
-                for link in self._ip.get_links()
-                if link.get_attr("IFLA_IFALIAS") == ALIAS
-            )
+        links: frozenset[str] = frozenset()
+        # Asked without netlink first: a node without instances need not load its library.
+        if any(_OUR_NAMES.fullmatch(name) for _, name in socket.if_nameindex()):
+            with _netlink_errors("list of links"):
+                links = frozenset(
+                    str(link.get_attr("IFLA_IFNAME"))
+                    for link in self._ip.get_links()
+                    if link.get_attr("IFLA_IFALIAS") == ALIAS
+                )
         names = NETNS_DIR.iterdir() if NETNS_DIR.is_dir() else ()
         return Inventory(links, frozenset(path.name for path in names if is_instance_id(path.name)))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from aoscore.common.config import load_config
-from aoscore.common.errors import AosError, ConfigError, InvalidArgumentError, NotFoundError
+from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.common.oci import ResourceRef
 from aoscore.common.types import ResourceInfo
 
@@ -79,6 +79,14 @@ class GrantedResource(msgspec.Struct, frozen=True):
     devices: tuple[DeviceNode, ...] = ()
 
 
+class ResourceError(NotFoundError):
+    """A resource cannot be given to an instance; `resource` names it."""
+
+    def __init__(self, resource: str, message: str) -> None:
+        super().__init__(message)
+        self.resource = resource
+
+
 class Resources:
     """The node's resources by name."""
 
@@ -90,14 +98,13 @@ class Resources:
         return tuple(ResourceInfo(config.name, config.shared_count) for config in self._configs.values())
 
     def hosts(self, wanted: Sequence[ResourceRef]) -> tuple[HostConfig, ...]:
-        """Lines for /etc/hosts of an instance that asks for these resources. Raises NotFoundError."""
+        """Lines for /etc/hosts of an instance that asks for these resources. Raises ResourceError."""
         return tuple(host for reference in wanted for host in self._config(reference.name).hosts)
 
     def grant(self, wanted: Sequence[ResourceRef]) -> list[GrantedResource]:
         """Look up everything on the host; short blocking file system calls.
 
-        Raises NotFoundError for an unknown resource, group or device, InvalidArgumentError for something that is no
-        device. The message names the resource.
+        Raises ResourceError for an unknown resource, group or device and for something that is no device.
         """
         return [_grant(self._config(reference.name), reference.mode) for reference in wanted]
 
@@ -106,13 +113,13 @@ class Resources:
         for config in self._configs.values():
             try:
                 _grant(config, "")
-            except AosError as error:
+            except ResourceError as error:
                 _log.warning("Resource can't be used: resource=%s, reason=%s", config.name, error)
 
     def _config(self, name: str) -> ResourceConfig:
         config = self._configs.get(name)
         if config is None:
-            raise NotFoundError(f"the node has no resource {name!r}")
+            raise ResourceError(name, f"the node has no resource {name!r}")
         return config
 
 
@@ -133,13 +140,13 @@ def load_resources(path: Path) -> Resources:
 
 def _grant(config: ResourceConfig, access: str) -> GrantedResource:
     if set(access) - set("rwm"):
-        raise InvalidArgumentError(f"resource {config.name}: device permissions {access!r} are not out of 'rwm'")
+        raise ResourceError(config.name, f"resource {config.name}: device permissions {access!r} are not out of 'rwm'")
     gids = []
     for group in config.groups:
         try:
             gids.append(grp.getgrnam(group).gr_gid)
         except KeyError:
-            raise NotFoundError(f"resource {config.name}: the host has no group {group!r}") from None
+            raise ResourceError(config.name, f"resource {config.name}: the host has no group {group!r}") from None
     return GrantedResource(
         name=config.name,
         gids=tuple(gids),
@@ -156,7 +163,7 @@ def _device_nodes(resource: str, text: str, access: str) -> Iterable[DeviceNode]
     inside = rest.split(":")[0] or host
     root = Path(host)
     if not root.exists():
-        raise NotFoundError(f"resource {resource}: the host has no device {host}")
+        raise ResourceError(resource, f"resource {resource}: the host has no device {host}")
     if not root.is_dir():
         yield _device_node(resource, root, inside, access)
         return
@@ -170,7 +177,7 @@ def _device_node(resource: str, path: Path, inside: str, access: str) -> DeviceN
     status = path.stat()
     kind = next((letter for test, letter in _KINDS if test(status.st_mode)), None)
     if kind is None:
-        raise InvalidArgumentError(f"resource {resource}: {path} is no device")
+        raise ResourceError(resource, f"resource {resource}: {path} is no device")
     return DeviceNode(
         path=inside,
         type=kind,

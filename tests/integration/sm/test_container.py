@@ -201,7 +201,8 @@ async def test_resources_reach_the_container(tmp_path: Path) -> None:
         hosts=(HostConfig("10.1.1.1", "thing"),),
         devices=("/dev/zero:/dev/thing",),
     )
-    made = runtime(tmp_path, resources=(resource,))
+    alerts = containers.Alerts()
+    made = runtime(tmp_path, resources=(resource,), alerts=alerts)
     script = "cat /opt/thing/file; echo THING=$THING; id -G; ls -l /dev/thing; "
     async with running(made):
         await made.adopt([])
@@ -213,6 +214,7 @@ async def test_resources_reach_the_container(tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match="no resource 'other'"):
             await made.start_instance(instance(1), image(tmp_path, FOREVER, resources=(ResourceRef("other"),)))
         assert [running.ident for running in made.running()] == [info.ident]
+        assert [(alert.ident, alert.resource) for alert in alerts.sent] == [(instance(1).ident, "other")]
         await made.stop_instance(info.ident)
     assert text.splitlines()[:2] == ["from the host", "THING=1"]
     assert "44" in text.splitlines()[2].split() and "1,   5" in text

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from aoscore.common.errors import ConfigError, InvalidArgumentError, NotFoundError
+from aoscore.common.errors import ConfigError
 from aoscore.common.oci import ResourceRef
 from aoscore.common.types import ResourceInfo
-from aoscore.sm.resourcemanager.resources import HostConfig, ResourceConfig, Resources, load_resources
+from aoscore.sm.resourcemanager.resources import HostConfig, ResourceConfig, ResourceError, Resources, load_resources
 
 
 def test_file(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_bad_file(tmp_path: Path, content: str, message: str) -> None:
 )
 def test_missing_on_the_host(config: ResourceConfig, message: str, caplog: pytest.LogCaptureFixture) -> None:
     resources = Resources([config])
-    with pytest.raises(NotFoundError, match=message):
+    with pytest.raises(ResourceError, match=message):
         resources.grant([ResourceRef("r")])
     resources.check()
     assert message in caplog.text
@@ -67,11 +67,11 @@ def test_missing_on_the_host(config: ResourceConfig, message: str, caplog: pytes
 
 def test_what_is_no_device_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InvalidArgumentError, match="is no device"):
+    with pytest.raises(ResourceError, match="is no device"):
         Resources([ResourceConfig("r", devices=(str(tmp_path / "file"),))]).grant([ResourceRef("r")])
-    with pytest.raises(InvalidArgumentError, match="'x' are not out of"):
+    with pytest.raises(ResourceError, match="'x' are not out of"):
         Resources([ResourceConfig("r")]).grant([ResourceRef("r", "x")])
-    with pytest.raises(NotFoundError, match="no resource 'other'"):
+    with pytest.raises(ResourceError, match="no resource 'other'"):
         Resources([]).grant([ResourceRef("other")])
 
 

@@ -109,7 +109,10 @@ class Bundle:
                 inside.mkdir(parents=True, exist_ok=True)
             else:
                 inside.parent.mkdir(parents=True, exist_ok=True)
-                inside.touch()
+                inside.touch(mode=0o644)
+        # Readable for the service's user whatever our umask is.
+        for folder, _, _ in os.walk(self.mounts):
+            Path(folder).chmod(0o755)
 
     def plan_overlays(
         self, layers: Sequence[Path], host_binds: Sequence[str], *, host_root: Path = Path("/")

@@ -11,7 +11,8 @@ For that SM's unit must leave other processes of its control group alone when it
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -19,7 +20,15 @@ from aoscore.common.aio import Broadcast, Worker, log_and_continue
 from aoscore.common.errors import FailedError, InvalidArgumentError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.oci import ItemConfig
-from aoscore.common.types import InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, NodeInfo, RuntimeInfo
+from aoscore.common.types import (
+    InstanceIdent,
+    InstanceInfo,
+    InstanceState,
+    InstanceStatus,
+    NodeInfo,
+    ResourceAllocateAlert,
+    RuntimeInfo,
+)
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.imagemanager.model import InstalledImage
 from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_id
@@ -39,7 +48,7 @@ from aoscore.sm.launcher.runtimes.container.preparation import Preparation
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path, network_config
 from aoscore.sm.processes import catches_sigterm, terminate
-from aoscore.sm.resourcemanager.resources import Resources
+from aoscore.sm.resourcemanager.resources import ResourceError, Resources
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +100,7 @@ class ContainerRuntime:
         resources: Resources,
         output: ContainerOutput,
         history: RunHistory,
+        send_alert: Callable[[ResourceAllocateAlert], Awaitable[None]],
     ) -> None:
         if not node.cpus:
             raise InvalidArgumentError(f"node {node.node_id} names no CPU, so no architecture can be announced")
@@ -100,6 +110,7 @@ class ContainerRuntime:
         self._networks = networks
         self._permissions = permissions
         self._resources = resources
+        self._send_alert = send_alert
         self._preparation = Preparation(config, cpu, resources)
         self.info = RuntimeInfo(
             runtime_id=runtime_id(runtime_type, node.node_id),
@@ -201,6 +212,9 @@ class ContainerRuntime:
                 # Also when cancelled: a half-made container must not be left to nobody.
                 with log_and_continue(_log, f"Can't clean instance {name}"):
                     await self._clean(name, BundleRecord(info, registered=bool(item.permissions)))
+                if isinstance(error, ResourceError):
+                    alert = ResourceAllocateAlert(datetime.now(UTC), info.ident, error.resource, str(error))
+                    await self._send_alert(alert)
                 if isinstance(error, Exception):
                     self.changed.publish(instance_status(info, InstanceState.FAILED, to_error_info(error)))
                 raise
