@@ -22,12 +22,12 @@ from aoscore.sm.networkmanager.model import (
     parse_ports,
     parse_subnet,
 )
+from aoscore.sm.networkmanager.nft import Command, Expression, Table, ip, match, prefix
 
-TABLE = "aos"
-FAMILY = "inet"
+TABLE = Table("aos")
+_ACCEPT: Expression = {"accept": None}
+_DROP: Expression = {"drop": None}
 _UNCLEAN = re.compile(r"[^A-Za-z0-9_]")
-
-Command = dict[str, Any]
 
 
 class Allowed(msgspec.Struct, frozen=True):
@@ -65,48 +65,43 @@ def instance_rules(instance: StoredInstance) -> InstanceRules:
 
 def ruleset(networks: Iterable[Network], instances: Sequence[InstanceRules]) -> list[Command]:
     """The transaction that makes the table what the state says."""
-    table = {"family": FAMILY, "name": TABLE}
-    # Deleting what may not exist is an error: so it is added first.
-    commands: list[Command] = [{"add": {"table": table}}, {"delete": {"table": table}}, {"add": {"table": table}}]
-    commands += [
-        _chain("forward", type="filter", hook="forward", prio=0, policy="drop"),
-        _chain("postrouting", type="nat", hook="postrouting", prio=100, policy="accept"),
-        *(_chain(instance.chain) for instance in instances),
-        _rule("forward", [_match({"ct": {"key": "state"}}, "invalid", "in"), {"drop": None}]),
-        _rule(
-            "forward",
-            [_match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "in"), {"accept": None}],
-        ),
+    established = match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "in")
+    commands = [
+        *TABLE.begin(),
+        TABLE.add("chain", "forward", type="filter", hook="forward", prio=0, policy="drop"),
+        TABLE.add("chain", "postrouting", type="nat", hook="postrouting", prio=100, policy="accept"),
+        *(TABLE.add("chain", instance.chain) for instance in instances),
+        TABLE.rule("forward", [match({"ct": {"key": "state"}}, "invalid", "in"), _DROP]),
+        TABLE.rule("forward", [established, _ACCEPT]),
     ]
     for network in networks:
-        subnet = _prefix(str(parse_subnet(network.subnet)))
-        leaves = _match({"meta": {"key": "oifname"}}, network.bridge, "!=")
-        commands.append(_rule("postrouting", [_match(_ip("saddr"), subnet), leaves, {"masquerade": None}]))
+        subnet = match(ip("saddr"), prefix(str(parse_subnet(network.subnet))))
+        leaves = match({"meta": {"key": "oifname"}}, network.bridge, "!=")
+        commands.append(TABLE.rule("postrouting", [subnet, leaves, {"masquerade": None}]))
     for instance in instances:
         commands += _instance_commands(instance)
     if instances:
         # Senders first, then receivers; what is left comes from an instance and goes outside.
         for direction in ("saddr", "daddr"):
             jumps = [[instance.ip, {"jump": {"target": instance.chain}}] for instance in instances]
-            commands.append(_rule("forward", [{"vmap": {"key": _ip(direction), "data": {"set": jumps}}}]))
+            commands.append(TABLE.rule("forward", [{"vmap": {"key": ip(direction), "data": {"set": jumps}}}]))
         sources = {"set": [instance.ip for instance in instances]}
-        commands.append(_rule("forward", [_match(_ip("saddr"), sources), {"accept": None}]))
+        commands.append(TABLE.rule("forward", [match(ip("saddr"), sources), _ACCEPT]))
     return commands
 
 
 def _instance_commands(instance: InstanceRules) -> Iterable[Command]:
-    own, subnet = instance.ip, _prefix(instance.subnet)
-    to_me, from_me = _match(_ip("daddr"), own), _match(_ip("saddr"), own)
-    accept = {"accept": None}
-    yield _rule(instance.chain, [_match(_ip("saddr"), subnet), to_me, accept])
-    yield _rule(instance.chain, [from_me, _match(_ip("daddr"), subnet), accept])
+    to_me, from_me = match(ip("daddr"), instance.ip), match(ip("saddr"), instance.ip)
+    from_subnet, to_subnet = (match(ip(field), prefix(instance.subnet)) for field in ("saddr", "daddr"))
+    yield TABLE.rule(instance.chain, [from_subnet, to_me, _ACCEPT])
+    yield TABLE.rule(instance.chain, [from_me, to_subnet, _ACCEPT])
     for ports in instance.exposed:
-        yield _rule(instance.chain, [to_me, _port_match(ports), accept])
+        yield TABLE.rule(instance.chain, [to_me, _port_match(ports), _ACCEPT])
     for allowed in instance.allowed:
-        destination = _match(_ip("daddr"), _prefix(allowed.destination))
-        yield _rule(instance.chain, [from_me, destination, _port_match(allowed.ports), accept])
-    yield _rule(instance.chain, [to_me, {"drop": None}])
-    yield _rule(instance.chain, [from_me, {"return": None}])
+        destination = match(ip("daddr"), prefix(allowed.destination))
+        yield TABLE.rule(instance.chain, [from_me, destination, _port_match(allowed.ports), _ACCEPT])
+    yield TABLE.rule(instance.chain, [to_me, _DROP])
+    yield TABLE.rule(instance.chain, [from_me, {"return": None}])
 
 
 def _allowed(rule: FirewallRule) -> Allowed:
@@ -114,27 +109,6 @@ def _allowed(rule: FirewallRule) -> Allowed:
     return Allowed(str(parse_subnet(rule.dst_ip)), ports)
 
 
-def _chain(name: str, **base: Any) -> Command:
-    return {"add": {"chain": {"family": FAMILY, "table": TABLE, "name": name, **base}}}
-
-
-def _rule(chain: str, expressions: list[Any]) -> Command:
-    return {"add": {"rule": {"family": FAMILY, "table": TABLE, "chain": chain, "expr": expressions}}}
-
-
-def _match(left: Any, right: Any, op: str = "==") -> dict[str, Any]:
-    return {"match": {"op": op, "left": left, "right": right}}
-
-
-def _ip(field: str) -> dict[str, Any]:
-    return {"payload": {"protocol": "ip", "field": field}}
-
-
-def _prefix(subnet: str) -> Any:
-    address, _, length = subnet.partition("/")
-    return address if length in ("", "32") else {"prefix": {"addr": address, "len": int(length)}}
-
-
-def _port_match(ports: Ports) -> dict[str, Any]:
+def _port_match(ports: Ports) -> Expression:
     value: Any = ports.first if ports.first == ports.last else {"range": [ports.first, ports.last]}
-    return _match({"payload": {"protocol": ports.proto, "field": "dport"}}, value)
+    return match({"payload": {"protocol": ports.proto, "field": "dport"}}, value)

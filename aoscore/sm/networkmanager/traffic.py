@@ -6,26 +6,25 @@ An instance over its limit is put into a set whose members lose all their traffi
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from aoscore.common.log import kv
 from aoscore.sm.networkmanager import nft
 from aoscore.sm.networkmanager.firewall import clean_id
+from aoscore.sm.networkmanager.nft import Command, Expression, Table, ip, match, prefix
 
 _log = logging.getLogger(__name__)
 
-TABLE = "aos-traffic"
-FAMILY = "inet"
+TABLE = Table("aos-traffic")
 SYSTEM = "system"
-_PRIVATE = (("127.0.0.0", 8), ("10.0.0.0", 8), ("192.168.0.0", 16), ("172.16.0.0", 12))
+_DIRECTIONS = ("in", "out")
+_PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12")
 # How often totals go to the database. The kernel has them in any case; this is for a reboot.
 _SAVE_PERIOD_S = 600.0
-
-Command = dict[str, Any]
 
 
 class StoredTraffic(msgspec.Struct, frozen=True):
@@ -85,7 +84,7 @@ class Traffic:
         self._stored = {total.chain: total for total in await self._store.load_traffic()}
         self._counted = {counted.name: counted for counted in adopted}
         self._day = now.date()
-        kernel = await nft.counters(FAMILY, TABLE) or {}
+        kernel = await nft.counters(TABLE) or {}
         last = max((total.time for total in self._stored.values()), default=now)
         # Counters that went on over the end of a day are of no use; the day of the last save is all that is known.
         self._values = kernel if last.date() == self._day else {}
@@ -99,7 +98,7 @@ class Traffic:
             return
         if counted.name in self._counted:
             await self.remove(counted.name)
-        await nft.apply(add_commands(counted, {name: self._initial(name) for name in _names(counted.name)}))
+        await nft.apply([*add_commands(counted, {name: self._initial(name) for name in _names(counted.name)})])
         self._counted[counted.name] = counted
 
     async def remove(self, name: str) -> None:
@@ -109,7 +108,7 @@ class Traffic:
             return
         await self.refresh(datetime.now(UTC))
         blocked = [direction for direction, addresses in self._blocked.items() if counted.ip in addresses]
-        await nft.apply(remove_commands(counted, blocked))
+        await nft.apply([*remove_commands(counted, blocked)])
         for direction in blocked:
             self._blocked[direction].discard(counted.ip)
         del self._counted[name]
@@ -124,15 +123,16 @@ class Traffic:
 
     async def refresh(self, now: datetime) -> None:
         """Read the counters, begin a new period when it is due, block and unblock by the limits."""
-        kernel = await nft.counters(FAMILY, TABLE) or {}
+        kernel = await nft.counters(TABLE) or {}
         if now.date() != self._day:
             _log.info(kv("New traffic period", day=now.date()))
-            await nft.apply([_reset(name) for name in kernel])
+            await nft.apply([TABLE.reset(name) for name in kernel])
             kernel = dict.fromkeys(kernel, 0)
             self._day = now.date()
             self._stored.clear()
+            self._values.clear()
         self._values |= kernel
-        for direction in ("in", "out"):
+        for direction in _DIRECTIONS:
             await self._enforce(direction)
 
     async def save_if_due(self, now: datetime, monotonic_s: float) -> None:
@@ -157,12 +157,10 @@ class Traffic:
             return
         for address in sorted(over - was):
             _log.warning(kv("Traffic limit reached, traffic stopped", ip=address, direction=direction))
-        await nft.apply(
-            [
-                *(_element("add", f"blocked_{direction}", [address]) for address in sorted(over - was)),
-                *(_element("delete", f"blocked_{direction}", [address]) for address in sorted(was - over)),
-            ]
-        )
+        name = f"blocked_{direction}"
+        changes = [TABLE.add_elements(name, sorted(over - was))] if over - was else []
+        changes += [TABLE.delete_elements(name, sorted(was - over))] if was - over else []
+        await nft.apply(changes)
         self._blocked[direction] = over
 
     async def _save(self, names: Iterable[str], now: datetime) -> None:
@@ -185,77 +183,49 @@ class Traffic:
         return [chain for name in (SYSTEM, *self._counted) for chain in _names(name)]
 
 
-def _names(name: str) -> tuple[str, str]:
-    return (f"in_{clean_id(name)}", f"out_{clean_id(name)}")
-
-
-def table(counted: Iterable[Counted], initial: dict[str, int]) -> list[Command]:
+def table(counted: Iterable[Counted], initial: Mapping[str, int]) -> list[Command]:
     """The transaction that makes the whole table."""
-    name = {"family": FAMILY, "name": TABLE}
-    commands: list[Command] = [{"add": {"table": name}}, {"delete": {"table": name}}, {"add": {"table": name}}]
-    commands += [_counter(chain, initial.get(chain, 0)) for chain in _names(SYSTEM)]
-    for direction, other in (("in", "saddr"), ("out", "daddr")):
-        counts = {**_object(f"{direction}_bytes"), "type": "ipv4_addr", "map": "counter"}
-        commands.append({"add": {"map": counts}})
-        commands.append({"add": {"set": {**_object(f"blocked_{direction}"), "type": "ipv4_addr"}}})
-        hook = "input" if direction == "in" else "output"
-        commands.append(_chain(hook))
-        commands.append(_rule(hook, [_public(other), {"counter": f"{direction}_{SYSTEM}"}]))
-    commands.append(_chain("forward"))
-    for direction, field, other in (("in", "daddr", "saddr"), ("out", "saddr", "daddr")):
-        key = {"payload": {"protocol": "ip", "field": field}}
-        blocked = {"match": {"op": "==", "left": key, "right": f"@blocked_{direction}"}}
-        commands.append(_rule("forward", [blocked, {"drop": None}]))
-        counting = {"counter": {"map": {"key": key, "data": f"@{direction}_bytes"}}}
-        commands.append(_rule("forward", [_public(other), counting]))
+    commands = [*TABLE.begin(), *(_counter(chain, initial) for chain in _names(SYSTEM))]
+    for hook in ("input", "output", "forward"):
+        commands.append(TABLE.add("chain", hook, type="filter", hook=hook, prio=0, policy="accept"))
+    for direction, hook, own, other in (("in", "input", "daddr", "saddr"), ("out", "output", "saddr", "daddr")):
+        commands += [
+            TABLE.add("map", f"{direction}_bytes", type="ipv4_addr", map="counter"),
+            TABLE.add("set", f"blocked_{direction}", type="ipv4_addr"),
+            TABLE.rule(hook, [_public(other), {"counter": f"{direction}_{SYSTEM}"}]),
+            TABLE.rule("forward", [match(ip(own), f"@blocked_{direction}"), {"drop": None}]),
+            TABLE.rule(
+                "forward", [_public(other), {"counter": {"map": {"key": ip(own), "data": f"@{direction}_bytes"}}}]
+            ),
+        ]
     for instance in counted:
         commands += add_commands(instance, initial)
     return commands
 
 
-def add_commands(counted: Counted, initial: dict[str, int]) -> list[Command]:
+def add_commands(counted: Counted, initial: Mapping[str, int]) -> Iterator[Command]:
     """Count an instance from now on."""
-    commands = []
-    for direction, chain in zip(("in", "out"), _names(counted.name), strict=True):
-        commands.append(_counter(chain, initial.get(chain, 0)))
-        commands.append(_element("add", f"{direction}_bytes", [[counted.ip, chain]]))
-    return commands
+    for direction, chain in zip(_DIRECTIONS, _names(counted.name), strict=True):
+        yield _counter(chain, initial)
+        yield TABLE.add_elements(f"{direction}_bytes", [[counted.ip, chain]])
 
 
-def remove_commands(counted: Counted, blocked: Iterable[str]) -> list[Command]:
-    """Stop counting an instance."""
-    commands = [_element("delete", f"blocked_{direction}", [counted.ip]) for direction in blocked]
-    for direction, chain in zip(("in", "out"), _names(counted.name), strict=True):
-        commands.append(_element("delete", f"{direction}_bytes", [[counted.ip, chain]]))
-        commands.append({"delete": {"counter": _object(chain)}})
-    return commands
+def remove_commands(counted: Counted, blocked: Iterable[str]) -> Iterator[Command]:
+    """Stop counting an instance, which is blocked in these directions."""
+    for direction in blocked:
+        yield TABLE.delete_elements(f"blocked_{direction}", [counted.ip])
+    for direction, chain in zip(_DIRECTIONS, _names(counted.name), strict=True):
+        yield TABLE.delete_elements(f"{direction}_bytes", [[counted.ip, chain]])
+        yield TABLE.delete("counter", chain)
 
 
-def _object(name: str) -> dict[str, Any]:
-    return {"family": FAMILY, "table": TABLE, "name": name}
+def _names(name: str) -> tuple[str, str]:
+    return (f"in_{clean_id(name)}", f"out_{clean_id(name)}")
 
 
-def _counter(name: str, value: int) -> Command:
-    return {"add": {"counter": {**_object(name), "packets": 0, "bytes": value}}}
+def _counter(name: str, initial: Mapping[str, int]) -> Command:
+    return TABLE.add("counter", name, packets=0, bytes=initial.get(name, 0))
 
 
-def _reset(name: str) -> Command:
-    return {"reset": {"counter": _object(name)}}
-
-
-def _element(verb: str, name: str, elements: list[Any]) -> Command:
-    return {verb: {"element": {**_object(name), "elem": elements}}}
-
-
-def _chain(hook: str) -> Command:
-    return {"add": {"chain": {**_object(hook), "type": "filter", "hook": hook, "prio": 0, "policy": "accept"}}}
-
-
-def _rule(chain: str, expressions: list[Any]) -> Command:
-    return {"add": {"rule": {"family": FAMILY, "table": TABLE, "chain": chain, "expr": expressions}}}
-
-
-def _public(field: str) -> dict[str, Any]:
-    private = [{"prefix": {"addr": address, "len": length}} for address, length in _PRIVATE]
-    left = {"payload": {"protocol": "ip", "field": field}}
-    return {"match": {"op": "!=", "left": left, "right": {"set": private}}}
+def _public(field: str) -> Expression:
+    return match(ip(field), {"set": [prefix(subnet) for subnet in _PRIVATE]}, "!=")

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from aoscore.common.errors import AosError, NotSupportedError
 from aoscore.common.types import FirewallRule
 from aoscore.sm.networkmanager.model import NetworkConfig, netns_path, veth_name
+from aoscore.sm.networkmanager.traffic import Counted, StoredTraffic, Totals, Traffic
 from aoscore.sm.smclient.network import FirewallUpdate
 from tests.support.networks import FakeCm, ident, manager, name
 
@@ -160,6 +162,49 @@ async def test_outside_world(tmp_path: Path) -> None:
             assert networks.traffic(name(0)).download >= total, "totals of the day survive a restart"
             await networks.detach(name(0))
         world.kill()
+
+
+class MemoryStore:
+    """Traffic totals in memory."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, StoredTraffic] = {}
+
+    async def load_traffic(self) -> list[StoredTraffic]:
+        return list(self.totals.values())
+
+    async def save_traffic(self, totals: Iterable[StoredTraffic]) -> None:
+        self.totals |= {total.chain: total for total in totals}
+
+    async def remove_traffic(self, chains: Iterable[str]) -> None:
+        for chain in chains:
+            self.totals.pop(chain, None)
+
+
+async def test_traffic_totals_over_restarts_and_days() -> None:
+    store = MemoryStore()
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    counted = Counted("id", "172.31.1.2")
+    store.totals = {"in_id": StoredTraffic("in_id", noon, 100), "out_id": StoredTraffic("out_id", noon, 200)}
+
+    async def started(at: datetime, *adopted: Counted) -> Traffic:
+        traffic = Traffic(store)
+        await traffic.start(adopted, at)
+        return traffic
+
+    # After a reboot the database has the totals; after kill -9 the kernel has newer ones.
+    assert (await started(noon, counted)).totals("id") == Totals(100, 200)
+    store.totals["in_id"] = StoredTraffic("in_id", noon, 1)
+    traffic = await started(noon, counted)
+    assert traffic.totals("id") == Totals(100, 200)
+    # A new day, with SM running or not.
+    await traffic.refresh(noon + timedelta(days=1))
+    assert traffic.totals("id") == Totals(0, 0)
+    await traffic.remove("id")
+    await traffic.forget("id")
+    assert "in_id" not in store.totals
+    store.totals = {"in_id": StoredTraffic("in_id", noon, 100)}
+    assert (await started(noon + timedelta(days=2), counted)).totals("id") == Totals(0, 0)
 
 
 async def test_names(tmp_path: Path) -> None:
