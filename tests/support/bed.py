@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,17 @@ def _report(item: pytest.Item, outcome: str, detail: object) -> pytest.TestRepor
 
 def _remove_cgroups(name: str) -> None:
     root = Path("/sys/fs/cgroup")
+    deadline_s = time.monotonic() + 5
     for tree in (*root.glob(name), *root.glob(f"*/{name}")):
         for folder, _, _ in os.walk(tree, topdown=False):
-            try:
-                Path(folder).rmdir()
-            except OSError:
-                # The kernel is still taking processes apart; the next round or machine restart gets it.
-                continue
+            # The kernel takes the processes of a PID namespace apart in its own time.
+            while not _removed(Path(folder)) and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return not folder.exists()
+    return True
