@@ -161,9 +161,10 @@ def tar_of(*entries: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
 )
 def test_an_archive_is_taken_as_it_is(publisher: Publisher, pack: Callable[[bytes], bytes], media_type: str) -> None:
     tar = tar_of(("app", b"1"))
-    (publisher.folder / "hello" / "image").write_bytes(pack(tar))
+    packed = pack(tar)
+    (publisher.folder / "hello" / "image").write_bytes(packed)
     item = publisher.item({**SERVICE, "images": [{"path": "image", "archInfo": {"architecture": "amd64"}}]})
-    assert layer(item) == pack(tar)
+    assert layer(item) == packed
     (blob,) = [one for one in item.blobs if not one.media_type.endswith("+json")]
     assert blob.media_type == media_type
     (image,) = [one for one in documents(item).values() if "rootfs" in one]

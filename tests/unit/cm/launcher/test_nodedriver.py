@@ -114,7 +114,7 @@ async def test_node_that_does_not_obey_is_told_with_growing_pauses() -> None:
             await asyncio.sleep(0.01)
         pauses = bed.pauses()
         assert 2 <= len(pauses) <= 6
-        assert pauses == sorted(pauses)
+        assert pauses[:3] == sorted(pauses[:3])  # from the third on they are as long as they get, give or take a tenth
         assert pauses[0] >= 0.08
 
 
