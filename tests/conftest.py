@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import bed
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("AOSCORE_SHARED", ROOT.parent / "shared"))
+
+# A loaded machine, and Hypothesis filling its cache of character tables on a fresh clone, are not findings.
+settings.register_profile("aoscore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("aoscore")
 
 
 @pytest.fixture(scope="session")
