@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
-.PHONY: help demo demo-down test lint unit integration system bench setup packages clean
+.PHONY: help demo demo-down test lint unit integration pins system bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
-	@echo "make lint | unit | integration | system: parts of make test"
+	@echo "make lint | unit | integration | pins | system: parts of make test"
 	@echo "make bench: speed and memory figures into docs/"
 	@echo "make demo-down: end the demo and remove all of it"
 
@@ -23,7 +23,7 @@ demo: setup $(TOOLS)/.done
 demo-down:
 	@if [ -x $(BIN)/aosctl ]; then $(BIN)/aosctl demo down; else echo "nothing to end: the demo was never set up"; fi
 
-test: lint unit integration system
+test: lint unit integration pins system
 
 lint: setup
 	$(BIN)/ruff check .
@@ -36,6 +36,10 @@ unit: setup
 
 integration: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/integration -n $(JOBS) -q
+
+# Unit and wire tests on the library versions of each Yocto series, where an interpreter for it is found.
+pins: packages
+	$(PYTHON) tests/pins.py --jobs $(JOBS)
 
 system: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/system -q
@@ -72,4 +76,4 @@ $(TOOLS)/.done: tests/requirements-cloud-tools.txt
 	touch $@
 
 clean: demo-down
-	rm -rf $(VENV) $(TOOLS) build .state .cache aoscore/_pb aoscore/_speedups/*.c aoscore/_speedups/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-scarthgap $(VENV)-wrynose $(TOOLS) build .state .cache aoscore/_pb aoscore/_speedups/*.c aoscore/_speedups/*.so *.egg-info
