@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import bed
 
+# Some helpers fork in the test process; gRPC's fork handlers then crash the child when a server ran here before.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("AOSCORE_SHARED", ROOT.parent / "shared"))
 
