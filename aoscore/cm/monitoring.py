@@ -167,7 +167,8 @@ class Monitoring:
     async def _follow_instances(self, changes: asyncio.Queue[list[UnitInstanceStatus]]) -> None:
         while True:
             for one in await changes.get():
-                self._cache.set_instance_state(one.status.ident, one.node_id, one.status.state, self._now())
+                if one.node_id:  # what has no place has no figures; unit status tells its state
+                    self._cache.set_instance_state(one.status.ident, one.node_id, one.status.state, self._now())
 
     async def _send_periodically(self) -> None:
         while True:

@@ -85,6 +85,8 @@ def identity(*required: str) -> Schema:
 
 BY_ID = identity("id")
 BY_CODENAME = identity("codename")
+# Node and runtime of an instance that could not be placed: the member is there, its name is empty.
+PLACE: Schema = {"anyOf": [BY_CODENAME, record({"codename": {"const": ""}})]}
 ID_OR_CODENAME: Schema = {"anyOf": [BY_ID, BY_CODENAME]}
 TYPED_ITEM: Schema = {"anyOf": [identity("id", "type"), identity("codename", "type")]}
 
@@ -174,8 +176,8 @@ _STATUS_PARTS: dict[str, Schema] = {
                 "instances": array(
                     record(
                         {
-                            "node": BY_CODENAME,
-                            "runtime": BY_CODENAME,
+                            "node": PLACE,
+                            "runtime": PLACE,
                             "instance": COUNT,
                             "stateChecksum?": SHA3_224_HEX,
                             "state": INSTANCE_STATE,

@@ -11,4 +11,4 @@ exec script -qec "unshare --mount sh -c '
     echo \$\$ > /sys/fs/cgroup/aos-test-$name/cgroup.procs
     exec systemd-nspawn --register=no --keep-unit --quiet --directory=$dir/root --machine=$name \
         --network-bridge=$bridge --resolv-conf=off --timezone=off --capability=all \
-        --system-call-filter=\"add_key keyctl bpf\" --boot'" /dev/null
+        --system-call-filter=\"add_key keyctl bpf quotactl\" --boot'" /dev/null

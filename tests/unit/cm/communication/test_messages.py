@@ -45,6 +45,7 @@ from aoscore.cm.communication.messages import (
     OverrideEnvVarsStatus,
     Partition,
     PartitionUsage,
+    Placement,
     PushLog,
     RequestBlobUrls,
     Resource,
@@ -138,8 +139,8 @@ SAMPLES: list[Message] = [
                 version="1.0.0",
                 instances=(
                     UnitInstance(
-                        node=NODE,
-                        runtime=Identity.of_codename("rt"),
+                        node=Placement(codename="node-main"),
+                        runtime=Placement(codename="rt"),
                         instance=0,
                         state_checksum="ab",
                         state=InstanceState.ACTIVE,
