@@ -1,13 +1,13 @@
-"""Semantic versions (semver.org 2.0.0), as unit and node configurations carry them."""
+"""Semantic versions (semver.org 2.0.0), as unit and node configurations and items carry them."""
 
 import functools
 import re
-from typing import Self
 
 from aoscore.common.errors import InvalidArgumentError
 
 _VERSION = re.compile(
-    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?(?:\+[0-9A-Za-z.-]+)?"
+    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?(?:\+[0-9A-Za-z.-]+)?",
+    re.ASCII,
 )
 
 
@@ -27,10 +27,15 @@ class SemVer:
             (0, int(part), "") if part.isdigit() else (1, 0, part) for part in (match[4] or "").split(".") if part
         )
 
+    @property
+    def is_prerelease(self) -> bool:
+        """Whether it comes before its release, like 1.0.0-rc.1."""
+        return bool(self._pre)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SemVer) and (self._release, self._pre) == (other._release, other._pre)
 
-    def __lt__(self, other: Self) -> bool:
+    def __lt__(self, other: "SemVer") -> bool:
         if self._release != other._release:
             return self._release < other._release
         if bool(self._pre) != bool(other._pre):

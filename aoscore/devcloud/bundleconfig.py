@@ -14,10 +14,8 @@ import yaml
 
 from aoscore.common.config import format_iso_duration, parse_duration
 from aoscore.common.errors import InvalidArgumentError
+from aoscore.common.semver import SemVer
 
-VERSION = re.compile(
-    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?(?:\+[0-9A-Za-z.-]+)?"
-)
 _SIZE = re.compile(r"(\d+)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 _PORT = re.compile(r"(\d{1,5})(?:[:-](\d{1,5}))?(?:/(tcp|udp))?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -230,10 +228,13 @@ def _check_item(item: Item, field: str) -> None:
         raise BundleError(f"{field}.identity", "needs a codename or an id")
     if item.identity.codename and not _NAME.fullmatch(item.identity.codename):
         raise BundleError(f"{field}.identity.codename", f"{item.identity.codename!r} is no plain name")
-    match = VERSION.fullmatch(item.version)
-    if not match or len(item.version) > 32:
-        raise BundleError(f"{field}.version", f"{item.version!r} is no semantic version of at most 32 characters")
-    if item.config.skip_resource_limits and not match[4]:
+    try:
+        version = SemVer(item.version)
+    except InvalidArgumentError as error:
+        raise BundleError(f"{field}.version", str(error)) from error
+    if len(item.version) > 32:
+        raise BundleError(f"{field}.version", f"{item.version!r} is longer than 32 characters")
+    if item.config.skip_resource_limits and not version.is_prerelease:
         raise BundleError(f"{field}.configuration.skipResourceLimits", "is allowed for pre-release versions only")
     if not 1 <= len(item.images) <= 8:
         raise BundleError(f"{field}.images", "needs 1 to 8 images")
@@ -241,18 +242,6 @@ def _check_item(item: Item, field: str) -> None:
         raise BundleError(f"{field}.configuration.instances", "needs minInstances 1 to 100 and priority 0 or more")
     if len(item.config.instances.labels or []) > 4:
         raise BundleError(f"{field}.configuration.instances.labels", "has more than 4 labels")
-
-
-def version_key(version: str) -> tuple[Any, ...]:
-    """Sort key of semantic versions: pre-releases before the release, numeric parts as numbers."""
-    match = VERSION.fullmatch(version)
-    if not match:
-        raise InvalidArgumentError(f"{version!r} is no semantic version")
-    numbers = tuple(int(part) for part in match.group(1, 2, 3))
-    if match[4] is None:
-        return (*numbers, 1)
-    parts = tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in match[4].split("."))
-    return (*numbers, 0, parts)
 
 
 def size_bytes(value: _SIZE_VALUE, field: str) -> int:

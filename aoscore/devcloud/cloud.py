@@ -17,8 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from aoscore.common.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, WrongStateError
+from aoscore.common.semver import SemVer
 from aoscore.devcloud import schema
-from aoscore.devcloud.bundleconfig import BundleError, version_key
+from aoscore.devcloud.bundleconfig import BundleError
 from aoscore.devcloud.bundles import ItemImages
 from aoscore.devcloud.ca import CERTIFICATE_TYPES, Authority, User, fingerprint, serial
 from aoscore.devcloud.endpoints import Endpoints
@@ -260,7 +261,7 @@ class Cloud:
             if wanted is None:
                 raise NotFoundError(f"item {assignment.item_id} has no version {assignment.version or ''}".rstrip())
             other = versions.get(assignment.item_id)
-            if other is None or version_key(wanted.version) > version_key(other.version):
+            if other is None or SemVer(wanted.version) > SemVer(other.version):
                 versions[assignment.item_id] = wanted
         return versions
 

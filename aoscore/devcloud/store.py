@@ -14,7 +14,7 @@ import apsw
 
 from aoscore.common.db import Schema
 from aoscore.common.errors import AlreadyExistsError, NotFoundError, WrongStateError
-from aoscore.devcloud.bundleconfig import version_key
+from aoscore.common.semver import SemVer
 
 MESSAGES_KEPT_PER_UNIT = 5000
 _SECRETS = frozenset({"password", "secret", "blockKey", "bearerToken"})
@@ -411,7 +411,7 @@ class Store:
         where = "WHERE i.id = ?1 OR ?1 IS NULL ORDER BY i.type, i.codename"
         rows = self._rows(self._VERSION + where, item_id)
         found = [ItemVersion(*(*row[:-1], json.loads(row[-1]))) for row in rows]
-        return sorted(found, key=lambda one: (one.type, one.codename, version_key(one.version)))
+        return sorted(found, key=lambda one: (one.type, one.codename, SemVer(one.version)))
 
     # Blobs
 

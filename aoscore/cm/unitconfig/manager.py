@@ -9,11 +9,12 @@ from typing import Protocol
 from aoscore.cm.communication.envelope import from_json, to_json
 from aoscore.cm.communication.messages import ErrorInfo, NodeConfig, UnitConfig, UnitConfigStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
-from aoscore.cm.unitconfig.config import Version, node_config_text, pick_node_config
+from aoscore.cm.unitconfig.config import node_config_text, pick_node_config
 from aoscore.common.aio import Broadcast, Worker, log_and_continue
 from aoscore.common.errors import AosError, WrongStateError, from_error_info, to_error_info
 from aoscore.common.files import write_atomic
 from aoscore.common.log import kv
+from aoscore.common.semver import SemVer
 from aoscore.common.types import ConfigState, NodeConfigStatus
 
 _log = logging.getLogger(__name__)
@@ -132,10 +133,10 @@ class UnitConfigManager:
 
     def _is_current(self, config: UnitConfig) -> bool:
         """Whether config is installed already; raises WrongStateError when it must not replace the present one."""
-        version = Version(config.version)
+        version = SemVer(config.version)
         if self._config is None or self._error is not None:
             return False
-        current = Version(self._config.version)
+        current = SemVer(self._config.version)
         if version < current:
             raise WrongStateError(f"unit config {config.version} is older than {self._config.version}")
         if version == current and config != self._config:

@@ -11,7 +11,6 @@ from aoscore.devcloud.bundleconfig import (
     item_config,
     read_config,
     size_bytes,
-    version_key,
 )
 
 ITEM: dict[str, Any] = {
@@ -175,9 +174,3 @@ def test_resource_limits_may_be_skipped_before_a_release() -> None:
 )
 def test_sizes(text: str | int, number: int) -> None:
     assert size_bytes(text, "x") == number
-
-
-def test_versions_are_ordered_as_semver_says() -> None:
-    ordered = ["1.0.0-alpha", "1.0.0-alpha.1", "1.0.0-alpha.beta", "1.0.0-2", "1.0.0-11", "1.0.0", "1.2.0", "1.10.0"]
-    expected = ["1.0.0-2", "1.0.0-11", "1.0.0-alpha", "1.0.0-alpha.1", "1.0.0-alpha.beta", "1.0.0", "1.2.0", "1.10.0"]
-    assert sorted(ordered, key=version_key) == expected

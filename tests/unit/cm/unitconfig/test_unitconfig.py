@@ -8,9 +8,9 @@ import pytest
 
 from aoscore.cm.communication.envelope import to_json
 from aoscore.cm.communication.messages import Identity, NodeConfig, UnitConfig, UnitConfigStatus
-from aoscore.cm.unitconfig.config import Version, node_config_text, pick_node_config
+from aoscore.cm.unitconfig.config import node_config_text, pick_node_config
 from aoscore.cm.unitconfig.manager import UnitConfigManager
-from aoscore.common.errors import FailedError, InvalidArgumentError, WrongStateError
+from aoscore.common.errors import FailedError, WrongStateError
 from aoscore.common.types import ConfigState, ErrorInfo, NodeConfigStatus
 from tests.support.running import running
 from tests.unit.cm.fakes import FakeNodes, unit_node
@@ -24,22 +24,6 @@ def config(version: str, priority: int = 1) -> UnitConfig:
             NodeConfig(node_group_subject=Identity(codename="other"), node=Identity(codename="b"), priority=7),
         ),
     )
-
-
-@pytest.mark.parametrize(
-    ("lower", "higher"),
-    [("1.0.0", "1.0.1"), ("1.9.0", "1.10.0"), ("1.0.0-rc.1", "1.0.0"), ("1.0.0-rc.2", "1.0.0-rc.10")],
-)
-def test_versions(lower: str, higher: str) -> None:
-    assert Version(lower) < Version(higher)
-    assert Version(higher) > Version(lower)
-    assert Version(lower) == Version(lower + "+build")
-
-
-@pytest.mark.parametrize("text", ["", "1", "1.2", "v1.2.3", "1.2.3.4", "١.0.0"])
-def test_no_versions(text: str) -> None:
-    with pytest.raises(InvalidArgumentError):
-        Version(text)
 
 
 def test_part_of_a_node() -> None:
