@@ -1,0 +1,1 @@
+"""Measurements: speed of the native modules, memory of the daemons."""

@@ -1,0 +1,1 @@
+"""Tests of whole Units: the installed product booted by systemd, and the demo."""

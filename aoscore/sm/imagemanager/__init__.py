@@ -1,0 +1,1 @@
+"""Image manager: update items of this Node, fetched, checked, unpacked, kept and removed."""

@@ -1,0 +1,1 @@
+"""Resource manager: the node configuration and the resources that instances may be given."""
