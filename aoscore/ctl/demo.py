@@ -248,7 +248,7 @@ class Demo:
         print(f"\nThe Unit goes on running. Look at it with:  aos-devcloud watch {_SYSTEM_ID} --dir {self._cloud}")
         print(f"Log files: {self._dir / 'log'}.  End it with:  make demo-down")
 
-    # Helpers
+    # What the steps are made of
 
     def _names(self) -> dict[str, str]:
         return {item["id"]: item["codename"] for item in self._call("items")}

@@ -10,7 +10,6 @@ IAM in provisioning mode until the node is provisioned, everything after. Run as
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -25,14 +24,13 @@ from pathlib import Path
 import msgspec
 
 from aoscore.common import log
+from aoscore.common.linux import MS_BIND, MS_NODEV, MS_NOSUID, MS_PRIVATE, MS_REC, mount
 
 _log = logging.getLogger("aoscore.sandbox")
 
 RESTART_PAUSE_S = 1.0
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
-
-_MS_BIND, _MS_REC, _MS_PRIVATE, _MS_NOSUID, _MS_NODEV = 0x1000, 0x4000, 0x40000, 0x2, 0x4
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -159,25 +157,17 @@ class Sandbox:
                 os.waitpid(result.si_pid, 0)
 
 
-def _mount(source: str, target: Path | str, kind: str | None, flags: int, data: str | None = None) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    encoded = [value.encode() if value is not None else None for value in (source, str(target), kind)]
-    if libc.mount(*encoded, ctypes.c_ulong(flags), data.encode() if data else None) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"can't mount {target}: {os.strerror(number)}")
-
-
 def prepare(layout: Layout, directory: Path) -> None:
     """Make the namespaces look like a machine of their own: /proc, /run, host name and hosts, loopback, forwarding."""
-    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-    _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV)
-    _mount("tmpfs", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755")
+    mount("none", Path("/"), "", MS_REC | MS_PRIVATE)
+    mount("proc", Path("/proc"), "proc", MS_NOSUID | MS_NODEV)
+    mount("tmpfs", Path("/run"), "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     for name in ("lock", "netns"):
         Path("/run", name).mkdir()
     socket.sethostname(layout.hostname)
     hosts = directory / "run" / "hosts"
     hosts.write_text("".join(f"{address} {name}\n" for name, address in layout.hosts.items()))
-    _mount(str(hosts), "/etc/hosts", None, _MS_BIND)
+    mount(hosts, Path("/etc/hosts"), "", MS_BIND)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     # As the sysctl file of a node does.
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
