@@ -13,6 +13,7 @@ import subprocess
 import sysconfig
 import textwrap
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ _SYSTEM_ID = "demo-unit"
 _ITEM = "demo-web"
 _VERSION = "1.0.0"
 _DNS_IP = "10.0.0.100"
-_CGROUP = "aos-demo"
 _PORT = 8080
 _DEPLOY_TIMEOUT_S = 120.0
 _HOST_PROGRAMS = {
@@ -51,6 +51,8 @@ class Demo:
         self._tools = tools.absolute()
         self._machine = Machine(self._dir)
         self._cloud = self._dir / "cloud"
+        # Control groups are the host's, so each demo has its own.
+        self.cgroup = f"aos-demo-{zlib.crc32(bytes(self._dir)):08x}"
         scripts = Path(sysconfig.get_path("scripts"))
         self._node = MainNode(
             etc=self._dir / "unit" / "etc",
@@ -64,7 +66,7 @@ class Demo:
             dns_ip=_DNS_IP,
             status_period="100ms",
             monitoring_period="5s",
-            cgroup_parent=f"/{_CGROUP}",
+            cgroup_parent=f"/{self.cgroup}",
             output="files",
         )
         self._scripts = scripts
@@ -92,7 +94,7 @@ class Demo:
     def down(self) -> None:
         """End all of it and remove its files."""
         ran = self._machine.stop()
-        remove_cgroups(_CGROUP)
+        remove_cgroups(self.cgroup)
         remove_tree(self._dir)
         print("The demo is gone." if ran else "The demo was not running; its files are gone.")
 

@@ -4,6 +4,7 @@ The inside is `sandbox`. The host's network, mounts and processes stay as they a
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from aoscore.ctl.sandbox import Layout
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 40.0
+_EMPTY_TIMEOUT_S = 10.0
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -103,12 +105,23 @@ class Machine:
 def remove_cgroups(name: str) -> None:
     """Remove the control groups called `name`, of any hierarchy of the host, with all below them.
 
-    They outlive the processes that were in them: control groups belong to no namespace that ends.
+    They outlive the processes that were in them: control groups belong to no namespace that ends. Raises
+    DeadlineError when something still lives in one.
     """
+    deadline = time.monotonic() + _EMPTY_TIMEOUT_S
     for top in {*_CGROUPS.glob(name), *_CGROUPS.glob(f"*/{name}")}:
-        for group in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
-            group.rmdir()
-        top.rmdir()
+        for group in [*sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True), top]:
+            while True:
+                try:
+                    group.rmdir()
+                    break
+                except OSError as error:
+                    # A process that was just killed is in its group until it has been collected.
+                    if error.errno != errno.EBUSY:
+                        raise
+                    if time.monotonic() > deadline:
+                        raise DeadlineError(f"control group {group} does not get empty") from error
+                    time.sleep(0.05)
 
 
 def _begun(pid: int) -> int | None:

@@ -144,7 +144,7 @@ def _cm(node: MainNode) -> dict[str, Any]:
         "unitConfigFile": str(node.var / "aos_unit.cfg"),
         "unitStatusSendTimeout": node.status_period,
         "dnsIp": node.dns_ip,
-        "dnsStoragePath": str(node.var / "dns"),
+        "dnsStoragePath": str(node.run / "dns"),
         "dnsPidFile": str(node.run / "dns.pid"),
         "dnsProgram": "/usr/sbin/dnsmasq" if node.dns_ip else "",
         "monitoring": {"sendPeriod": node.monitoring_period},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aoscore.ctl.demo import Demo
 from tests.system.guest import ROOT
 
 pytestmark = [pytest.mark.timeout(600)]
@@ -38,7 +39,8 @@ def traces(directory: Path) -> set[str]:
     found |= {f"link {path.name}" for path in Path("/sys/class/net").iterdir()}
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
     found |= {f"nft {line}" for line in tables.splitlines()}
-    found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob("**/aos-demo*")}
+    group = Demo(directory, ROOT).cgroup
+    found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{group}")}
     found |= {f"netns {path}" for path in Path("/run/netns").glob("*")}
     if directory.exists():
         found.add(f"files {directory}")
