@@ -13,7 +13,7 @@ LEVELS = {
 }
 _TAGS = {logging.DEBUG: "DBG", logging.INFO: "INF", logging.WARNING: "WRN", logging.ERROR: "ERR"}
 _COLOURS = {"DBG": "\033[37m", "INF": "\033[32m", "WRN": "\033[33m", "ERR": "\033[31m"}
-_LIBRARIES = ("websockets", "asyncio", "grpc", "pyroute2")
+_OURS = ("aoscore", "__main__")
 _GREY, _BLUE, _PLAIN = "\033[90m", "\033[34m", "\033[0m"
 
 
@@ -74,4 +74,4 @@ def _no_library_chatter(record: logging.LogRecord) -> bool:
 
     A filter, since some libraries set the level of their loggers themselves.
     """
-    return record.levelno >= logging.WARNING or not record.name.startswith(_LIBRARIES)
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OURS
