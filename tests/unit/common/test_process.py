@@ -1,3 +1,4 @@
+import asyncio
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ async def test_time_limit_kills_children_too(tmp_path: Path) -> None:
     for _ in range(100):
         if not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             return
+        await asyncio.sleep(0.01)
     pytest.fail("the child is still running")
 
 
