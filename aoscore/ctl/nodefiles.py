@@ -144,7 +144,9 @@ def _cm(node: MainNode) -> dict[str, Any]:
         "unitConfigFile": str(node.var / "aos_unit.cfg"),
         "unitStatusSendTimeout": node.status_period,
         "dnsIp": node.dns_ip,
-        "dnsStoragePath": str(node.run / "dns"),
+        # dnsmasq reads it without privileges: not below `var`, which may be in a closed home directory. And `run`/dns
+        # belongs to SM, which deletes there what it does not know.
+        "dnsStoragePath": str(node.run / "names"),
         "dnsPidFile": str(node.run / "dns.pid"),
         "dnsProgram": "/usr/sbin/dnsmasq" if node.dns_ip else "",
         "monitoring": {"sendPeriod": node.monitoring_period},
