@@ -52,16 +52,19 @@ setup: packages $(VENV)/.done
 # Asks dpkg first: nothing is installed, and no network needed, when all is there.
 packages:
 	@missing=$$(grep -v '^#' packages.txt | while read -r name; do \
-	    [ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$name" 2>/dev/null)" = installed ] || echo "$$name"; done); \
+	    [ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$name" 2>/dev/null)" = installed ] || echo "$$name"; done | xargs); \
 	if [ -n "$$missing" ]; then \
 	    [ "$$(id -u)" = 0 ] || { echo "not installed: $$missing" >&2; echo "run as root, or: apt-get install $$missing" >&2; exit 1; }; \
 	    echo "Installing: $$missing"; \
-	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=500 install -y --no-install-recommends $$missing >/dev/null; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=500 install -y --no-install-recommends $$missing >/dev/null || \
+	    { echo "apt-get could not install: $$missing" >&2; \
+	      echo "Its reasons are above; the first counts. It needs the network and Debian's main or Ubuntu's main and universe." >&2; exit 1; }; \
 	fi
 
-$(VENV)/.done: $(SOURCES)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11" >&2; exit 1; }
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+# An environment without pip is one whose making was broken off.
+$(VENV)/.done: $(SOURCES) | packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is older or not there. Name another: make PYTHON=python3.11" >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install -q -e '.[cm,sm,iam,mp,devcloud,test]'
 	$(BIN)/python proto/build.py
@@ -69,8 +72,8 @@ $(VENV)/.done: $(SOURCES)
 	touch $@
 
 # The cloud's public tools pin old versions of what we use new: they live apart.
-$(TOOLS)/.done: tests/requirements-cloud-tools.txt
-	[ -x $(TOOLS)/bin/python ] || $(PYTHON) -m venv $(TOOLS)
+$(TOOLS)/.done: tests/requirements-cloud-tools.txt | packages
+	$(TOOLS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(TOOLS)
 	$(TOOLS)/bin/python -m pip install -q --upgrade pip 'setuptools<81' wheel
 	$(TOOLS)/bin/python -m pip install -q -r tests/requirements-cloud-tools.txt
 	touch $@
