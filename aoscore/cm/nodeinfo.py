@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from aoscore.common.aio import Broadcast, log_and_continue
+from aoscore.common.aio import Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import DeadlineError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import NodeInfo, NodeState, ResourceInfo, RuntimeInfo, SMInfo
@@ -182,10 +182,7 @@ class NodeInfoProvider:
             deadline_s = self._table.next_deadline_s(self._now())
             pause_s = None if deadline_s is None else max(0.0, deadline_s - self._now())
             self._wake.clear()
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._wake.wait()
-            except TimeoutError:
+            if not await comes_within(self._wake, pause_s):
                 self._publish()
 
     def _take(self, info: NodeInfo) -> None:

@@ -86,10 +86,18 @@ async def unbroken(work: Coroutine[Any, Any, T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
+        await _end_of(task)
         raise
+
+
+async def comes_within(event: asyncio.Event, timeout_s: float | None) -> bool:
+    """Wait for an event, at most `timeout_s` (None: however long it takes); whether it came."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 class Backoff:

@@ -9,7 +9,7 @@ import time
 import aiohttp
 from aiohttp import web
 
-from aoscore.common.aio import log_and_continue
+from aoscore.common.aio import comes_within, log_and_continue
 from aoscore.common.certs import serial_hex
 from aoscore.devcloud.core import Core, UnitSession
 from aoscore.devcloud.faults import DISCOVERY, WEBSOCKET
@@ -184,9 +184,7 @@ class _Connection:
                 problems = ["not acked after the last transmission"]
                 await self._core.violation(self._system_id, message_type, problems, b"")
             due_s = link.next_due_s()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if due_s is None else max(0.0, due_s - time.monotonic())):
-                    await wake.wait()
+            await comes_within(wake, None if due_s is None else due_s - time.monotonic())
 
     async def _send_message(self, message_type: str, frame: bytes) -> None:
         faults, unit = self._core.faults, self._system_id

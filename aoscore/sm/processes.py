@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from aoscore.common.aio import comes_within
+
 _SIGTERM_BIT = 1 << (signal.SIGTERM - 1)
 
 
@@ -40,13 +42,9 @@ class ProcessWatch:
         readable = asyncio.Event()
         loop.add_reader(self._fd, readable.set)
         try:
-            async with asyncio.timeout(timeout_s):
-                await readable.wait()
-        except TimeoutError:
-            return False
+            return await comes_within(readable, timeout_s)
         finally:
             loop.remove_reader(self._fd)
-        return True
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens when it has ended."""

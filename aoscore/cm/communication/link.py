@@ -25,7 +25,7 @@ from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import Message, message_type
 from aoscore.cm.communication.session import Session
 from aoscore.cm.communication.websocket import UnauthorizedError, WebSocket, connect
-from aoscore.common.aio import Backoff, Broadcast, Worker, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, Worker, comes_within, log_and_continue
 from aoscore.common.certs import load_chain_url
 from aoscore.common.errors import AosError, DeadlineError, FailedError, WrongStateError
 from aoscore.common.http import request
@@ -325,11 +325,7 @@ class CloudLink:
             if self._wake.is_set():
                 continue
             next_time = self._session.next_time()
-            try:
-                async with asyncio.timeout(None if next_time is None else max(0.0, next_time - _now())):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await comes_within(self._wake, None if next_time is None else next_time - _now())
 
     async def _watch(self, socket: WebSocket) -> None:
         """Notices a dead link that TCP does not notice."""

@@ -45,7 +45,7 @@ from aoscore.cm.launcher.nodedriver import DriverSettings, NodeDriver
 from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.storagestate.manager import DiskBudgets, Paths
-from aoscore.common.aio import Backoff, Broadcast, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import AosError, DeadlineError, NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import (
@@ -595,10 +595,7 @@ class Launcher:
         while True:
             self._env_wake.clear()
             period_s = self._settings.check_env_vars_period_s if next_expiry(self._overrides) else None
-            try:
-                async with asyncio.timeout(period_s):
-                    await self._env_wake.wait()
-            except TimeoutError:
+            if not await comes_within(self._env_wake, period_s):
                 with log_and_continue(_log, "Can't drop expired environment variables"):
                     async with self._lock:
                         await self._set_overrides(self._overrides)

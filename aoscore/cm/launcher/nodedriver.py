@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from aoscore.cm.launcher.nodeplan import NodeUpdate, list_digest, matches, plan_update
-from aoscore.common.aio import Backoff, log_and_continue
+from aoscore.common.aio import Backoff, comes_within, log_and_continue
 from aoscore.common.errors import AosError, DeadlineError, NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, ItemType
@@ -172,11 +172,7 @@ class NodeDriver:
             pause_s: float | None = self._settings.retry_first_s
             with log_and_continue(_log, f"Can't update instances of node {self.node_id}"):
                 pause_s = await self._step()
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await comes_within(self._wake, pause_s)
 
     async def _step(self) -> float | None:
         """Send an update if one is due; seconds after which to look again."""
@@ -208,10 +204,7 @@ class NodeDriver:
         )
         self._answered.clear()
         await self._send(self.node_id, update.start, update.stop)
-        try:
-            async with asyncio.timeout(self._settings.reply_timeout_s):
-                await self._answered.wait()
-        except TimeoutError:
+        if not await comes_within(self._answered, self._settings.reply_timeout_s):
             error: AosError = DeadlineError(f"node {self.node_id} did not finish its update")
             _log.error(kv("No answer to an update", nodeID=self.node_id, timeout=self._settings.reply_timeout_s))
             for info in update.start:

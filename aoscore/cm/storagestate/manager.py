@@ -14,7 +14,7 @@ from aoscore.cm.storagestate import files
 from aoscore.cm.storagestate.quota import set_user_quota
 from aoscore.cm.storagestate.store import StateRow, StateStore
 from aoscore.cm.storagestate.watch import DirectoryWatch
-from aoscore.common.aio import Broadcast, Worker, log_and_continue
+from aoscore.common.aio import Broadcast, Worker, comes_within, log_and_continue
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError, NotSupportedError, OutOfRangeError
 from aoscore.common.log import kv
 from aoscore.common.types import InstanceIdent
@@ -240,11 +240,7 @@ class StorageState:
                         await self._look_at(ident)
             next_s = min((due_s for _, due_s in self._due_s.values()), default=None)
             self._wake.clear()
-            try:
-                async with asyncio.timeout_at(next_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await comes_within(self._wake, None if next_s is None else next_s - loop.time())
 
     async def _look_at(self, ident: InstanceIdent) -> None:
         async with self._lock:

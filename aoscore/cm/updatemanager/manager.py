@@ -6,6 +6,7 @@ Decisions are in `plan` and `phases`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol
@@ -31,7 +32,7 @@ from aoscore.cm.updatemanager.phases import CANCELLABLE, Outcome, Phase, next_ph
 from aoscore.cm.updatemanager.plan import Limits, Tried
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common import types
-from aoscore.common.aio import Backoff, Broadcast, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import AosError, InvalidArgumentError, first_cause, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import ConfigState
@@ -343,12 +344,7 @@ class UpdateManager:
 
     async def _is_replaced(self, wait_s: float | None) -> bool:
         """Waits for another desired status; False when none came in time."""
-        try:
-            async with asyncio.timeout(wait_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await comes_within(self._changed, wait_s)
 
     # ---- the steps: each may be run twice
 
@@ -418,11 +414,9 @@ class UpdateManager:
                 )
                 if verdict.settled:
                     break
-                try:
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_RECHECK_S):
                         await changes.get()
-                except TimeoutError:
-                    pass
         broken = plan.versions_to_give_up(verdict.failed, items)
         for (item_id, version), error in verdict.failed.items():
             _log.error(kv("Instance does not run", itemID=item_id, version=version, error=error))

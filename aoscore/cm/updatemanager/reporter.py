@@ -12,7 +12,7 @@ from aoscore.cm.imagemanager.store import Item
 from aoscore.cm.launcher.model import UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.updatemanager.unitstatus import Delta, full_status, unit_item, unit_node
-from aoscore.common.aio import Broadcast, log_and_continue
+from aoscore.common.aio import Broadcast, comes_within, log_and_continue
 from aoscore.common.types import ConfigState, ErrorInfo
 
 _log = logging.getLogger(__name__)
@@ -183,11 +183,7 @@ class StatusReporter:
                 with log_and_continue(_log, "Can't send unit status"):
                     await self._cloud.send(self._delta.take())
                 continue
-            try:
-                async with asyncio.timeout(None if due is None else due - self._now()):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await comes_within(self._wake, None if due is None else due - self._now())
 
     @staticmethod
     def _now() -> float:

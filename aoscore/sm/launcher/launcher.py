@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Se
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
-from aoscore.common.aio import Backoff, Broadcast, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import ErrorInfo, InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, ItemType
@@ -231,9 +231,7 @@ class Launcher:
             self._offline.next_s(self._offline_limits_s()),
         )
         delays_s = [max(0.0, moment_s - now_s) for moment_s in due if moment_s is not None]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(delays_s) + 0.001 if delays_s else None):
-                await self._wake.wait()
+        await comes_within(self._wake, min(delays_s) + 0.001 if delays_s else None)
 
     async def _take(self, steps: Plan) -> bool:
         """Do one kind of steps; whether there was something to do."""

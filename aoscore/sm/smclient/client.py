@@ -19,7 +19,7 @@ import grpc.aio
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2_grpc as stubs
 from aoscore.common import convert
-from aoscore.common.aio import Broadcast, log_and_continue
+from aoscore.common.aio import Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import AosError, FailedError, first_cause
 from aoscore.common.iamclient import CertificateKeeper
 from aoscore.common.log import kv
@@ -252,9 +252,7 @@ class SmClient:
             await channel.close()
 
     async def _write(self, node: Node, call: Any) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SETTLE_LIMIT_S):
-                await node.launcher.settled.wait()
+        await comes_within(node.launcher.settled, _SETTLE_LIMIT_S)
         self._outbox.connected(node.launcher.statuses())
         with rpc_errors("RegisterSM at CM"):
             while True:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aoscore.common.aio import Backoff, Broadcast, ChangeFeed, Worker, log_and_continue, run_services
+from aoscore.common.aio import Backoff, Broadcast, ChangeFeed, Worker, comes_within, log_and_continue, run_services
 from aoscore.common.errors import FailedError
 
 
@@ -141,3 +141,14 @@ async def test_change_feed_tells_past_changes_and_skips_no_key() -> None:
     assert [await anext(late) for _ in range(3)] == [7, 5, 6]
     await late.aclose()
     assert not feed._waiting
+
+
+async def test_event_that_comes_and_event_that_does_not() -> None:
+    event = asyncio.Event()
+    assert not await comes_within(event, 0.01)
+    assert not await comes_within(event, -1)
+    waiting = asyncio.create_task(comes_within(event, None))
+    await asyncio.sleep(0)
+    event.set()
+    assert await waiting
+    assert await comes_within(event, 0)
