@@ -59,7 +59,7 @@ def _nothing_blocks_the_loop(request: pytest.FixtureRequest, monkeypatch: pytest
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Tests that need namespaces run in a pytest of their own inside some."""
     if bed.is_inside() or not bed.MARKERS & {mark.name for mark in item.iter_markers()}:
         return None
@@ -67,6 +67,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in bed.run_inside(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # As after any item: end the fixtures that the next one does not share. The item before this one kept those of its
+    # module when this one is of the same.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
