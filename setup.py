@@ -48,4 +48,4 @@ def extensions() -> list[Extension]:
     )
 
 
-setup(cmdclass={"build_py": BuildPy}, ext_modules=extensions())
+setup(license="Apache-2.0", cmdclass={"build_py": BuildPy}, ext_modules=extensions())
