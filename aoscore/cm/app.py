@@ -66,7 +66,7 @@ from aoscore.common.errors import AosError
 from aoscore.common.files import DirectoryLock, remove_tree
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
-from aoscore.common.tls import TlsIdentity, grpc_server_credentials, read_roots, ssl_client_context
+from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
 
 _log = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ async def _images(
 ) -> ImageManager:
     settings = config.image_manager
     blobs = await worker.run(BlobStore, settings.install_path)
-    download_tls = ssl_client_context(settings.download_ca_cert) if settings.download_ca_cert is not None else None
+    download_ca = settings.download_ca_cert
+    download_tls = TlsRoots(download_ca).ssl_client_context() if download_ca is not None else None
 
     async def evict(directory: Path, needed_bytes: int) -> None:
         await manager.evict(directory, needed_bytes)

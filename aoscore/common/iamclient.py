@@ -14,8 +14,8 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common import convert
 from aoscore.common.aio import Backoff, Broadcast
 from aoscore.common.errors import AosError, NotFoundError
-from aoscore.common.rpc import open_channel, peer_name, rpc_errors
-from aoscore.common.tls import TlsIdentity, grpc_public_credentials, ssl_client_context
+from aoscore.common.rpc import LazyChannel, rpc_errors
+from aoscore.common.tls import TlsIdentity, TlsRoots
 from aoscore.common.types import CertInfo, NodeInfo, SystemInfo
 
 _log = logging.getLogger(__name__)
@@ -34,42 +34,17 @@ class IamPublicClient:
     """
 
     def __init__(self, address: str, ca_file: Path | None) -> None:
-        self._address = address
-        self._ca_file = ca_file
-        self._channel: grpc.aio.Channel | None = None
-        self._opening = asyncio.Lock()
+        roots = None if ca_file is None else TlsRoots(ca_file)
+        self._channel = LazyChannel(address, lambda: roots)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._drop()
-
-    async def _open(self) -> grpc.aio.Channel:
-        async with self._opening:
-            if self._channel is None:
-                if self._ca_file is None:
-                    self._channel = open_channel(self._address, None)
-                else:
-                    name = await peer_name(self._address, ssl_client_context(self._ca_file, check_hostname=False))
-                    self._channel = open_channel(self._address, grpc_public_credentials(self._ca_file), name=name)
-            return self._channel
-
-    async def _drop(self) -> None:
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
-            await channel.close()
+        await self._channel.drop()
 
     async def _call(self, what: str, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
-        channel = await self._open()
-        try:
-            with rpc_errors(f"{what} from IAM at {self._address}"):
-                return await getattr(stub(channel), method)(request, timeout=CALL_TIMEOUT_S)
-        except AosError:
-            # A new channel next time: the name or the certificate of IAM may be another one by now.
-            if channel is self._channel and channel.get_state() != grpc.ChannelConnectivity.READY:
-                await self._drop()
-            raise
+        return await self._channel.call(f"{what} from IAM", stub, method, request, timeout_s=CALL_TIMEOUT_S)
 
     async def _watch(
         self,
@@ -84,8 +59,8 @@ class IamPublicClient:
         missed = False
         while True:
             try:
-                channel = await self._open()
-                with rpc_errors(f"{what} from IAM at {self._address}"):
+                channel = await self._channel.open()
+                with rpc_errors(f"{what} from IAM at {self._channel.address}"):
                     call = getattr(stub(channel), method)(request)
                     if missed:
                         for message in await present():
@@ -99,7 +74,7 @@ class IamPublicClient:
             missed = True
             pause_s = backoff.next()
             _log.warning("IAM subscription broken, trying again: pause=%.1fs, reason=%s", pause_s, reason)
-            await self._drop()
+            await self._channel.drop()
             await asyncio.sleep(pause_s)
 
     async def get_cert(self, cert_type: str, *, issuer: bytes = b"", serial: str = "") -> CertInfo:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -25,6 +25,7 @@ from aoscore.common.errors import (
     NotSupportedError,
     first_cause,
 )
+from aoscore.common.tls import TlsRoots
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,12 @@ def open_channel(
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
+async def open_tls_channel(address: str, tls: TlsRoots) -> grpc.aio.Channel:
+    """A channel to whoever proves at `address` to be of our Unit. Raises the errors of `peer_name`."""
+    name = await peer_name(address, tls.ssl_client_context(check_hostname=False))
+    return open_channel(address, tls.grpc_client_credentials(), name=name)
+
+
 @contextlib.contextmanager
 def rpc_errors(what: str) -> Iterator[None]:
     """Turn gRPC failures of a client call into our errors; `what` names the call, e.g. "GetCert from IAM"."""
@@ -128,6 +135,56 @@ def rpc_errors(what: str) -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise CanceledError(f"{what}: the connection was closed") from error
+
+
+class LazyChannel:
+    """A channel that is opened at the first call, and again after a failure or with another certificate of ours.
+
+    `tls` gives the certificate to use now; None means plain text. Use as an async context manager.
+    """
+
+    def __init__(self, address: str, tls: Callable[[], TlsRoots | None]) -> None:
+        self.address = address
+        self._tls = tls
+        self._channel: grpc.aio.Channel | None = None
+        self._used: TlsRoots | None = None
+        self._opening = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.drop()
+
+    async def open(self) -> grpc.aio.Channel:
+        """The channel for a call that begins now. Raises AosError."""
+        async with self._opening:
+            tls = self._tls()
+            if self._channel is None or tls != self._used:
+                fresh = open_channel(self.address, None) if tls is None else await open_tls_channel(self.address, tls)
+                await self.drop()
+                self._channel, self._used = fresh, tls
+            return self._channel
+
+    async def drop(self) -> None:
+        """Close it; the next call opens another one."""
+        if self._channel is not None:
+            channel, self._channel = self._channel, None
+            await channel.close()
+
+    async def call(
+        self, what: str, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any, *, timeout_s: float
+    ) -> Any:
+        """The answer of a unary call; `what` names it in errors, e.g. "node info from IAM". Raises AosError."""
+        channel = await self.open()
+        try:
+            with rpc_errors(f"{what} at {self.address}"):
+                return await getattr(stub(channel), method)(request, timeout=timeout_s)
+        except AosError:
+            # A new channel next time: the name or the certificate of the server may be another one by now.
+            if channel is self._channel and channel.get_state() != grpc.ChannelConnectivity.READY:
+                await self.drop()
+            raise
 
 
 def _describe(method: Callable[..., Any]) -> str:

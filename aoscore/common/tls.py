@@ -24,10 +24,32 @@ def read_roots(ca_file: Path) -> bytes:
         raise NotFoundError(f"root CA file {ca_file} does not exist") from None
 
 
-class TlsIdentity(msgspec.Struct, frozen=True):
-    """Who we are on a link: our certificate and key, and the roots we trust."""
+class TlsRoots(msgspec.Struct, frozen=True):
+    """Whom we trust on a link where we show no certificate of our own (IAM's public port)."""
 
     ca_file: Path
+
+    def grpc_client_credentials(self) -> grpc.ChannelCredentials:
+        """TLS as a gRPC client."""
+        return grpc.ssl_channel_credentials(read_roots(self.ca_file))
+
+    def ssl_client_context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
+        """TLS as a client of stdlib ssl; the chain is always checked."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.check_hostname = check_hostname
+        try:
+            context.load_verify_locations(self.ca_file)
+        except FileNotFoundError:
+            raise NotFoundError(f"root CA file {self.ca_file} does not exist") from None
+        except ssl.SSLError as error:
+            raise InvalidArgumentError(f"root CA file {self.ca_file} is not usable: {error}") from error
+        return context
+
+
+class TlsIdentity(TlsRoots, frozen=True):
+    """Who we are on a link: our certificate and key, and the roots we trust."""
+
     cert_url: str
     key_url: str
 
@@ -46,7 +68,7 @@ class TlsIdentity(msgspec.Struct, frozen=True):
 
     def ssl_client_context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
         """Mutual TLS as a client of stdlib ssl; the chain is always checked."""
-        context = ssl_client_context(self.ca_file, check_hostname=check_hostname)
+        context = super().ssl_client_context(check_hostname=check_hostname)
         self._load_into(context)
         return context
 
@@ -65,25 +87,6 @@ class TlsIdentity(msgspec.Struct, frozen=True):
             context.load_cert_chain(url_path(self.cert_url), url_path(self.key_url))
         except (ssl.SSLError, OSError) as error:
             raise FailedError(f"can't use certificate {self.cert_url}: {error}") from error
-
-
-def ssl_client_context(ca_file: Path, *, check_hostname: bool = True) -> ssl.SSLContext:
-    """TLS client without a certificate of its own, trusting only the roots in ca_file."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = check_hostname
-    try:
-        context.load_verify_locations(ca_file)
-    except FileNotFoundError:
-        raise NotFoundError(f"root CA file {ca_file} does not exist") from None
-    except ssl.SSLError as error:
-        raise InvalidArgumentError(f"root CA file {ca_file} is not usable: {error}") from error
-    return context
-
-
-def grpc_public_credentials(ca_file: Path) -> grpc.ChannelCredentials:
-    """gRPC client without a certificate of its own (IAM's public port)."""
-    return grpc.ssl_channel_credentials(read_roots(ca_file))
 
 
 def grpc_server_credentials(

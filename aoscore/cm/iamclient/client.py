@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Final, Self
 
-import grpc
 import grpc.aio
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common import convert
-from aoscore.common.errors import AosError, from_error_info
-from aoscore.common.rpc import open_channel, peer_name, rpc_errors
+from aoscore.common.errors import from_error_info
+from aoscore.common.rpc import LazyChannel
 from aoscore.common.tls import TlsIdentity
 from aoscore.common.types import CertInfo
 
@@ -30,37 +28,14 @@ class IamClient:
     AosError: of the link, or the one IAM answers.
     """
 
-    def __init__(self, address: str, identity: Callable[[], TlsIdentity] | None) -> None:
-        self._address = address
-        self._identity = identity
-        self._channel: grpc.aio.Channel | None = None
-        self._used: TlsIdentity | None = None
-        self._opening = asyncio.Lock()
+    def __init__(self, address: str, identity: Callable[[], TlsIdentity | None]) -> None:
+        self._channel = LazyChannel(address, identity)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._drop()
-
-    async def _open(self) -> grpc.aio.Channel:
-        async with self._opening:
-            identity = self._identity() if self._identity else None
-            if self._channel is not None and identity != self._used:
-                await self._drop()
-            if self._channel is None:
-                if identity is None:
-                    self._channel = open_channel(self._address, None)
-                else:
-                    name = await peer_name(self._address, identity.ssl_client_context(check_hostname=False))
-                    self._channel = open_channel(self._address, identity.grpc_client_credentials(), name=name)
-                self._used = identity
-            return self._channel
-
-    async def _drop(self) -> None:
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
-            await channel.close()
+        await self._channel.drop()
 
     async def _call(
         self,
@@ -70,15 +45,7 @@ class IamClient:
         request: Any,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Any:
-        channel = await self._open()
-        try:
-            with rpc_errors(f"{what} by IAM at {self._address}"):
-                answer = await getattr(stub(channel), method)(request, timeout=timeout_s)
-        except AosError:
-            # A new channel next time: IAM may have another certificate by now.
-            if channel is self._channel and channel.get_state() != grpc.ChannelConnectivity.READY:
-                await self._drop()
-            raise
+        answer = await self._channel.call(f"{what} by IAM", stub, method, request, timeout_s=timeout_s)
         info = convert.error_from_pb(answer.error) if hasattr(answer, "error") else None
         if error := from_error_info(info):
             raise error

@@ -23,7 +23,7 @@ from aoscore.common.aio import Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import AosError, FailedError, first_cause
 from aoscore.common.iamclient import CertificateKeeper
 from aoscore.common.log import kv
-from aoscore.common.rpc import open_channel, peer_name, rpc_errors
+from aoscore.common.rpc import open_tls_channel, rpc_errors
 from aoscore.common.types import (
     InstanceIdent,
     InstanceInfo,
@@ -243,9 +243,7 @@ class SmClient:
 
     @contextlib.asynccontextmanager
     async def _open(self) -> AsyncIterator[grpc.aio.Channel]:
-        identity = self._certificates.identity
-        name = await peer_name(self._address, identity.ssl_client_context(check_hostname=False))
-        channel = open_channel(self._address, identity.grpc_client_credentials(), name=name)
+        channel = await open_tls_channel(self._address, self._certificates.identity)
         try:
             yield channel
         finally:

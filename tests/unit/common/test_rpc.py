@@ -22,8 +22,8 @@ from aoscore.common.errors import (
     NotSupportedError,
 )
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
-from aoscore.common.rpc import Server, handler, open_channel, peer_name, rpc_errors, split_address
-from aoscore.common.tls import TlsIdentity, grpc_server_credentials
+from aoscore.common.rpc import LazyChannel, Server, handler, open_channel, peer_name, rpc_errors, split_address
+from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
 from aoscore.common.types import CertInfo
 from tests.support.pki import TestCa
 from tests.support.running import running
@@ -108,6 +108,42 @@ async def test_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> 
         # A certificate that can't be read keeps the last good one.
         current = TlsIdentity(current.ca_file, "file:///nowhere", current.key_url)
         assert await peer_name(address, client.ssl_client_context()) == "new"
+
+
+async def test_lazy_channel_follows_our_certificate_and_outlives_the_server(tmp_path: Path) -> None:
+    ca = TestCa()
+    identity = ca.identity(tmp_path, "server", ("main",))
+    tls: TlsRoots = ca.identity(tmp_path, "first")
+
+    async def ask(channel: LazyChannel) -> str:
+        request = pb.GetCertRequest(type="cm")
+        return str((await channel.call("asked", stubs.IAMPublicCertServiceStub, "GetCert", request, timeout_s=5)).type)
+
+    def serve(port: int) -> Server:
+        add = partial(stubs.add_IAMPublicCertServiceServicer_to_server, Certificates())
+        return Server(f"127.0.0.1:{port}", lambda: grpc_server_credentials(lambda: identity), [add])
+
+    async with running(one := serve(0)), LazyChannel(f"127.0.0.1:{one.port}", lambda: tls) as channel:
+        first = await channel.open()
+        assert (await asyncio.gather(ask(channel), ask(channel)), await channel.open()) == (["cm", "cm"], first)
+        tls = ca.identity(tmp_path, "second")
+        second = await channel.open()
+        assert second is not first
+        # Without a certificate nobody gets in; that the next call brings one is seen at once.
+        tls = TlsRoots(identity.ca_file)
+        with pytest.raises(FailedError, match=f"asked at 127.0.0.1:{one.port}"):
+            await ask(channel)
+        tls = ca.identity(tmp_path, "third")
+        assert await ask(channel) == "cm"
+    port = one.port
+    async with LazyChannel(f"127.0.0.1:{port}", lambda: tls) as channel:
+        async with running(serve(port)):
+            assert await ask(channel) == "cm"
+        with pytest.raises(FailedError):
+            await ask(channel)
+        identity = ca.identity(tmp_path, "renamed", ("other-name",))
+        async with running(serve(port)):
+            assert await ask(channel) == "cm"
 
 
 async def test_errors_reach_the_caller_as_ours() -> None:
