@@ -28,15 +28,11 @@ from aoscore.cm.communication.messages import (
 from aoscore.common.errors import AosError
 from aoscore.common.fileserver import FileServer
 from aoscore.common.types import ItemType
+from tests.support.items import sha256
 from tests.support.pki import Issued, TestCa
 from tests.support.running import running
 
 CHAIN = "sp-1"
-
-
-def digest_of(data: bytes) -> str:
-    """OCI digest."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 class Image:
@@ -63,7 +59,7 @@ class Image:
         self.index = self._add(json.dumps({"schemaVersion": 2, "manifests": entries}).encode())
 
     def _add(self, data: bytes) -> str:
-        digest = digest_of(data)
+        digest = sha256(data)
         self.blobs[digest] = data
         return digest
 

@@ -1,8 +1,8 @@
-"""Run services of the product inside a test."""
+"""Run services of the product inside a test, and wait for what they do."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from aoscore.common.aio import Service, run_services
 
@@ -23,3 +23,10 @@ async def running(*services: Service) -> AsyncIterator[asyncio.Task[None]]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 15) -> None:
+    """Wait for a condition that nothing announces."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)

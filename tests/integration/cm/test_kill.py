@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import random
 import signal
-import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from tests.support.iam import free_port
 from tests.support.nodehalf import request
 from tests.support.sm import TestSm
 
@@ -81,12 +81,6 @@ async def reconnecting(sm: TestSm, port: int) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rows(directory: Path) -> list[tuple[object, ...]]:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -22,19 +22,12 @@ from aoscore.sm.processes import is_alive
 from aoscore.sm.resourcemanager.resources import HostConfig, MountConfig, ResourceConfig
 from tests.support import containers
 from tests.support.containers import image, instance, output, runtime
-from tests.support.running import running
+from tests.support.running import running, until
 
 pytestmark = pytest.mark.container
 
 FOREVER = "echo started; while true; do sleep 1; done"
 GRACEFUL = "trap 'echo bye; exit 0' TERM; echo started; while true; do sleep 0.1; done"
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait for a condition that nothing announces."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def state(queue: asyncio.Queue[InstanceStatus], wanted: InstanceState) -> InstanceStatus:

@@ -1,10 +1,9 @@
 """The whole SM as a process: real containers and networks, CM and IAM over mutual TLS, kill -9 and orderly stop."""
 
-import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from aoscore.common.types import InstanceInfo
 from aoscore.sm.launcher.runtimes.base import instance_id, runtime_id
 from tests.support import bed as namespaces
 from tests.support.items import tar
+from tests.support.running import until
 from tests.support.smbed import NODE, Child, SmBed, child
 
 pytestmark = [pytest.mark.container, pytest.mark.net]
@@ -80,12 +80,6 @@ def pids(item: str, version: str = "1.0.0") -> list[int]:
             if words[:3] == [b"/bin/busybox", b"sh", b"-c"] and f"{item}-{version}-marker".encode() in words[3]:
                 found.append(int(path.parent.name))
     return found
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 15) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from aoscore.cm.fileserver import BlobServer
 from aoscore.common.blobstore import BlobStore
 from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.common.http import request
-from tests.support.images import digest_of
+from tests.support.items import sha256
 from tests.support.running import running
 
 DATA = b"0123456789" * 100
@@ -17,9 +17,9 @@ DATA = b"0123456789" * 100
 def store_with_blob(tmp_path: Path) -> tuple[BlobStore, str]:
     store = BlobStore(tmp_path / "install")
     (tmp_path / "new").write_bytes(DATA)
-    store.adopt(tmp_path / "new", digest_of(DATA))
+    store.adopt(tmp_path / "new", sha256(DATA))
     (tmp_path / "install" / "secret").write_bytes(b"secret")
-    return store, digest_of(DATA)
+    return store, sha256(DATA)
 
 
 @pytest.mark.parametrize(

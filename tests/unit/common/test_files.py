@@ -1,4 +1,3 @@
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from aoscore.common.errors import (
 )
 from aoscore.common.files import DirectoryLock, remove_tree, safe_join, write_atomic
 from aoscore.common.process import OUTPUT_LIMIT_BYTES, run_program
+from tests.support.items import sha256
 
 
 def test_write_atomic_replaces_whole_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +72,6 @@ def test_remove_tree_of_anything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def digest_of(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
 @pytest.mark.parametrize(
     "bad",
     ["", "sha256:", "sha256:../../etc/passwd", "sha256:" + "A" * 64, "md5:" + "0" * 32, "sha256:" + "0" * 64 + "/x"],
@@ -89,9 +85,9 @@ def test_blob_store_takes_only_what_fits_its_digest(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "store")
     temporary = tmp_path / "part"
     temporary.write_bytes(b"content")
-    digest = digest_of(b"content")
+    digest = sha256(b"content")
     with pytest.raises(ChecksumError, match="content of blob"):
-        store.adopt(temporary, digest_of(b"other"))
+        store.adopt(temporary, sha256(b"other"))
     assert temporary.exists()
     assert store.adopt(temporary, digest) == store.path(digest)
     assert store.contains(digest) and list(store.digests()) == [digest]
@@ -106,7 +102,7 @@ def test_blob_store_takes_only_what_fits_its_digest(tmp_path: Path) -> None:
 
 def test_damage_of_a_blob_is_found(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
-    digest = digest_of(b"content")
+    digest = sha256(b"content")
     store.path(digest).write_bytes(b"content")
     store.verify(digest)
     store.path(digest).write_bytes(b"c0ntent")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from aoscore.common.errors import DeadlineError, NotFoundError, WrongStateError
 from aoscore.common.tls import TlsIdentity
 from tests.support.cloud import FakeCloud
 from tests.support.pki import TestCa
-from tests.support.running import running
+from tests.support.running import running, until
 
 SYSTEM = "unit-0042"
 STATE = StateRequest(item=Identity(id="i"), subject=Identity(id="s"), instance=0, default=False)
@@ -68,12 +68,6 @@ def make_link(worker: Worker, url: str, identities: Identities | None = None, **
     }
     settings = LinkSettings(discovery_url=url, **(values | more.pop("settings", {})))
     return CloudLink(SYSTEM, settings, identities or Identities(), worker, **more)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_discovery_handshake_and_messages_both_ways(worker: Worker, cloud: FakeCloud) -> None:

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from aoscore.cm.communication.messages import CertificateChain, DecryptInfo, SigningCertificate
 from aoscore.cm.imagemanager.crypto import Signers, check_transfer, decrypt
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotSupportedError, SignatureError
-from tests.support.images import CHAIN, Signer, digest_of, encrypt
+from tests.support.images import CHAIN, Signer, encrypt
+from tests.support.items import sha256
 from tests.support.pki import TestCa
 
 DATA = os.urandom(3 * 1024 * 1024 + 5)
@@ -99,7 +100,7 @@ class Case:
         self.certificates = list(self.signer.certificates)
         self.chains = list(self.signer.chains)
         self.roots = [self.ca.root.cert]
-        self.digest = digest_of(DATA)
+        self.digest = sha256(DATA)
 
     def verify(self, algorithm: str = "RSA/SHA256", at: datetime | None = None, **change: object) -> None:
         info = msgspec.structs.replace(self.signer.sign(DATA, algorithm, at), **change)
@@ -141,7 +142,7 @@ def test_bad_signatures(tmp_path: Path) -> None:
     for algorithm in ("DSA/SHA256", "RSA/MD5", "RSA/SHA256/OAEP", ""):
         with pytest.raises(NotSupportedError):
             case.verify(alg=algorithm)
-    case.digest = digest_of(b"something else")
+    case.digest = sha256(b"something else")
     with pytest.raises(SignatureError, match="is wrong"):
         case.verify()
 

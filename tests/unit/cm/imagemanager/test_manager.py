@@ -24,7 +24,8 @@ from aoscore.common.db import Database, Schema
 from aoscore.common.download import Downloader
 from aoscore.common.errors import DeadlineError, FailedError, NotFoundError
 from aoscore.common.types import ItemType
-from tests.support.images import BlobCloud, Image, Signer, desired, digest_of
+from tests.support.images import BlobCloud, Image, Signer, desired
+from tests.support.items import sha256
 from tests.support.pki import TestCa
 from tests.support.running import running
 
@@ -163,7 +164,7 @@ async def test_more_than_sixteen_blobs_are_asked_for_in_batches(bench: Bench) ->
 async def test_shared_blobs_come_once_and_survive_the_removal_of_one_owner(bench: Bench) -> None:
     bench.cloud.publish(V1)
     bench.cloud.publish(V2)
-    shared = digest_of(b"shared layer")
+    shared = sha256(b"shared layer")
     async with bench.started() as manager:
         await bench.download(manager, desired("a", "1.0.0", V1), desired("b", "1.0.0", V2))
         assert len([digest for batch in bench.cloud.asked for digest in batch if digest == shared]) == 1
@@ -234,7 +235,7 @@ def damaged(cloud: BlobCloud) -> None:
 
 def other_content(cloud: BlobCloud) -> None:
     """Encrypted and signed as it should be, only not what was asked for."""
-    other = digest_of(b"other")
+    other = sha256(b"other")
     cloud.publish_blob(other, b"other")
     info = cloud.infos[other]
     cloud.change(
@@ -290,7 +291,7 @@ async def test_bad_blobs_give_a_clear_error_and_install_nothing(
     "content", [b"{ not json", b"{}", b'{"manifests": []}', b'{"manifests": [{"digest": "../x"}]}']
 )
 async def test_a_document_that_is_none(bench: Bench, content: bytes) -> None:
-    index = digest_of(content)
+    index = sha256(content)
     bench.cloud.publish_blob(index, content)
     async with bench.started() as manager:
         await bench.download(manager, desired("a", "1.0.0", index))

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,7 +22,7 @@ from aoscore.common.types import (
     ItemType,
     NodeInfo,
 )
-from tests.support.running import running
+from tests.support.running import running, until
 
 
 class Cloud:
@@ -91,11 +91,6 @@ class Bench:
         async with running(reporter):
             yield reporter
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
-            while not condition():
-                await asyncio.sleep(0.005)
-
 
 async def test_full_at_connect_then_deltas_and_nothing_offline() -> None:
     bench = Bench()
@@ -105,7 +100,7 @@ async def test_full_at_connect_then_deltas_and_nothing_offline() -> None:
         await asyncio.sleep(0.2)
         assert bench.cloud.sent == []
         bench.cloud.switch(True)
-        await bench.until(lambda: len(bench.cloud.sent) == 1)
+        await until(lambda: len(bench.cloud.sent) == 1)
         full = bench.cloud.sent[0]
         assert not full.is_delta_info
         assert [len(part or ()) for part in (full.nodes, full.items, full.instances, full.subjects)] == [1, 1, 1, 1]
@@ -113,7 +108,7 @@ async def test_full_at_connect_then_deltas_and_nothing_offline() -> None:
         bench.nodes.changed.publish(UnitNodeInfo(NodeInfo("n1", title="New")))
         bench.instances.changed.publish([instance(InstanceState.FAILED)])
         bench.subjects.changed.publish(())
-        await bench.until(lambda: len(bench.cloud.sent) == 2)
+        await until(lambda: len(bench.cloud.sent) == 2)
         delta = bench.cloud.sent[1]
         assert delta.is_delta_info and delta.unit_config is None
         assert delta.items is not None and delta.items[0].state is ItemState.REMOVED
@@ -127,7 +122,7 @@ async def test_a_disconnect_forgets_the_delta() -> None:
     bench = Bench()
     async with bench.started():
         bench.cloud.switch(True)
-        await bench.until(lambda: len(bench.cloud.sent) == 1)
+        await until(lambda: len(bench.cloud.sent) == 1)
         bench.items.changed.publish(item(ItemState.PENDING))
         await asyncio.sleep(0)
         bench.cloud.switch(False)
@@ -141,7 +136,7 @@ async def test_a_part_that_cannot_be_had_does_not_silence_the_unit() -> None:
     bench.cloud.connected = True
     bench.nodes.error = FailedError("no nodes")
     async with bench.started() as reporter:
-        await bench.until(lambda: len(bench.cloud.sent) == 1)
+        await until(lambda: len(bench.cloud.sent) == 1)
         assert bench.cloud.sent[0].nodes == () and bench.cloud.sent[0].items != ()
         bench.nodes.error = None
         await reporter.send_full()
@@ -152,7 +147,7 @@ async def test_attempts_and_node_errors() -> None:
     bench = Bench()
     bench.cloud.connected = True
     async with bench.started() as reporter:
-        await bench.until(lambda: len(bench.cloud.sent) == 1)
+        await until(lambda: len(bench.cloud.sent) == 1)
         reporter.set_node_errors({"n1": ErrorInfo(1, 0, "stuck")})
         reporter.set_unit_config_attempt(UnitConfigStatus(version="2.0.0", state=ConfigState.FAILED))
         await reporter.send_full()

@@ -35,6 +35,7 @@ from aoscore.sm.launcher.launcher import Launcher
 from aoscore.sm.launcher.model import NodeStatuses
 from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id
 from aoscore.sm.launcher.store import Changes, LauncherStore
+from tests.support.running import until
 
 MIGRATION = Path(__file__).resolve().parents[4] / "aoscore" / "sm" / "migration"
 
@@ -212,12 +213,6 @@ async def complete(queue: "asyncio.Queue[InstanceStatus | NodeStatuses]") -> dic
         while not isinstance(value := await queue.get(), NodeStatuses):
             pass
     return {status.ident.item_id: status for status in value.statuses}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def update(
