@@ -134,7 +134,7 @@ def rpc_errors(what: str) -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise CanceledError(f"{what}: the connection was closed") from error
+        raise FailedError(f"{what}: the connection was closed") from error
 
 
 class LazyChannel:

@@ -14,7 +14,6 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common.errors import (
     AlreadyExistsError,
-    CanceledError,
     DeadlineError,
     FailedError,
     InvalidArgumentError,
@@ -177,7 +176,7 @@ async def test_closed_channel_is_an_error_and_no_cancellation() -> None:
         with pytest.raises(asyncio.CancelledError):
             await canceled
         await channel.close()
-        with pytest.raises(CanceledError, match="follow: the connection was closed"):
+        with pytest.raises(FailedError, match="follow: the connection was closed"):
             await waiting
         with pytest.raises(FailedError, match="follow: Channel is closed"):
             await follow()
