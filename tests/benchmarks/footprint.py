@@ -57,7 +57,7 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
 
 ## Daemons of a Main Node with one running service
 
-| daemon | PSS, MB | RSS, MB | PSS of 9.1, MB | start to ready, s | the same of 9.1, s | idle CPU, % | modules at import |
+| daemon | PSS, MB | RSS, MB | PSS of 9.1, MB | start to ready, s | the same of 9.1, s | idle CPU, % | modules |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
@@ -67,7 +67,7 @@ machine of the same size: we take less memory, and longer to start.
 Method: `aosctl demo up` brings up a cloud and a provisioned Unit and deploys one service. After {IDLE_S} s without
 work, PSS and RSS come from `/proc/PID/smaps_rollup`, CPU from `/proc/PID/stat` over another {IDLE_S} s, log level
 debug, monitoring every 5 s instead of 35 s. Start to ready is the median of {STARTS} starts after `kill -9`, from the
-start of the process to `READY=1`.
+start of the process to `READY=1`. Modules: loaded at import.
 """
 
 
