@@ -17,7 +17,6 @@ from aoscore.common.certs import dns_names
 from aoscore.common.errors import (
     AlreadyExistsError,
     AosError,
-    CanceledError,
     DeadlineError,
     FailedError,
     InvalidArgumentError,
@@ -122,9 +121,8 @@ def rpc_errors(what: str) -> Iterator[None]:
                 raise NotFoundError(text) from error
             case grpc.StatusCode.UNIMPLEMENTED:
                 raise NotSupportedError(text) from error
-            case grpc.StatusCode.CANCELLED:
-                raise CanceledError(text) from error
             case _:
+                # CANCELLED is among these: it is the other side that ended the call, for example by stopping.
                 raise FailedError(f"{text} ({error.code().name})") from error
     except grpc.aio.UsageError as error:
         raise FailedError(f"{what}: {error}") from error
