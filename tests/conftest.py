@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_sessionstart() -> None:
-    """Inside the namespaces of one test: make them usable."""
+    """Let tests interrupt what they start; inside the namespaces of one test, make them usable."""
+    # A shell that runs us in the background has us ignore SIGINT, and every program we start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if bed.is_inside():
         bed.enter()
