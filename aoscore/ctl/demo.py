@@ -240,9 +240,9 @@ class Demo:
         print(f"\n{page}\n\nStatus of the Unit")
         for line in _lines(self._call("unit", unit=_SYSTEM_ID)["status"], self._names()):
             print(f"    {line}")
-        self._wait(lambda: bool(self._call("monitoring", unit=_SYSTEM_ID, limit=1)), 30, "a monitoring sample")
+        self._wait(lambda: bool(self._samples()), _DEPLOY_TIMEOUT_S, "a monitoring sample")
         print("\nA monitoring sample")
-        print(textwrap.indent(json.dumps(self._call("monitoring", unit=_SYSTEM_ID, limit=1)[0]), "    "))
+        print(textwrap.indent(json.dumps(self._samples()[0]), "    "))
         print("\nLast log lines of the service")
         for node, answer in self._call("logs", unit=_SYSTEM_ID, log_type="instanceLog", item=_ITEM).items():
             for line in answer["text"].splitlines()[-5:]:
@@ -254,6 +254,10 @@ class Demo:
 
     def _names(self) -> dict[str, str]:
         return {item["id"]: item["codename"] for item in self._call("items")}
+
+    def _samples(self) -> list[dict[str, Any]]:
+        newest: list[dict[str, Any]] = self._call("monitoring", unit=_SYSTEM_ID, limit=1)
+        return newest
 
     def _user(self, role: str) -> Path:
         return self._cloud / "users" / f"{role}.p12"
