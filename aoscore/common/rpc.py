@@ -49,6 +49,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+_SERVER_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _STOP_GRACE_S = 1.0
 _HANDSHAKE_TIMEOUT_S = 10.0
 
@@ -178,9 +179,12 @@ class LazyChannel:
         try:
             with rpc_errors(f"{what} at {self.address}"):
                 return await getattr(stub(channel), method)(request, timeout=timeout_s)
-        except AosError:
-            # A new channel next time: the name or the certificate of the server may be another one by now.
-            if channel is self._channel and channel.get_state() != grpc.ChannelConnectivity.READY:
+        except AosError as error:
+            # A new channel next time: the name or the certificate of the server may be another one by now. A server
+            # that stops cancels the calls it still gets, while the connection looks well.
+            cause = error.__cause__
+            gone = isinstance(cause, grpc.aio.AioRpcError) and cause.code() in _SERVER_GONE
+            if channel is self._channel and (gone or channel.get_state() != grpc.ChannelConnectivity.READY):
                 await self.drop()
             raise
 
