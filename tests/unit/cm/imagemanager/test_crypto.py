@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tests.support.images import CHAIN, Signer, encrypt
 from tests.support.items import sha256
 from tests.support.pki import TestCa
 
-DATA = os.urandom(3 * 1024 * 1024 + 5)
+# Always the same: of random blocks one in 256 ends like a padding.
+DATA = random.Random(1).randbytes(3 * 1024 * 1024 + 5)
 NOW = datetime.now(UTC)
 
 
