@@ -5,7 +5,6 @@ so that a mistake in the cloud's messages, encryption or signing is not made twi
 """
 
 import base64
-import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -29,9 +28,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.serialization import pkcs12
-from websockets.sync.client import ClientConnection, connect
 
 from aoscore.devcloud.client import AdminClient
+from tests.support.websocket import WebSocket
 
 Message = dict[str, Any]
 
@@ -143,8 +142,7 @@ class MiniUnit:
         self._keys: dict[str, Any] = {}
         self._folder = cloud.directory.parent / system_id
         self._folder.mkdir(exist_ok=True)
-        self._socket: ClientConnection | None = None
-        self._stack = contextlib.ExitStack()
+        self._socket: WebSocket | None = None
         self._backlog: list[Message] = []
 
     # Provisioning
@@ -234,22 +232,13 @@ class MiniUnit:
         assert parts.scheme == "wss" and parts.hostname is not None
         plain = socket.create_connection((parts.hostname, parts.port), timeout=20)
         secure = self.context().wrap_socket(plain, server_hostname=parts.hostname)
-        secure.settimeout(None)
-        headers = {"Authorization": f"Bearer {token or found['authToken']}"}
-        # The library gets a socket that is secure already, which all its versions take alike.
-        link = connect(
-            parts._replace(scheme="ws").geturl(),
-            sock=secure,
-            additional_headers=headers,
-            compression=None,
-            max_size=None,
-        )
-        self._socket = self._stack.enter_context(link)
+        self._socket = WebSocket(secure, url, {"Authorization": f"Bearer {token or found['authToken']}"})
 
     def disconnect(self) -> None:
         """Close the link."""
-        self._stack.close()
-        self._socket = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def __enter__(self) -> Self:
         self.connect()
@@ -274,7 +263,7 @@ class MiniUnit:
     def receive_raw(self, timeout_s: float = 10) -> bytes | str:
         """The next frame as it comes."""
         assert self._socket is not None
-        return self._socket.recv(timeout=timeout_s)
+        return self._socket.recv(timeout_s)
 
     def receive(self, message_type: str, timeout_s: float = 10, *, ack: bool = True) -> Message:
         """The next message of this type, acked; header under "header". Others are kept for later calls."""
