@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import grpc
+
 from aoscore.cm import config as configuration
 from aoscore.cm.alerts import Alerts
 from aoscore.cm.communication.link import CloudLink, LinkSettings
@@ -53,8 +55,11 @@ from aoscore.cm.smcontroller.controller import Receivers, SmController
 from aoscore.cm.storagestate.manager import StorageState
 from aoscore.cm.storagestate.store import StateStore
 from aoscore.cm.unitconfig.manager import UnitConfigManager
+from aoscore.cm.updatemanager.gate import GateStore, UpdateGate
 from aoscore.cm.updatemanager.manager import UpdateManager, UpdateSettings
 from aoscore.cm.updatemanager.reporter import StatusReporter
+from aoscore.cm.updatemanager.schedule import Kind
+from aoscore.cm.updatemanager.scheduler import UpdateScheduler
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.blobstore import BlobStore
@@ -66,6 +71,7 @@ from aoscore.common.errors import AosError
 from aoscore.common.files import DirectoryLock, remove_tree
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
+from aoscore.common.rpc import Server
 from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
 
@@ -226,9 +232,12 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         alerts.on_node_alert(node_id, alert)
         launcher.on_node_alert(node_id, alert)
 
+    def server_tls() -> grpc.ServerCredentials:
+        return grpc_server_credentials(lambda: keeper.identity)
+
     controller = SmController(
         config.cm_server_url,
-        lambda: grpc_server_credentials(lambda: keeper.identity),
+        server_tls,
         cloud=link,
         networks=networks,
         blob_url=file_server.url,
@@ -274,6 +283,8 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         subjects=subjects,
         quiet_s=config.unit_status_send_timeout,
     )
+    rules = config.update_scheduler
+    gate = UpdateGate(GateStore(database), {Kind.FOTA: rules.fota, Kind.SOTA: rules.sota})
     updates = UpdateManager(
         UpdateStore(database),
         UpdateSettings(
@@ -289,8 +300,10 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         node_control=protected_iam,
         subjects=subjects,
         reporter=reporter,
+        gate=gate,
         alert=alerts.add_core_alert,
     )
+    scheduler = UpdateScheduler(gate, updates, images, unit_config)
     certificates = Certificates(protected_iam, link, main_node_id=nodes.main_node_id)
 
     async def on_override(message: OverrideEnvVars) -> None:
@@ -323,6 +336,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         controller,
         reporter,
         updates,
+        *([Server(rules.server_url, server_tls, [scheduler.register])] if rules.server_url else []),
         link,
     ]
 

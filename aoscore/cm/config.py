@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from aoscore.cm.networkmanager.pools import DEFAULT_POOLS, SubnetPool
+from aoscore.cm.updatemanager.schedule import Rule, check
 from aoscore.common.config import Duration, load_config
 from aoscore.common.errors import ConfigError, InvalidArgumentError
 
@@ -86,6 +87,17 @@ class UpdateManagerConfig(_Section, frozen=True, kw_only=True):
     """What a desired status without `items` or `instances` means: keep them instead of remove all (D17)."""
 
 
+class UpdateSchedulerConfig(_Section, frozen=True, kw_only=True):
+    """Own section: when updates may start. Without it they start at once, as in 9.1."""
+
+    server_url: str = ""
+    """Address of the gRPC interface for a scheduler outside of AosCore; empty: none."""
+    fota: Rule = Rule()
+    """Components."""
+    sota: Rule = Rule()
+    """Services, unit config, states of nodes."""
+
+
 class MigrationConfig(_Section, frozen=True, kw_only=True):
     """Folders of the database scripts."""
 
@@ -121,6 +133,7 @@ class Config(_Section, frozen=True, kw_only=True):
     image_manager: ImageManagerConfig = ImageManagerConfig()
     launcher: LauncherConfig = LauncherConfig()
     update_manager: UpdateManagerConfig = UpdateManagerConfig()
+    update_scheduler: UpdateSchedulerConfig = UpdateSchedulerConfig()
     migration: MigrationConfig = MigrationConfig()
     # Own keys.
     dns_program: str = ""
@@ -176,6 +189,11 @@ def load(path: Path) -> Config:
     ):
         if not text:
             raise ConfigError(f"{path}: {name} is empty")
+    for kind, rule in (("fota", config.update_scheduler.fota), ("sota", config.update_scheduler.sota)):
+        try:
+            check(rule)
+        except InvalidArgumentError as error:
+            raise ConfigError(f"{path}: updateScheduler.{kind}: {error}") from None
     try:
         SubnetPool(config.network_pools)
     except InvalidArgumentError as error:

@@ -61,6 +61,12 @@ LAUNCHER_TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS launcher_override_envvars (itemID TEXT, subjectID TEXT, instance TEXT, variables TEXT)",
 )
 
+# What of an update may start, and what waits for its time.
+UPDATE_GATE_TABLES: Final = (
+    """CREATE TABLE IF NOT EXISTS aoscore_update_gate (
+        run TEXT, kind TEXT NOT NULL PRIMARY KEY, since INTEGER, triggered INTEGER, state TEXT)""",
+)
+
 # Tables that AosCore 9.1 does not have.
 OWN_TABLES: Final = (
     # Why a version failed, and whether trying again is of no use.
@@ -80,6 +86,7 @@ OWN_TABLES: Final = (
         PRIMARY KEY ({_IDENT_KEY}, version))""",
     # Digest of the start list that a node confirmed last, so that a restart of CM sends nothing anew.
     "CREATE TABLE IF NOT EXISTS aoscore_launcher_confirmed (nodeID TEXT NOT NULL PRIMARY KEY, digest TEXT)",
+    *UPDATE_GATE_TABLES,
     # Checksum of a state that the cloud has not accepted yet.
     f"""CREATE TABLE IF NOT EXISTS aoscore_state_unaccepted (
         {_IDENT}, checksum BLOB,

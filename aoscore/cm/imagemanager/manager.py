@@ -224,8 +224,8 @@ class ImageManager:
             failed = msgspec.structs.replace(item, state=ItemState.FAILED, error=to_error_info(error), final=True)
             await self._change(failed)
 
-    async def install(self, wanted: Collection[tuple[str, str]]) -> None:
-        """Ends an update run; `wanted` are (item id, version) of the desired status.
+    async def install(self, wanted: Collection[tuple[str, str]], keep: Collection[tuple[str, str]] = ()) -> None:
+        """Ends an update run; `wanted` are (item id, version) of the desired status, `keep` those that wait for theirs.
 
         A wanted version that is pending becomes installed and its predecessors go. One that failed leaves its
         predecessor in place. Installed items that are not wanted at all become removed and stay as a cache.
@@ -245,7 +245,7 @@ class ImageManager:
             ]
             forget = []
             for item in self._items.all():
-                if item.key in wanted or item.state is ItemState.REMOVED:
+                if item.key in wanted or item.key in keep or item.state is ItemState.REMOVED:
                     continue
                 if item.item_id in done or item.state is not ItemState.INSTALLED:
                     forget.append(item)

@@ -217,6 +217,10 @@ class Launcher:
             self._place_pause.reset()
             await self._balance(rebalance=False, retry=True)
 
+    def requests(self) -> list[RunRequest]:
+        """What shall run now."""
+        return list(self._requests)
+
     async def override_env_vars(self, overrides: Sequence[messages.EnvVarOverride]) -> None:
         """Replace all overridden variables; only instances whose variables change are started anew, by their SM."""
         async with self._lock:

@@ -20,6 +20,7 @@ from aoscore.cm.communication.messages import (
     DesiredNodeState,
     DesiredStatus,
     ErrorInfo,
+    ItemState,
     SigningCertificate,
     UnitConfig,
     UnitConfigStatus,
@@ -28,12 +29,14 @@ from aoscore.cm.imagemanager.store import Item
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.updatemanager import plan
+from aoscore.cm.updatemanager.gate import UpdateGate
 from aoscore.cm.updatemanager.phases import CANCELLABLE, Outcome, Phase, next_phase
 from aoscore.cm.updatemanager.plan import Limits, Tried
+from aoscore.cm.updatemanager.schedule import Kind, kind_of
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common import types
 from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
-from aoscore.common.errors import AosError, InvalidArgumentError, first_cause, to_error_info
+from aoscore.common.errors import AosError, DeadlineError, InvalidArgumentError, first_cause, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import ConfigState
 
@@ -60,7 +63,7 @@ class Images(Protocol):
 
     async def fail(self, item_id: str, version: str, error: AosError) -> None: ...
 
-    async def install(self, wanted: Collection[tuple[str, str]]) -> None: ...
+    async def install(self, wanted: Collection[tuple[str, str]], keep: Collection[tuple[str, str]]) -> None: ...
 
 
 class Launcher(Protocol):
@@ -69,6 +72,8 @@ class Launcher(Protocol):
     changed: Broadcast[list[UnitInstanceStatus]]
 
     async def run_instances(self, requests: list[RunRequest]) -> None: ...
+
+    def requests(self) -> Sequence[RunRequest]: ...
 
     def statuses(self) -> Sequence[UnitInstanceStatus]: ...
 
@@ -139,6 +144,7 @@ class UpdateManager:
         node_control: NodeControl,
         subjects: Subjects,
         reporter: Reporter,
+        gate: UpdateGate,
         alert: Callable[[str], None],
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 60.0),
         retry_pause: Backoff | None = None,
@@ -153,6 +159,7 @@ class UpdateManager:
         self._node_control = node_control
         self._subjects = subjects
         self._reporter = reporter
+        self._gate = gate
         self._alert = alert
         self._backoff = backoff
         self._phase = Phase.NONE
@@ -167,6 +174,12 @@ class UpdateManager:
         self._changed = asyncio.Event()
         self._loaded = asyncio.Event()
         self._lock = asyncio.Lock()
+        self.progress: Broadcast[Phase] = Broadcast("update phases")
+
+    @property
+    def desired(self) -> DesiredStatus | None:
+        """What the Unit is, or is being updated to."""
+        return self._desired
 
     @property
     def phase(self) -> Phase:
@@ -244,6 +257,7 @@ class UpdateManager:
         self._desired, self._phase = desired, Phase.DOWNLOADING
         self._refused = self._retry_at = None
         self._run += 1
+        self.progress.publish(self._phase)
         self._changed.set()
 
     # ---- the run
@@ -294,6 +308,8 @@ class UpdateManager:
             if run != self._run:
                 return  # the phase and the desired status in the store are the new ones
             following = next_phase(phase, outcome) if outcome else Phase.NONE
+            if outcome and following is Phase.NONE and await self._left_at_gate(desired):
+                following = Phase.PENDING  # the other kind has its own time
             await self._save_phase(following)
             if following is Phase.NONE:
                 left = self._reasons(desired)
@@ -306,6 +322,7 @@ class UpdateManager:
     async def _save_phase(self, phase: Phase) -> None:
         await self._store.save_phase(phase)
         self._phase = phase
+        self.progress.publish(phase)
 
     async def _perform(self, phase: Phase, desired: DesiredStatus) -> Outcome | None:
         """Runs a step, again after a pause when it fails. None: given up, or another desired status came."""
@@ -353,11 +370,44 @@ class UpdateManager:
         return Outcome.DONE
 
     async def _wait_for_schedule(self, desired: DesiredStatus) -> Outcome:
-        """The gate of the update scheduler: always open, as in 9.1."""
+        """The gate: lets through what may be updated now. What waited too long is marked as failed."""
+        for kind in await self._gate.wait(plan.identity(desired), self._kinds(desired)):
+            error = DeadlineError("update timeout: it was not started in time")
+            _log.error(kv("Update is given up", kind=kind, error=error))
+            self._alert(f"{kind} update is given up: {error}")
+            for item in self._images.statuses():
+                if kind_of(item.type) is kind and item.state is ItemState.PENDING:
+                    await self._images.fail(item.item_id, item.version, error)
         return Outcome.DONE
+
+    def _kinds(self, desired: DesiredStatus) -> frozenset[Kind]:
+        """Kinds of which something is still to be done."""
+        return plan.kinds_to_update(
+            desired,
+            self._images.statuses(),
+            self._nodes.nodes(),
+            self._unit_configs.current(),
+            self._launcher.requests(),
+            self._tried,
+        )
+
+    async def _left_at_gate(self, desired: DesiredStatus) -> frozenset[Kind]:
+        return await self._gate.left(plan.identity(desired), self._kinds(desired))
+
+    async def _part(self, desired: DesiredStatus) -> frozenset[Kind]:
+        """Kinds that the gate let through."""
+        return await self._gate.part(plan.identity(desired))
+
+    async def updating(self) -> frozenset[Kind]:
+        """Kinds that are being updated now."""
+        if self._desired is None or self._phase in (Phase.NONE, Phase.DOWNLOADING, Phase.PENDING):
+            return frozenset()
+        return await self._gate.part(plan.identity(self._desired))
 
     async def _configure(self, desired: DesiredStatus) -> Outcome:
         """Nodes and unit config. Errors are reported and do not keep the items from being updated."""
+        if Kind.SOTA not in await self._part(desired):
+            return Outcome.DONE
         errors: dict[str, types.ErrorInfo] = {}
         for node_id, state in plan.node_changes(desired, self._nodes.nodes()):
             try:
@@ -394,7 +444,9 @@ class UpdateManager:
         )
 
     async def _launch(self, desired: DesiredStatus) -> Outcome:
-        await self._launcher.run_instances(plan.run_requests(desired, self._images.statuses()))
+        wanted = plan.run_requests(desired, self._images.statuses())
+        part = await self._part(desired)
+        await self._launcher.run_instances(plan.requests_of_part(part, wanted, self._launcher.requests()))
         return Outcome.DONE
 
     async def _activate(self, desired: DesiredStatus) -> Outcome:
@@ -402,11 +454,12 @@ class UpdateManager:
         loop = asyncio.get_running_loop()
         began = loop.time()
         limits = Limits(activating_s=self._settings.activating_s, placement_s=self._settings.placement_s)
+        part = await self._part(desired)
         with self._launcher.changed.subscribe() as changes:
             while True:
                 items = self._images.statuses()
                 verdict = plan.judge(
-                    plan.run_requests(desired, items),
+                    plan.requests_of_part(part, plan.run_requests(desired, items), ()),
                     self._launcher.statuses(),
                     self._subjects.subjects(),
                     elapsed_s=loop.time() - began,
@@ -427,7 +480,8 @@ class UpdateManager:
         return Outcome.GO_BACK if broken else Outcome.DONE
 
     async def _finalize(self, desired: DesiredStatus) -> Outcome:
-        await self._images.install(plan.wanted_versions(desired))
+        part = await self._part(desired)
+        await self._images.install(*plan.versions_of_part(part, desired, self._images.statuses()))
         return Outcome.DONE
 
     _steps: Final = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from typing import Final, TypeVar
 
@@ -21,6 +22,8 @@ from aoscore.cm.communication.reader import Problem
 from aoscore.cm.imagemanager.store import Item
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
+from aoscore.cm.updatemanager.schedule import Kind, kind_of
+from aoscore.common.config import encode_hook
 from aoscore.common.errors import AosError, DeadlineError, FailedError, WrongStateError, from_error_info
 from aoscore.common.types import InstanceState, ItemType, NodeState
 
@@ -76,6 +79,11 @@ def _name(entry: Entry) -> tuple[str, ...]:
     if isinstance(entry, DesiredInstance):
         return (entry.item.id, entry.subject.id)
     return (entry.identity.id,)
+
+
+def identity(desired: DesiredStatus) -> str:
+    """A name for what is desired: statuses that want the same have the same."""
+    return hashlib.sha256(msgspec.json.encode(_essence(desired), enc_hook=encode_hook)).hexdigest()
 
 
 def wanted_versions(desired: DesiredStatus) -> set[Version]:
@@ -209,6 +217,56 @@ def run_requests(desired: DesiredStatus, items: Sequence[Item]) -> list[RunReque
             )
         )
     return requests
+
+
+# --- firmware and software at different times
+
+
+def kinds_to_update(
+    desired: DesiredStatus,
+    items: Sequence[Item],
+    nodes: Sequence[UnitNodeInfo],
+    unit_config: UnitConfig | None,
+    requests: Sequence[RunRequest],
+    tried: Tried,
+) -> frozenset[Kind]:
+    """The kinds of which there is something to do once all is downloaded; `requests` is what runs now."""
+    wanted = wanted_versions(desired)
+    kinds = {kind_of(item.type) for item in items if item.key in wanted and item.state is ItemState.PENDING}
+    kinds |= {kind_of(item.type) for item in items if item.key not in wanted and item.state is ItemState.INSTALLED}
+    kinds |= {kind_of(request.item_type) for request in _difference(run_requests(desired, items), requests)}
+    config_wanted = desired.unit_config is not None and desired.unit_config not in (unit_config, tried.unit_config)
+    if config_wanted or {node_id for node_id, _ in node_changes(desired, nodes)} - tried.nodes:
+        kinds.add(Kind.SOTA)
+    return frozenset(kinds)
+
+
+def _difference(first: Sequence[RunRequest], second: Sequence[RunRequest]) -> list[RunRequest]:
+    return [
+        *(request for request in first if request not in second),
+        *(request for request in second if request not in first),
+    ]
+
+
+def requests_of_part(
+    part: Collection[Kind], wanted: Sequence[RunRequest], present: Sequence[RunRequest]
+) -> list[RunRequest]:
+    """What shall run while only a part of the kinds is updated: the rest stays as it is."""
+    return [
+        *(request for request in wanted if kind_of(request.item_type) in part),
+        *(request for request in present if kind_of(request.item_type) not in part),
+    ]
+
+
+def versions_of_part(
+    part: Collection[Kind], desired: DesiredStatus, items: Sequence[Item]
+) -> tuple[set[Version], set[Version]]:
+    """The versions to install while only a part of the kinds is updated, and those that wait for their turn."""
+    wanted = wanted_versions(desired)
+    others = [item for item in items if kind_of(item.type) not in part]
+    of_part = {(item.item_id, item.version) for item in desired.items or () if kind_of(item.item_type) in part}
+    stay = {item.key for item in others if item.state is ItemState.INSTALLED}
+    return of_part | stay, {item.key for item in others if item.key in wanted} - stay
 
 
 # --- does it work

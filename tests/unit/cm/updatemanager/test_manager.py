@@ -25,28 +25,34 @@ from aoscore.cm.communication.messages import (
     UnitConfigStatus,
 )
 from aoscore.cm.communication.reader import Problem
-from aoscore.cm.database import UPDATE_MANAGER_TABLES
+from aoscore.cm.database import UPDATE_GATE_TABLES, UPDATE_MANAGER_TABLES
 from aoscore.cm.imagemanager.store import Item
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
+from aoscore.cm.updatemanager.gate import GateStore, UpdateGate
 from aoscore.cm.updatemanager.manager import UpdateManager, UpdateSettings
 from aoscore.cm.updatemanager.phases import Phase
+from aoscore.cm.updatemanager.schedule import Kind, Rule, Start
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Broadcast
 from aoscore.common.db import Database, Schema
 from aoscore.common.errors import AosError, FailedError, SignatureError, to_error_info
 from aoscore.common.types import (
     ConfigState,
+    Duration,
     ErrorInfo,
     InstanceIdent,
     InstanceState,
     InstanceStatus,
+    ItemType,
     NodeInfo,
     NodeState,
 )
 from tests.support.images import desired as wanted_item
 from tests.support.running import running
 
+SCHEMA = Schema(create=(*UPDATE_MANAGER_TABLES, *UPDATE_GATE_TABLES))
+AT_ONCE, ON_TRIGGER = Rule(), Rule(type=Start.TRIGGER)
 PHASES = ["downloading", "pending", "installing", "launching", "activating", "finalizing"]
 
 
@@ -71,6 +77,7 @@ class Unit:
         self.before: Callable[[str], Awaitable[None]] | None = None
         self.changed: Broadcast[list[UnitInstanceStatus]] = Broadcast("instances")
         self.activating: set[str] = set()
+        self.gate: UpdateGate
 
     async def _enter(self, step: str) -> None:
         self.trace.append(step)
@@ -111,7 +118,7 @@ class Unit:
             self.items[item_id, version], state=ItemState.FAILED, error=to_error_info(error), final=True
         )
 
-    async def install(self, wanted: Collection[tuple[str, str]]) -> None:
+    async def install(self, wanted: Collection[tuple[str, str]], keep: Collection[tuple[str, str]] = ()) -> None:
         await self._enter("install")
         done = set()
         for key in wanted:
@@ -119,7 +126,11 @@ class Unit:
                 self.items[key] = msgspec.structs.replace(self.items[key], state=ItemState.INSTALLED)
                 done.add(key[0])
         for key in list(self.items):
-            if key not in wanted and (key[0] in done or key[0] not in {item_id for item_id, _ in wanted}):
+            if (
+                key not in wanted
+                and key not in keep
+                and (key[0] in done or key[0] not in {item_id for item_id, _ in wanted})
+            ):
                 del self.items[key]
 
     # launcher
@@ -184,6 +195,9 @@ class FakeLauncher:
     async def run_instances(self, requests: list[RunRequest]) -> None:
         await self._unit.run_instances(requests)
 
+    def requests(self) -> Sequence[RunRequest]:
+        return self._unit.requests
+
     def statuses(self) -> Sequence[UnitInstanceStatus]:
         return self._unit.instances()
 
@@ -207,9 +221,12 @@ class FakeUnitConfigs:
 
 
 @contextlib.asynccontextmanager
-async def manager_of(unit: Unit, path: Path, retry_s: float = 3600.0, **more: Any) -> AsyncIterator[UpdateManager]:
+async def manager_of(
+    unit: Unit, path: Path, retry_s: float = 3600.0, *, fota: Rule = AT_ONCE, sota: Rule = AT_ONCE, **more: Any
+) -> AsyncIterator[UpdateManager]:
     settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0} | more
-    async with Database(path / "cm.db", Schema(create=UPDATE_MANAGER_TABLES)) as database:
+    async with Database(path / "cm.db", SCHEMA) as database:
+        unit.gate = UpdateGate(GateStore(database), {Kind.FOTA: fota, Kind.SOTA: sota})
         manager = UpdateManager(
             UpdateStore(database),
             UpdateSettings(**settings),
@@ -220,6 +237,7 @@ async def manager_of(unit: Unit, path: Path, retry_s: float = 3600.0, **more: An
             node_control=unit,
             subjects=unit,
             reporter=unit,
+            gate=unit.gate,
             alert=unit.alerts.append,
             backoff=lambda: Backoff(0.01, 0.02),
             retry_pause=Backoff(retry_s, retry_s),
@@ -254,7 +272,7 @@ async def apply(manager: UpdateManager, status: DesiredStatus) -> None:
 
 
 async def row(path: Path) -> tuple[str, str]:
-    async with Database(path / "cm.db", Schema(create=UPDATE_MANAGER_TABLES)) as database:
+    async with Database(path / "cm.db", SCHEMA) as database:
         rows = await database.select("SELECT desiredStatus, updateState FROM updatemanager")
         return str(rows[0][0]), str(rows[0][1])
 
@@ -637,3 +655,106 @@ async def test_the_row_is_in_the_form_of_9_1(tmp_path: Path) -> None:
         {"item": {"id": "a", "type": "service"}, "version": "1", "owner": {"id": "owner"}, "indexDigest": "d1"}
     ]
     assert document["instances"] == [{"item": {"id": "a"}, "subject": {"id": "s"}, "priority": 0, "numInstances": 1}]
+
+
+# Firmware and software at different times
+
+
+def mixed(component: str, service: str, **more: Any) -> DesiredStatus:
+    """A desired status with a component "os" and a service "app"."""
+    status = desired(("os", component), ("app", service), **more)
+    assert status.items is not None
+    os_item = msgspec.structs.replace(status.items[0], item=Identity(id="os", type=ItemType.COMPONENT))
+    return msgspec.structs.replace(status, items=(os_item, status.items[1]))
+
+
+async def at_gate(unit: Unit, *kinds: Kind) -> None:
+    async with asyncio.timeout(10):
+        while unit.gate.ready != frozenset(kinds):
+            await asyncio.sleep(0.005)
+
+
+async def test_software_is_updated_while_firmware_waits_for_its_start(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, mixed("1", "1"))
+    unit.trace.clear()
+    async with manager_of(unit, tmp_path, fota=ON_TRIGGER) as manager:
+        await give(manager, mixed("2", "2"))
+        await at_gate(unit, Kind.FOTA)
+        assert unit.view == {"os 1": "installed", "os 2": "pending", "app 2": "installed"}
+        assert unit.running == {"os": "1", "app": "2"}
+        assert manager.phase is Phase.PENDING
+        unit.gate.start(Kind.FOTA)
+        await finished(manager)
+        assert unit.view == {"os 2": "installed", "app 2": "installed"}
+        assert unit.running == {"os": "2", "app": "2"}
+    assert unit.trace == ["download", "launch app:2 os:1", "install", "launch os:2 app:2", "install"]
+
+
+async def test_an_update_of_one_kind_goes_on_with_it_after_a_restart(tmp_path: Path) -> None:
+    """Killed while the software is updated: the firmware must not come along with it."""
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, mixed("1", "1"))
+    for phase in ("launching", "finalizing"):
+        crash = Crash(unit, phase)
+        async with manager_of(unit, tmp_path, fota=ON_TRIGGER) as manager:
+            await give(manager, mixed("2", "2"))
+            await crash.reached.wait()
+        unit.before = None
+    async with manager_of(unit, tmp_path, fota=ON_TRIGGER) as manager:
+        await at_gate(unit, Kind.FOTA)
+        assert unit.running == {"os": "1", "app": "2"}
+        assert await manager.updating() == frozenset()
+        unit.gate.start(Kind.FOTA)
+        await finished(manager)
+        assert unit.running == {"os": "2", "app": "2"}
+
+
+async def test_what_was_not_started_in_time_is_given_up(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, mixed("1", "1"))
+    rule = Rule(type=Start.TRIGGER, ttl=Duration(0.2))
+    async with manager_of(unit, tmp_path, fota=rule) as manager:
+        await apply(manager, mixed("2", "2"))
+        assert unit.view == {"os 1": "installed", "os 2": "failed", "app 2": "installed"}
+        assert unit.running == {"os": "1", "app": "2"}
+        error = unit.items["os", "2"].error
+        assert error is not None and "update timeout" in error.message
+        assert unit.alerts == ["fota update is given up: update timeout: it was not started in time"]
+        # The cloud may repeat itself: what was given up stays so.
+        await apply(manager, mixed("2", "2"))
+        assert len(unit.alerts) == 1
+
+
+async def test_another_desired_status_replaces_one_that_waits(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path, fota=ON_TRIGGER, sota=ON_TRIGGER) as manager:
+        await give(manager, mixed("1", "1"))
+        await at_gate(unit, Kind.FOTA, Kind.SOTA)
+        await give(manager, mixed("2", "2"))
+        async with asyncio.timeout(10):
+            while unit.view.get("os 2") != "pending":
+                await asyncio.sleep(0.005)
+        await at_gate(unit, Kind.FOTA, Kind.SOTA)
+        unit.gate.start(Kind.SOTA)
+        await at_gate(unit, Kind.FOTA)
+        assert unit.running == {"app": "2"}
+        unit.gate.start(Kind.FOTA)
+        await finished(manager)
+        assert unit.view == {"os 2": "installed", "app 2": "installed"}
+
+
+async def test_unit_config_and_node_states_are_software(tmp_path: Path) -> None:
+    unit = Unit()
+    config = UnitConfig(version="7")
+    node = DesiredNode(item=Identity(codename="n1"), state=DesiredNodeState.PAUSED)
+    async with manager_of(unit, tmp_path, sota=ON_TRIGGER) as manager:
+        await give(manager, DesiredStatus(items=(), instances=(), unit_config=config, nodes=(node,)))
+        await at_gate(unit, Kind.SOTA)
+        assert (unit.config, unit.node_states["n1"]) == (None, NodeState.PROVISIONED)
+        unit.gate.start(Kind.SOTA)
+        await finished(manager)
+        assert (unit.config, unit.node_states["n1"]) == (config, NodeState.PAUSED)
