@@ -141,7 +141,7 @@ def test_errors_say_what_is_wrong(iam: Iam) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             client.provisioning.GetCertTypes(pb.GetCertTypesRequest(node_id="node-9"))
         assert caught.value.code() is grpc.StatusCode.INTERNAL
-        assert caught.value.details() == "node 'node-9' is not connected"
+        assert caught.value.details() == "node 'node-9' is not known"
         with pytest.raises(grpc.RpcError, match="node 'node-9' is not known"):
             client.nodes.GetNodeInfo(pb.GetNodeInfoRequest(node_id="node-9"))
         with pytest.raises(grpc.RpcError, match="type 'bogus' is not configured"):

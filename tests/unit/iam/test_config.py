@@ -64,7 +64,16 @@ def test_defaults_and_any_case(tmp_path: Path) -> None:
 
 
 def test_keys_of_9_1_files_without_meaning_are_accepted(tmp_path: Path) -> None:
-    load(write(tmp_path, migration={"migrationPath": "/a", "mergedMigrationPath": "/b"}, nodeReconnectInterval="10s"))
+    config = load(write(tmp_path, migration={"migrationPath": "/a", "mergedMigrationPath": "/b"}))
+    assert config.migration.merged_migration_path == Path("/b")
+
+
+def test_secondary_node(tmp_path: Path) -> None:
+    assert not load(write(tmp_path)).has_main_iam
+    main = {"mainIamPublicServerUrl": "main:8090", "mainIamProtectedServerUrl": "main:8089"}
+    config = load(write(tmp_path, **main))
+    assert config.has_main_iam and config.node_reconnect_interval == 3
+    assert load(write(tmp_path, **main, nodeReconnectInterval="10s")).node_reconnect_interval == 10
 
 
 def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
@@ -77,7 +86,16 @@ def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"iamPublicServerUrl": ""}, "iamPublicServerUrl is empty"),
-        ({"mainIamPublicServerUrl": "main:8090"}, "mainIamPublicServerUrl.*not supported yet"),
+        ({"mainIamPublicServerUrl": "main:8090"}, "mainIamPublicServerUrl.*give both or none"),
+        (
+            {
+                "mainIamPublicServerUrl": "main:8090",
+                "mainIamProtectedServerUrl": "main:8089",
+                "nodeInfo": {"attrs": {"mainNODE": ""}},
+            },
+            "the Main Node .* registers with nobody",
+        ),
+        ({"nodeReconnectInterval": 0}, "nodeReconnectInterval must be positive"),
         ({"identifier": {"plugin": "visidentifier"}}, "identifier.plugin: visidentifier is not supported yet"),
         ({"identifier": {"plugin": "psychic"}}, "identifier.plugin: 'psychic' is unknown"),
         ({"identifier": {"plugin": "fileidentifier"}}, "identifier.params: .*systemIdPath"),
