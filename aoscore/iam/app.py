@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import msgspec
@@ -34,6 +36,7 @@ from aoscore.iam.iamclient.client import MainIamClient, Way
 from aoscore.iam.iamserver.admission import Evidence
 from aoscore.iam.iamserver.nodecontroller import NodeController
 from aoscore.iam.iamserver.nodes import LocalNode, NodeRouter, RemoteNode, system_id
+from aoscore.iam.iamserver.openports import LimitedService, address_at
 from aoscore.iam.iamserver.peer import Peer
 from aoscore.iam.iamserver.services import PUBLIC_LIMITS, Parts, protected_services, public_services
 from aoscore.iam.identhandler.fileidentifier import FileIdentifier, FileIdentifierParams
@@ -43,6 +46,9 @@ from aoscore.iam.nodemanager import NodeManager
 from aoscore.iam.permissions import Permissions
 from aoscore.iam.provisioning import Provisioning
 
+if TYPE_CHECKING:
+    from aoscore.iam.identhandler.visidentifier import VisIdentifierParams
+
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True):
     """The configuration with the sections of its plug-ins, all checked."""
 
     config: Config
-    identifier: FileIdentifierParams | None
+    identifier: "FileIdentifierParams | VisIdentifierParams | None"
     stores: dict[str, FileStoreParams]
 
 
@@ -64,7 +70,7 @@ def load(path: Path) -> Settings:
     return Settings(config, _load_identifier(path, config), stores)
 
 
-def _load_identifier(path: Path, config: Config) -> FileIdentifierParams | None:
+def _load_identifier(path: Path, config: Config) -> "FileIdentifierParams | VisIdentifierParams | None":
     section = config.identifier
     match section.plugin:
         case "" | "none":
@@ -72,7 +78,12 @@ def _load_identifier(path: Path, config: Config) -> FileIdentifierParams | None:
         case "fileidentifier":
             return load_section(section.params, FileIdentifierParams, path=path, where="identifier.params")
         case "visidentifier":
-            raise ConfigError(f"{path}: identifier.plugin: visidentifier is not supported yet")
+            from aoscore.iam.identhandler.visidentifier import VisIdentifierParams
+
+            params = load_section(section.params, VisIdentifierParams, path=path, where="identifier.params")
+            if not params.vis_server.startswith(("wss://", "ws://")):
+                raise ConfigError(f"{path}: identifier.params.visServer: {params.vis_server!r} is no wss: address")
+            return params
         case _:
             raise ConfigError(f"{path}: identifier.plugin: {section.plugin!r} is unknown")
 
@@ -102,7 +113,7 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
 
     state = StateStore(config.node_info.provisioning_state_path, database, worker)
     node = await CurrentNode.load(config.node_info, state, worker)
-    identifier = FileIdentifier(settings.identifier, worker) if settings.identifier else None
+    identifier = _identifier(settings, worker)
 
     roots = _root_reader(config.ca_cert)
     certs = CertHandler(
@@ -113,7 +124,8 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     if config.enable_permissions_handler:
         permissions = Permissions(config.runtime_dir, worker)
         await permissions.load()
-    provisioning = Provisioning(config, node, certs)
+    provisioning = Provisioning(config, node, certs, database)
+    await provisioning.recover()
     local = LocalNode(provisioning, certs, identifier)
 
     nodes = NodeManager(database, node.info, stale_s=config.stale_node_timeout)
@@ -132,18 +144,47 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     def remote(node_id: str, remaining_s: float | None) -> RemoteNode:
         return RemoteNode(node_id, remaining_s, nodes=nodes, keys=keys, controller=controller, identifier=identifier)
 
-    parts = Parts(node, nodes, certs, identifier, permissions, NodeRouter(node, local, remote), controller)
+    router = NodeRouter(node, local, remote)
+    parts = Parts(node, nodes, certs, identifier, permissions, router, controller)
     secure = _is_secure(options.provisioning, node.info.state)
     public_tls = _credentials(config, certs, require_client=False) if secure else None
     protected_tls = _credentials(config, certs, require_client=True) if secure else None
+    protected_url = config.iam_protected_server_url
+    if config.provisioning_interface and not secure:
+        protected_url = address_at(protected_url, config.provisioning_interface)
+    servers: list[Service] = [
+        Server(config.iam_public_server_url, public_tls, public_services(parts), options=PUBLIC_LIMITS),
+        Server(protected_url, protected_tls, protected_services(parts)),
+    ]
+    if config.provisioning_timeout and not secure:
+        servers = [
+            LimitedService(server, config.provisioning_timeout, partial(_last_use_s, provisioning, router))
+            for server in servers
+        ]
     return [
         *([identifier] if identifier else []),
         certs,
         nodes,
-        Server(config.iam_public_server_url, public_tls, public_services(parts), options=PUBLIC_LIMITS),
-        Server(config.iam_protected_server_url, protected_tls, protected_services(parts)),
+        *servers,
         *([_main_iam_client(config, node, local, certs, secure=secure)] if config.has_main_iam else []),
     ]
+
+
+def _last_use_s(provisioning: Provisioning, router: NodeRouter) -> float:
+    """When somebody has provisioned this Node or another one last, on the monotonic clock."""
+    return time.monotonic() if provisioning.busy else router.last_use_s
+
+
+def _identifier(settings: Settings, worker: Worker) -> Identifier | None:
+    params = settings.identifier
+    if params is None:
+        return None
+    if isinstance(params, FileIdentifierParams):
+        return FileIdentifier(params, worker)
+    # Imported on use: few Units have a VIS server.
+    from aoscore.iam.identhandler.visidentifier import VisIdentifier
+
+    return VisIdentifier(params, settings.config.working_dir, worker)
 
 
 def _is_secure(provisioning: bool, state: NodeState) -> bool:

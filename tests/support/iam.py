@@ -32,6 +32,14 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def wait_until(condition: Callable[[], object], timeout_s: float = READY_S) -> None:
+    """Wait for a condition that nothing announces."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
 def file_keys(root: Path, cert_type: str) -> dict[str, Any]:
     """Key module of a certificate type: files. Another one is a function of the same form."""
     return {"plugin": "swmodule", "params": {"storagePath": str(root / "keys")}}
@@ -176,7 +184,7 @@ class Iam:
         with Client(self, self.public, public_credentials(self)) as client:
             info = client.certs.GetCert(pb.GetCertRequest(type=cert_type))
         key, chain = (Path(url.removeprefix("file://")).read_bytes() for url in (info.key_url, info.cert_url))
-        return grpc.ssl_channel_credentials(self.authority.root_pem, key, chain)
+        return grpc.ssl_channel_credentials(self.ca_file.read_bytes(), key, chain)
 
     def plain(self) -> "Client":
         """The protected port in provisioning mode, as aos-prov uses it."""
@@ -234,7 +242,7 @@ class Iam:
 
 
 def public_credentials(iam: Iam) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(iam.authority.root_pem)
+    return grpc.ssl_channel_credentials(iam.ca_file.read_bytes())
 
 
 class Client:
@@ -274,11 +282,8 @@ class Client:
 
     def wait_for_nodes(self, count: int) -> list[str]:
         """Ask for the Nodes until there are so many, as aos-prov does; their ids."""
-        end = time.monotonic() + READY_S
-        while len(ids := list(self.nodes.GetAllNodeIDs(Empty()).ids)) != count:
-            assert time.monotonic() < end, ids
-            time.sleep(0.05)
-        return ids
+        wait_until(lambda: len(self.nodes.GetAllNodeIDs(Empty()).ids) == count)
+        return list(self.nodes.GetAllNodeIDs(Empty()).ids)
 
     def start_provisioning(self, password: str = "Secret123", *, node_id: str = "node-1") -> None:
         """First step."""
@@ -317,6 +322,6 @@ class _Deadline:
     def __init__(self, stub: Any) -> None:
         self._stub = stub
 
-    def __getattr__(self, method: str) -> Callable[[Any], Any]:
+    def __getattr__(self, method: str) -> Callable[..., Any]:
         call = getattr(self._stub, method)
-        return lambda request: call(request, timeout=15, wait_for_ready=False)
+        return lambda request, timeout=15: call(request, timeout=timeout, wait_for_ready=False)

@@ -1,5 +1,6 @@
 """To which Node a request goes."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -216,7 +217,7 @@ async def system_id(identifier: Identifier | None) -> str:
 
 
 class NodeRouter:
-    """Finds the Node of a request. An empty id stands for this Node."""
+    """Finds the Node of a request. An empty id stands for this Node. `last_use_s` is when it was asked to last."""
 
     def __init__(
         self, node: CurrentNode, local: NodeRequests, remote: Callable[[str, float | None], NodeRequests]
@@ -225,9 +226,11 @@ class NodeRouter:
         self._node = node
         self._local = local
         self._remote = remote
+        self.last_use_s = time.monotonic()
 
     def of(self, node_id: str, context: Any) -> NodeRequests:
         """The Node, for one call with this context."""
+        self.last_use_s = time.monotonic()
         if node_id in ("", self._node.info.node_id):
             return self._local
         return self._remote(node_id, context.time_remaining())

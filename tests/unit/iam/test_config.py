@@ -96,7 +96,11 @@ def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
             "the Main Node .* registers with nobody",
         ),
         ({"nodeReconnectInterval": 0}, "nodeReconnectInterval must be positive"),
-        ({"identifier": {"plugin": "visidentifier"}}, "identifier.plugin: visidentifier is not supported yet"),
+        ({"identifier": {"plugin": "visidentifier"}}, "identifier.params: .*visServer"),
+        (
+            {"identifier": {"plugin": "visidentifier", "params": {"visServer": "https://vis"}}},
+            "identifier.params.visServer: 'https://vis' is no wss: address",
+        ),
         ({"identifier": {"plugin": "psychic"}}, "identifier.plugin: 'psychic' is unknown"),
         ({"identifier": {"plugin": "fileidentifier"}}, "identifier.params: .*systemIdPath"),
         ({"certModules": [{**MODULE, "plugin": "pkcs11module"}]}, r"certModules\[0\].plugin: pkcs11module is not supp"),
