@@ -47,8 +47,15 @@ def test_example_loads(repository: Path) -> None:
     assert settings.identifier is not None
 
 
-def test_example_spells_keys_as_documented(repository: Path) -> None:
-    text = (repository / "docs/examples/iam.cfg").read_text()
+def test_example_of_a_secondary_node_loads(repository: Path) -> None:
+    settings = app.load(repository / "docs/examples/iam-secondary.cfg")
+    assert settings.config.has_main_iam and settings.identifier is None
+    assert set(settings.stores) == {"iam", "sm"}
+
+
+@pytest.mark.parametrize("name", ["iam.cfg", "iam-secondary.cfg"])
+def test_example_spells_keys_as_documented(repository: Path, name: str) -> None:
+    text = (repository / "docs/examples" / name).read_text()
     assert set(json.loads(text)) <= set(Config.__struct_encode_fields__)
 
 
