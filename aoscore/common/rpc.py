@@ -112,6 +112,17 @@ async def open_tls_channel(address: str, tls: TlsRoots) -> grpc.aio.Channel:
     return open_channel(address, tls.grpc_client_credentials(), name=name)
 
 
+def peer_certificate(context: Any) -> x509.Certificate | None:
+    """The certificate that the caller of a service method has shown; None without one (public port, plain text)."""
+    shown = context.auth_context().get("x509_pem_cert")
+    return x509.load_pem_x509_certificate(shown[0]) if shown else None
+
+
+def peer_address(context: Any) -> str:
+    """The address of the caller of a service method, as gRPC writes it: `ipv4:10.0.0.1:4711`."""
+    return str(context.peer())
+
+
 @contextlib.contextmanager
 def rpc_errors(what: str) -> Iterator[None]:
     """Turn gRPC failures of a client call into our errors; `what` names the call, e.g. "GetCert from IAM"."""

@@ -218,7 +218,10 @@ def _evidence(
     async def evidence(peer: Peer) -> Evidence:
         if not peer.key:
             return Evidence()
-        return Evidence(present=True, local=is_own(peer), owner=keys.owner(peer.key), same_unit=await names_unit(peer))
+        local, owner = is_own(peer), keys.owner(peer.key)
+        # Asked for keys of nobody only: an identity that is not known yet must not hold up those of known Nodes.
+        same_unit = not local and owner is None and await names_unit(peer)
+        return Evidence(present=True, local=local, owner=owner, same_unit=same_unit)
 
     return evidence
 

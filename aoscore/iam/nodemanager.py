@@ -46,6 +46,7 @@ class NodeManager:
         self._nodes = {current.node_id: current}
         self._connected: set[str] = set()
         self._seen: dict[str, datetime] = {}
+        self._lock = asyncio.Lock()
         self._stale_s = stale_s
         self._grace_s = grace_s
         self._now = now
@@ -94,35 +95,41 @@ class NodeManager:
 
     async def connect(self, node: NodeInfo) -> None:
         """A Node is connected and says this about itself. Raises OutOfMemoryError for one new Node too many."""
-        if node.state is NodeState.UNPROVISIONED and node.node_id not in self._nodes:
-            self._make_room()
-        await self._store(node)
-        if node.state is not NodeState.UNPROVISIONED:
-            await self._note_seen(node.node_id)
-        self._set(node, connected=True)
+        async with self._lock:
+            if node.state is NodeState.UNPROVISIONED and node.node_id not in self._nodes:
+                self._make_room()
+            await self._store(node)
+            if node.state is not NodeState.UNPROVISIONED:
+                await self._note_seen(node.node_id)
+            self._set(node, connected=True)
 
     async def disconnect(self, node_id: str) -> None:
         """The Node is not connected any more."""
-        if node_id in self._connected:
-            self._set(self._nodes[node_id], connected=False)
-            if self._nodes[node_id].state is not NodeState.UNPROVISIONED:
+        async with self._lock:
+            if node_id not in self._connected:
+                return
+            node = self._nodes[node_id]
+            self._set(node, connected=False)
+            if node.state is not NodeState.UNPROVISIONED:
                 await self._note_seen(node_id)
 
     async def set_state(self, node_id: str, state: NodeState) -> None:
         """The state of another Node changed. Raises NotFoundError naming it."""
-        node = msgspec.structs.replace(self.get(node_id), state=state, error=None)
-        await self._store(node)
-        self._set(node, connected=node_id in self._connected)
+        async with self._lock:
+            node = msgspec.structs.replace(self.get(node_id), state=state, error=None)
+            await self._store(node)
+            self._set(node, connected=node_id in self._connected)
 
     async def remove(self, node_id: str) -> None:
         """Forget a Node; who watches sees it as unprovisioned."""
-        node = msgspec.structs.replace(self.get(node_id), state=NodeState.UNPROVISIONED)
-        await self._database.remove_node(node_id)
-        del self._nodes[node_id]
-        self._connected.discard(node_id)
-        self._seen.pop(node_id, None)
-        self.changes.publish(node_id, node)
-        self.changes.forget(node_id)
+        async with self._lock:
+            node = msgspec.structs.replace(self.get(node_id), state=NodeState.UNPROVISIONED)
+            await self._database.remove_node(node_id)
+            del self._nodes[node_id]
+            self._connected.discard(node_id)
+            self._seen.pop(node_id, None)
+            self.changes.publish(node_id, node)
+            self.changes.forget(node_id)
 
     async def _store(self, node: NodeInfo) -> None:
         if node.state is NodeState.UNPROVISIONED:

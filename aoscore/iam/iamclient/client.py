@@ -85,7 +85,8 @@ class MainIamClient:
         self._idle = asyncio.Event()
         # While a request changes the state, and its answer says so.
         self._answer_tells = False
-        self._reason = ""
+        # Why each way failed last: the same reason is told once.
+        self._reasons: dict[int, str] = {}
         node.on_change(self._on_change)
 
     async def run(self, started: Callable[[], None]) -> None:
@@ -105,7 +106,8 @@ class MainIamClient:
 
     async def _connect_once(self) -> None:
         """One connection from its beginning to its end."""
-        way = self._ways[self._current]
+        number = self._current
+        way = self._ways[number]
         self._renewed.clear()
         connected = False
         try:
@@ -124,9 +126,9 @@ class MainIamClient:
             return
         if not connected:
             self._current = (self._current + 1) % len(self._ways)
-        if connected or reason != self._reason:
-            _log.warning(kv("No link to the Main Node", address=way.address, reason=reason))
-        self._reason = reason
+        if self._reasons.get(number) != reason:
+            _log.warning(kv("No link to the Main Node", address=way.address, tls=way.tls is not None, reason=reason))
+        self._reasons[number] = reason
 
     async def _session(self, way: Way, channel: grpc.aio.Channel) -> None:
         call = _stub(channel).RegisterNode()
@@ -139,7 +141,7 @@ class MainIamClient:
                 tasks.create_task(self._end_when_renewed(call)),
             ]
             _log.info(kv("Connected to the Main Node", address=way.address, tls=way.tls is not None))
-            self._reason = ""
+            self._reasons.clear()
             await self._read(call)
             for task in others:
                 task.cancel()

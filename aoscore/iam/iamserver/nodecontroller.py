@@ -154,11 +154,11 @@ class NodeController:
                         _log.warning(kv("Reply that nobody waits for", nodeID=link.node_id, kind=kind))
 
     async def _on_node_info(self, link: NodeLink, peer: Peer, node: NodeInfo) -> None:
+        evidence = await self._evidence(peer) if link.port is Port.PROTECTED else Evidence()
         async with self._lock:
             if link.node_id not in ("", node.node_id):
                 raise RefusedError(f"the stream of node {link.node_id!r} shows node {node.node_id!r}")
             link.node_id = node.node_id
-            evidence = await self._evidence(peer) if link.port is Port.PROTECTED else Evidence()
             verdict = judge(
                 node, link.port, evidence, self._record(link), own_id=self._own_id, learn_keys=self._learn_keys
             )

@@ -6,6 +6,7 @@ import msgspec
 from cryptography import x509
 
 from aoscore.common.certs import issuer_der, serial_hex
+from aoscore.common.rpc import peer_address, peer_certificate
 from aoscore.iam.nodekeys import key_digest
 
 
@@ -24,12 +25,11 @@ class Peer(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, context: Any) -> "Peer":
         """The peer of a running call."""
-        address = context.peer()
+        address = peer_address(context)
         host = address.rpartition(":")[0] or address
-        pem = context.auth_context().get("x509_pem_cert")
-        if not pem:
+        certificate = peer_certificate(context)
+        if certificate is None:
             return cls(address, host)
-        certificate = x509.load_pem_x509_certificate(pem[0])
         return cls(
             address,
             host,
