@@ -69,10 +69,14 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What the Main Node has on the id: the Node's state if it is known, its links, whether keys of it are known."""
+    """What the Main Node has on the id: the Node's state if it is known, its links, whether keys of it are known.
+
+    `has_link_elsewhere` means a stream on the public port that comes from another address.
+    """
 
     state: NodeState | None = None
     has_protected_link: bool = False
+    has_link_elsewhere: bool = False
     has_keys: bool = False
 
 
@@ -80,20 +84,31 @@ def judge(
     node: NodeInfo, port: Port, evidence: Evidence, record: Record, *, own_id: str, learn_keys: bool = False
 ) -> Verdict:
     """The verdict on a node_info. `learn_keys` lets unknown keys in, as after another program ran in our place."""
-    if not node.node_id or len(node.node_id) > MAX_ID_LENGTH:
-        return Refuse(f"a node id has 1 to {MAX_ID_LENGTH} characters")
+    if not is_node_id(node.node_id):
+        return Refuse(f"a node id has 1 to {MAX_ID_LENGTH} printable characters and no blanks around")
     if node.node_id == own_id:
         return Refuse("this is the id of the Main Node")
+    if node.is_main:
+        # The provisioning tool would give it the certificates of the Unit.
+        return Refuse("it has the attribute of the Main Node")
     in_service = record.state not in (None, NodeState.UNPROVISIONED)
     if port is Port.PUBLIC:
         if node.state is not NodeState.UNPROVISIONED:
             return Ignore(f"a node that is {node.state} belongs on the protected port")
         if in_service and record.has_protected_link:
             return Refuse(f"the node is {record.state} and connected on the protected port")
+        if record.has_link_elsewhere:
+            # In the middle of provisioning somebody else would get the Node's certificates.
+            return Refuse("the node is connected from another address")
         return SetAside() if in_service else Accept()
     if node.state is NodeState.UNPROVISIONED:
         return Ignore("a node that is unprovisioned belongs on the public port")
     return judge_certificate(node.node_id, evidence, record, learn_keys=learn_keys)
+
+
+def is_node_id(text: str) -> bool:
+    """Whether this may be the id of a Node."""
+    return 0 < len(text) <= MAX_ID_LENGTH and text.isprintable() and text == text.strip()
 
 
 def judge_certificate(node_id: str, evidence: Evidence, record: Record, *, learn_keys: bool) -> Verdict:

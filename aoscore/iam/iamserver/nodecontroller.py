@@ -103,7 +103,7 @@ class NodeController:
     async def serve(self, requests: AsyncIterable[pb.IAMOutgoingMessages], context: Any, port: Port) -> None:
         """One Node, from its call to the end of its stream."""
         peer = Peer.of(context)
-        link = NodeLink(port)
+        link = NodeLink(port, peer.host)
         try:
             with self._place_of(peer, port):
                 async with asyncio.TaskGroup() as tasks:
@@ -182,10 +182,11 @@ class NodeController:
 
     def _record(self, link: NodeLink) -> Record:
         known = self._nodes.find(link.node_id)
-        other = self._links.get(link.node_id)
+        other = self._links.get(link.node_id, link)
         return Record(
             state=known.state if known else None,
-            has_protected_link=other is not None and other is not link and other.port is Port.PROTECTED,
+            has_protected_link=other is not link and other.port is Port.PROTECTED,
+            has_link_elsewhere=other.port is Port.PUBLIC and other.host != link.host,
             has_keys=self._keys.knows(link.node_id),
         )
 

@@ -52,10 +52,11 @@ class _Request(msgspec.Struct):
 
 
 class NodeLink:
-    """A Node as its stream shows it. `node_id` is empty until the Node has said who it is."""
+    """A Node as its stream shows it, from the address `host`. `node_id` is empty until it has said who it is."""
 
-    def __init__(self, port: Port) -> None:
+    def __init__(self, port: Port, host: str = "") -> None:
         self.port = port
+        self.host = host
         self.node_id = ""
         self._exchange = Exchange()
         self._queue: asyncio.Queue[_Request] = asyncio.Queue(_QUEUE_LIMIT)

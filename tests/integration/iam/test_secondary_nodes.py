@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,53 @@ def test_kill_after_every_step_of_provisioning_and_go_on(pair: Pair, victims: st
     for cert_type in SECONDARY_TYPES:
         assert len(list(second.root.glob(f"keys/{cert_type}/*.key.pem"))) == 1, "no orphan keys"
         assert len(list(second.root.glob(f"keys/{cert_type}/*.cert.pem"))) == 1
+
+
+def test_kill_of_a_node_in_the_middle_of_a_step_and_repeat_it(pair: Pair) -> None:
+    """The caller gets an error at once; whatever of the step has reached the disk, repeating it goes on to the end."""
+    main, second = pair
+    main.start(provisioning=True)
+    second.start(provisioning=True)
+    certificates: list[str] = []
+
+    def create(client: Client) -> None:
+        certificates[:] = [main.authority.sign_request(client.create_key("iam", node_id="node-2"))]
+
+    steps: list[tuple[Callable[[Client], object], list[float]]] = [
+        (lambda client: client.start_provisioning(node_id="node-2"), [1, 4, 10]),
+        (create, [1, 4, 10, 20]),
+        (lambda client: client.apply("iam", certificates[0], node_id="node-2"), [1, 4, 8, 14]),
+        (lambda client: client.finish_provisioning(node_id="node-2"), [1, 4, 8]),
+    ]
+    for step, delays_ms in steps:
+        for delay_ms in delays_ms:
+            if second.state_file.exists():
+                break
+            with main.plain() as client, ThreadPoolExecutor() as pool:
+                wait_until(partial(connected, client))
+                running = pool.submit(step, client)
+                time.sleep(delay_ms / 1000)
+                second.kill()
+                error = running.exception(timeout=10)
+                assert error is None or "was disconnected" in str(error) or "not connected" in str(error), error
+            second.start(provisioning=not second.state_file.exists())
+        with main.plain() as client:
+            # A Node that is in service already comes back when the Main Node is too: the record has it, or the keys.
+            if not second.state_file.exists():
+                wait_until(partial(connected, client))
+                step(client)
+    assert second.state_file.read_text() == "provisioned"
+    with main.plain() as client:
+        client.start_provisioning()
+        for cert_type in main.types:
+            client.renew(cert_type, 400)
+        client.finish_provisioning()
+    for node in pair:
+        node.kill()
+        node.start()
+    with main.secure() as client:
+        wait_until(partial(connected, client))
+        assert state_at_main(client) == "provisioned"
 
 
 def test_kill_in_the_middle_of_a_start_leaves_nothing_that_looks_usable(make_pair: Callable[..., Pair]) -> None:

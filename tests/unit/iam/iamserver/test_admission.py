@@ -42,7 +42,21 @@ def test_nobody_is_the_main_node(state: NodeState, port: Port) -> None:
     assert isinstance(verdict(state, port, local, node_id="n1"), Refuse)
 
 
-@pytest.mark.parametrize("node_id", ["", "x" * 65])
+@pytest.mark.parametrize("state", list(NodeState))
+def test_nobody_else_has_the_attribute_of_the_main_node(state: NodeState) -> None:
+    """aos-prov would take it for the Main Node and have the certificates of the Unit issued to it."""
+    node = NodeInfo("n2", state=state, attrs={"mainnode": ""})
+    assert isinstance(judge(node, Port.PUBLIC, NO_EVIDENCE, NO_RECORD, own_id="n1"), Refuse)
+    assert isinstance(judge(node, Port.PROTECTED, GOOD, NO_RECORD, own_id="n1"), Refuse)
+
+
+def test_node_being_provisioned_cannot_be_displaced_from_another_address() -> None:
+    assert isinstance(verdict(NEW, Port.PUBLIC, record=Record(state=NEW, has_link_elsewhere=True)), Refuse)
+    moved = Record(state=NodeState.PROVISIONED, has_link_elsewhere=True)
+    assert verdict(NodeState.PROVISIONED, Port.PROTECTED, GOOD, record=moved) == Accept()
+
+
+@pytest.mark.parametrize("node_id", ["", "x" * 65, " n2", "n2\n", "n\x1b2"])
 def test_ids_without_sense(node_id: str) -> None:
     assert isinstance(verdict(NEW, Port.PUBLIC, node_id=node_id), Refuse)
 

@@ -302,6 +302,22 @@ async def test_connected_node_in_service_cannot_be_displaced_from_the_public_por
     assert "n2" in bench.nodes._connected
 
 
+async def test_unprovisioned_node_keeps_its_stream_against_another_address(bench: Bench) -> None:
+    node = await bench.on_public()
+    await node.tell(info("n2", NodeState.UNPROVISIONED))
+    await bench.connected("n2")
+    held = bench.controller.link("n2")
+    held.host = "ipv4:10.0.0.9"
+    thief = await bench.on_public()
+    await thief.tell(info("n2", NodeState.UNPROVISIONED))
+    assert await thief.end() is grpc.StatusCode.PERMISSION_DENIED
+    assert bench.controller.link("n2") is held
+    held.host = "ipv4:127.0.0.1"
+    again = await bench.on_public()
+    await again.tell(info("n2", NodeState.UNPROVISIONED))
+    await until(lambda: bench.controller.link("n2") is not held)
+
+
 async def test_a_stream_shows_one_node(bench: Bench) -> None:
     node = await bench.on_public()
     await node.tell(info("n2", NodeState.UNPROVISIONED))
