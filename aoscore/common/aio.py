@@ -90,6 +90,17 @@ async def unbroken(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
+def raise_if_cancelled() -> None:
+    """Go on with a cancellation that came together with an error that was caught.
+
+    Before Python 3.13 a TaskGroup that fails while it is cancelled raises the failure alone, and who then goes on
+    would never end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def comes_within(event: asyncio.Event, timeout_s: float | None) -> bool:
     """Wait for an event, at most `timeout_s` (None: however long it takes); whether it came."""
     try:
@@ -210,6 +221,10 @@ class ChangeFeed(Generic[K, T]):
         for event, values in self._waiting.items():
             values[key] = value
             event.set()
+
+    def forget(self, key: K) -> None:
+        """The key is no more: who subscribes from now on does not get its last value."""
+        self._newest.pop(key, None)
 
     async def values(self) -> AsyncIterator[T]:
         """All values as described above, until the caller ends."""

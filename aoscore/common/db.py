@@ -201,6 +201,34 @@ class Database:
         raise FailedError(f"database {self._path.name}: migration script {name} is missing")
 
 
+def set_foreign_aside(path: Path, merged: Path | None) -> None:
+    """Rename a database of the former Go generation, which has the name of ours and another content.
+
+    Its collected scripts go with it: they have the same names as ours (database.md §5).
+    """
+    if not path.exists() or not _is_foreign(path):
+        return
+    suffix = f".foreign-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    _log.warning("Database of another generation set aside: file=%s, suffix=%s", path, suffix)
+    for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")), *([merged] if merged else [])):
+        with contextlib.suppress(FileNotFoundError):
+            name.rename(name.with_name(name.name + suffix))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the file is one of the Go generation; a damaged file is none, opening it deals with that."""
+    try:
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    except apsw.Error:
+        return False
+    try:
+        return bool(list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_migrations'")))
+    except (apsw.NotADBError, apsw.CorruptError):
+        return False
+    finally:
+        connection.close()
+
+
 @contextlib.contextmanager
 def transaction(connection: apsw.Connection) -> Any:
     """BEGIN IMMEDIATE … COMMIT, rolled back on any error."""

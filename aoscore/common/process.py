@@ -23,6 +23,19 @@ class Finished(msgspec.Struct, frozen=True):
     stdout: bytes
     stderr: bytes
 
+    def check(self, name: str) -> None:
+        """Raise FailedError with the last words of the program `name` unless its code is 0."""
+        if self.code != 0:
+            raise FailedError(f"{name} failed with code {self.code}: {_last_words(self.stderr, self.stdout)}")
+
+
+def _last_words(*outputs: bytes) -> str:
+    """The last line of the first output that has any."""
+    for output in outputs:
+        if lines := output.strip().decode(errors="replace").splitlines():
+            return lines[-1]
+    return "no output"
+
 
 async def run_program(
     args: Sequence[str | Path],
@@ -66,16 +79,19 @@ async def run_program(
                 output.seek(0)
                 stdout = output.read(OUTPUT_LIMIT_BYTES)
         except TimeoutError:
-            raise DeadlineError(f"{name} did not end within {timeout_s:g} s and was killed") from None
+            text = f"{name} did not end within {timeout_s:g} s and was killed"
+            if output is not None:
+                output.seek(0)
+                text += f": {_last_words(output.read(OUTPUT_LIMIT_BYTES))}"
+            raise DeadlineError(text) from None
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
     finished = Finished(code, stdout, stderr)
-    if check and code != 0:
-        words = (stderr.strip() or stdout.strip()).decode(errors="replace").splitlines()
-        raise FailedError(f"{name} failed with code {code}: {words[-1] if words else 'no output'}")
+    if check:
+        finished.check(name)
     return finished
 
 

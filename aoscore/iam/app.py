@@ -4,8 +4,11 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import msgspec
@@ -15,10 +18,10 @@ from aoscore.common.aio import Service, Worker
 from aoscore.common.certs import load_certificates
 from aoscore.common.config import load_section
 from aoscore.common.daemon import Option, Program, run_daemon
-from aoscore.common.errors import AosError, ConfigError, FailedError
+from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.rpc import Server
-from aoscore.common.tls import TlsIdentity, grpc_server_credentials
+from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
 from aoscore.common.types import NodeState
 from aoscore.iam import config as configuration
 from aoscore.iam.certhandler.filestore import FileKeyStore, FileStoreParams
@@ -29,12 +32,22 @@ from aoscore.iam.config import CertModuleConfig, Config
 from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.currentnode.state import StateStore
 from aoscore.iam.database import IamDatabase
-from aoscore.iam.iamserver.nodes import LocalNode, NodeRouter
-from aoscore.iam.iamserver.services import Parts, protected_services, public_services
+from aoscore.iam.iamclient.client import MainIamClient, Way
+from aoscore.iam.iamserver.admission import Evidence
+from aoscore.iam.iamserver.nodecontroller import NodeController
+from aoscore.iam.iamserver.nodes import LocalNode, NodeRouter, RemoteNode, system_id
+from aoscore.iam.iamserver.openports import LimitedService, address_at
+from aoscore.iam.iamserver.peer import Peer
+from aoscore.iam.iamserver.services import PUBLIC_LIMITS, Parts, protected_services, public_services
 from aoscore.iam.identhandler.fileidentifier import FileIdentifier, FileIdentifierParams
+from aoscore.iam.identhandler.identifier import Identifier
+from aoscore.iam.nodekeys import NodeKeys
 from aoscore.iam.nodemanager import NodeManager
 from aoscore.iam.permissions import Permissions
 from aoscore.iam.provisioning import Provisioning
+
+if TYPE_CHECKING:
+    from aoscore.iam.identhandler.visidentifier import VisIdentifierParams
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True):
     """The configuration with the sections of its plug-ins, all checked."""
 
     config: Config
-    identifier: FileIdentifierParams | None
+    identifier: "FileIdentifierParams | VisIdentifierParams | None"
     stores: dict[str, FileStoreParams]
 
 
@@ -57,7 +70,7 @@ def load(path: Path) -> Settings:
     return Settings(config, _load_identifier(path, config), stores)
 
 
-def _load_identifier(path: Path, config: Config) -> FileIdentifierParams | None:
+def _load_identifier(path: Path, config: Config) -> "FileIdentifierParams | VisIdentifierParams | None":
     section = config.identifier
     match section.plugin:
         case "" | "none":
@@ -65,7 +78,12 @@ def _load_identifier(path: Path, config: Config) -> FileIdentifierParams | None:
         case "fileidentifier":
             return load_section(section.params, FileIdentifierParams, path=path, where="identifier.params")
         case "visidentifier":
-            raise ConfigError(f"{path}: identifier.plugin: visidentifier is not supported yet")
+            from aoscore.iam.identhandler.visidentifier import VisIdentifierParams
+
+            params = load_section(section.params, VisIdentifierParams, path=path, where="identifier.params")
+            if not params.vis_server.startswith(("wss://", "ws://")):
+                raise ConfigError(f"{path}: identifier.params.visServer: {params.vis_server!r} is no wss: address")
+            return params
         case _:
             raise ConfigError(f"{path}: identifier.plugin: {section.plugin!r} is unknown")
 
@@ -89,13 +107,13 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     config = settings.config
     stack.enter_context(DirectoryLock(config.working_dir))
     worker = await stack.enter_async_context(Worker("iam"))
-    database = await stack.enter_async_context(IamDatabase(config.working_dir))
+    database = await stack.enter_async_context(
+        IamDatabase(config.working_dir, merged=config.migration.merged_migration_path)
+    )
 
     state = StateStore(config.node_info.provisioning_state_path, database, worker)
     node = await CurrentNode.load(config.node_info, state, worker)
-    nodes = NodeManager(await database.nodes(), node.info)
-    node.on_change(nodes.update)
-    identifier = FileIdentifier(settings.identifier, worker) if settings.identifier else None
+    identifier = _identifier(settings, worker)
 
     roots = _root_reader(config.ca_cert)
     certs = CertHandler(
@@ -106,19 +124,67 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     if config.enable_permissions_handler:
         permissions = Permissions(config.runtime_dir, worker)
         await permissions.load()
-    provisioning = Provisioning(config, node, certs)
-    router = NodeRouter(node, LocalNode(provisioning, certs, identifier))
-    parts = Parts(node, nodes, certs, identifier, permissions, router)
+    provisioning = Provisioning(config, node, certs, database)
+    await provisioning.recover()
+    local = LocalNode(provisioning, certs, identifier)
 
+    nodes = NodeManager(database, node.info, stale_s=config.stale_node_timeout)
+    await nodes.load()
+    node.on_change(nodes.update_current)
+    keys = NodeKeys(database)
+    await keys.load()
+    controller = NodeController(
+        nodes,
+        keys,
+        node.info.node_id,
+        evidence=_evidence(config, certs, keys, identifier),
+        learn_keys=config.learn_node_keys,
+    )
+
+    def remote(node_id: str, remaining_s: float | None) -> RemoteNode:
+        return RemoteNode(node_id, remaining_s, nodes=nodes, keys=keys, controller=controller, identifier=identifier)
+
+    router = NodeRouter(node, local, remote)
+    parts = Parts(node, nodes, certs, identifier, permissions, router, controller)
     secure = _is_secure(options.provisioning, node.info.state)
     public_tls = _credentials(config, certs, require_client=False) if secure else None
     protected_tls = _credentials(config, certs, require_client=True) if secure else None
+    protected_url = config.iam_protected_server_url
+    if config.provisioning_interface and not secure:
+        protected_url = address_at(protected_url, config.provisioning_interface)
+    servers: list[Service] = [
+        Server(config.iam_public_server_url, public_tls, public_services(parts), options=PUBLIC_LIMITS),
+        Server(protected_url, protected_tls, protected_services(parts)),
+    ]
+    if config.provisioning_timeout and not secure:
+        servers = [
+            LimitedService(server, config.provisioning_timeout, partial(_last_use_s, provisioning, router))
+            for server in servers
+        ]
     return [
         *([identifier] if identifier else []),
         certs,
-        Server(config.iam_public_server_url, public_tls, public_services(parts)),
-        Server(config.iam_protected_server_url, protected_tls, protected_services(parts)),
+        nodes,
+        *servers,
+        *([_main_iam_client(config, node, local, certs, secure=secure)] if config.has_main_iam else []),
     ]
+
+
+def _last_use_s(provisioning: Provisioning, router: NodeRouter) -> float:
+    """When somebody has provisioned this Node or another one last, on the monotonic clock."""
+    return time.monotonic() if provisioning.busy else router.last_use_s
+
+
+def _identifier(settings: Settings, worker: Worker) -> Identifier | None:
+    params = settings.identifier
+    if params is None:
+        return None
+    if isinstance(params, FileIdentifierParams):
+        return FileIdentifier(params, worker)
+    # Imported on use: few Units have a VIS server.
+    from aoscore.iam.identhandler.visidentifier import VisIdentifier
+
+    return VisIdentifier(params, settings.config.working_dir, worker)
 
 
 def _is_secure(provisioning: bool, state: NodeState) -> bool:
@@ -129,6 +195,60 @@ def _is_secure(provisioning: bool, state: NodeState) -> bool:
         return False
     _log.warning("Provisioning mode was asked for, but the Node is %s: going on in normal mode", state)
     return True
+
+
+def _evidence(
+    config: Config, certs: CertHandler, keys: NodeKeys, identifier: Identifier | None
+) -> Callable[[Peer], Awaitable[Evidence]]:
+    """What the certificate of a client on the protected port is worth."""
+
+    def is_own(peer: Peer) -> bool:
+        try:
+            certs.get_cert(config.cert_storage, peer.issuer, peer.serial)
+        except NotFoundError:
+            return False
+        return True
+
+    async def names_unit(peer: Peer) -> bool:
+        try:
+            return await system_id(identifier) in peer.names
+        except AosError:
+            return False
+
+    async def evidence(peer: Peer) -> Evidence:
+        if not peer.key:
+            return Evidence()
+        local, owner = is_own(peer), keys.owner(peer.key)
+        # Asked for keys of nobody only: an identity that is not known yet must not hold up those of known Nodes.
+        same_unit = not local and owner is None and await names_unit(peer)
+        return Evidence(present=True, local=local, owner=owner, same_unit=same_unit)
+
+    return evidence
+
+
+def _main_iam_client(
+    config: Config, node: CurrentNode, local: LocalNode, certs: CertHandler, *, secure: bool
+) -> MainIamClient:
+    """The link of a Secondary Node to its Main Node."""
+    ca_file = config.ca_cert
+    renewals = None
+    if secure:
+        if ca_file is None:
+            raise ConfigError("caCert is needed in normal mode")
+        identity = partial(_identity, config, ca_file, certs)
+        ways = [Way(config.main_iam_protected_server_url, identity)]
+        renewals = partial(certs.changes_of, config.cert_storage)
+    else:
+        ways = [Way(config.main_iam_public_server_url, None)]
+        if ca_file is not None:
+            roots = TlsRoots(ca_file)
+            ways.append(Way(config.main_iam_public_server_url, lambda: roots))
+    return MainIamClient(ways, node, local, renewals=renewals, pause_s=config.node_reconnect_interval)
+
+
+def _identity(config: Config, ca_file: Path, certs: CertHandler) -> TlsIdentity:
+    """Certificate and key of this Node, the newest ones."""
+    return TlsIdentity.of(ca_file, certs.get_cert(config.cert_storage))
 
 
 def _store(module: CertModuleConfig, settings: Settings) -> KeyStore:
@@ -152,12 +272,9 @@ def _credentials(config: Config, certs: CertHandler, *, require_client: bool) ->
     if ca_file is None:
         raise ConfigError("caCert is needed in normal mode")
 
-    def identity() -> TlsIdentity:
-        return TlsIdentity.of(ca_file, certs.get_cert(config.cert_storage))
-
     def credentials() -> grpc.ServerCredentials:
         try:
-            return grpc_server_credentials(identity, require_client=require_client)
+            return grpc_server_credentials(partial(_identity, config, ca_file, certs), require_client=require_client)
         except AosError as error:
             raise FailedError(f"can't serve with certificate type {config.cert_storage!r}: {error}") from error
 

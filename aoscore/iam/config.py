@@ -11,9 +11,8 @@ import msgspec
 from aoscore.common.config import Duration, load_config
 from aoscore.common.errors import ConfigError
 
-# Keys of AosCore 9.1 files that have no meaning here: our database migrates itself, and the Main Node opens no
-# connection to another IAM.
-_IGNORED = frozenset({"migration", "nodereconnectinterval"})
+# A key of AosCore 9.1 files that has no meaning here: our migration scripts are part of the program.
+_IGNORED = frozenset({"migration.migrationpath"})
 _MODULE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*")
 
@@ -46,6 +45,12 @@ class NodeInfoConfig(Section, frozen=True, kw_only=True):
     os_version: str | None = None
     attrs: dict[str, str] = {}
     partitions: tuple[PartitionConfig, ...] = ()
+
+
+class MigrationConfig(Section, frozen=True, kw_only=True):
+    """Where migration scripts are kept for the way back to another version."""
+
+    merged_migration_path: Path | None = None
 
 
 class IdentifierConfig(Section, frozen=True, kw_only=True):
@@ -97,6 +102,13 @@ class Config(Section, frozen=True, kw_only=True):
 
     `cert_storage` is the certificate type of our own servers. `runtime_dir` is for what must survive a restart of
     IAM but not a reboot, so it belongs on a tmpfs.
+
+    A Secondary Node has the two `main_iam` addresses; `node_reconnect_interval` is its pause between attempts.
+    On the Main Node, `stale_node_timeout` is after how long a Node that does not come back is forgotten (0: never),
+    and `learn_node_keys` makes it accept keys that were made while another program ran in its place.
+
+    In provisioning mode the protected port listens at `provisioning_interface` only, when that is given, and both
+    ports close when nobody has provisioned for `provisioning_timeout` (0: never), until the next start.
     """
 
     node_info: NodeInfoConfig
@@ -107,6 +119,11 @@ class Config(Section, frozen=True, kw_only=True):
     ca_cert: Path | None = None
     main_iam_public_server_url: str = ""
     main_iam_protected_server_url: str = ""
+    node_reconnect_interval: Duration = Duration(3)
+    stale_node_timeout: Duration = Duration(30 * 24 * 3600)
+    learn_node_keys: bool = False
+    provisioning_interface: str = ""
+    provisioning_timeout: Duration = Duration(0)
     runtime_dir: Path = Path("/run/aos/iam")
     enable_permissions_handler: bool = False
     start_provisioning_cmd_args: tuple[str, ...] = ()
@@ -114,6 +131,7 @@ class Config(Section, frozen=True, kw_only=True):
     finish_provisioning_cmd_args: tuple[str, ...] = ()
     deprovision_cmd_args: tuple[str, ...] = ()
     hook_timeout: Duration = Duration(600)
+    migration: MigrationConfig = MigrationConfig()
     identifier: IdentifierConfig = IdentifierConfig()
     cert_modules: tuple[CertModuleConfig, ...] = ()
 
@@ -121,6 +139,11 @@ class Config(Section, frozen=True, kw_only=True):
     def enabled_modules(self) -> tuple[CertModuleConfig, ...]:
         """Certificate modules that are not switched off."""
         return tuple(module for module in self.cert_modules if not module.disabled)
+
+    @property
+    def has_main_iam(self) -> bool:
+        """Whether there is an IAM of a Main Node to register with."""
+        return bool(self.main_iam_public_server_url and self.main_iam_protected_server_url)
 
 
 def load(path: Path) -> Config:
@@ -139,10 +162,16 @@ def _problems(config: Config) -> list[str]:
     ):
         if not value:
             problems.append(f"{key} is empty")
-    if config.main_iam_public_server_url or config.main_iam_protected_server_url:
-        problems.append("mainIamPublicServerUrl, mainIamProtectedServerUrl: Secondary Nodes are not supported yet")
-    if config.hook_timeout <= 0:
-        problems.append("hookTimeout must be positive")
+    if bool(config.main_iam_public_server_url) != bool(config.main_iam_protected_server_url):
+        problems.append("mainIamPublicServerUrl, mainIamProtectedServerUrl: give both or none")
+    if config.has_main_iam and any(name.lower() == "mainnode" for name in config.node_info.attrs):
+        problems.append("mainIamPublicServerUrl: the Main Node (nodeInfo.attrs.MainNode) registers with nobody")
+    for key, seconds in (
+        ("hookTimeout", config.hook_timeout),
+        ("nodeReconnectInterval", config.node_reconnect_interval),
+    ):
+        if seconds <= 0:
+            problems.append(f"{key} must be positive")
     seen: set[str] = set()
     for index, module in enumerate(config.cert_modules):
         if module.disabled:

@@ -1,5 +1,6 @@
 """IAM's database, the file that AosCore 9.1 has too (iam.md §11, database.md §4)."""
 
+import asyncio
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import msgspec
 
 from aoscore.common.aio import log_and_continue
 from aoscore.common.config import from_json_caseless, to_json
-from aoscore.common.db import Database, Schema
+from aoscore.common.db import Database, Schema, set_foreign_aside
 from aoscore.common.types import (
     ArchInfo,
     CertInfo,
@@ -33,7 +34,13 @@ _CREATE = (
     "CREATE TABLE IF NOT EXISTS certificates (type TEXT NOT NULL, issuer BLOB NOT NULL, serial BLOB NOT NULL, "
     "certURL TEXT, keyURL TEXT, notAfter TIMESTAMP, PRIMARY KEY (issuer, serial))",
     "CREATE TABLE IF NOT EXISTS nodeinfo (id TEXT NOT NULL PRIMARY KEY, info TEXT)",
+    # Tables of our own, which AosCore 9.1 does not look at (database.md §5).
+    "CREATE TABLE IF NOT EXISTS aoscore_nodekeys (key BLOB NOT NULL PRIMARY KEY, node TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS aoscore_nodeseen (id TEXT NOT NULL PRIMARY KEY, seen INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS aoscore_unfinished (operation TEXT NOT NULL PRIMARY KEY)",
 )
+_MIGRATIONS = Path(__file__).with_name("migration")
+_MAX_KEYS_OF_NODE = 64
 _PIN_VALUE = re.compile(r"pin-value=(.*)$", re.DOTALL)
 _PIN_SOURCE = re.compile(r"pin-source=(.*)$", re.DOTALL)
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -42,19 +49,24 @@ _EPOCH = datetime.fromtimestamp(0, UTC)
 class IamDatabase:
     """Certificates and known Nodes. Use as an async context manager.
 
-    `pin_files` are the PIN files of all tokens; they matter only for a file of a version before 9.1.
+    `pin_files` are the PIN files of all tokens; they matter only for a file of a version before 9.1. `merged` is the
+    directory in which migration scripts are kept for the way back (configuration key mergedMigrationPath).
     """
 
-    def __init__(self, working_dir: Path, pin_files: Sequence[Path] = ()) -> None:
+    def __init__(self, working_dir: Path, pin_files: Sequence[Path] = (), merged: Path | None = None) -> None:
         def convert(connection: apsw.Connection, up: bool) -> None:
             pins = {str(path): path.read_text().rstrip("\n") for path in pin_files if path.is_file()}
             convert_pins(connection, pins, up=up)
 
+        self._path = working_dir / FILE_NAME
+        self._merged = merged
         self._database = Database(
-            working_dir / FILE_NAME, Schema(create=_CREATE, version=_VERSION, convert={1: convert})
+            self._path,
+            Schema(create=_CREATE, version=_VERSION, migrations=_MIGRATIONS, merged=merged, convert={1: convert}),
         )
 
     async def __aenter__(self) -> Self:
+        await asyncio.to_thread(set_foreign_aside, self._path, self._merged)
         await self._database.__aenter__()
         return self
 
@@ -116,7 +128,56 @@ class IamDatabase:
 
     async def remove_node(self, node_id: str) -> None:
         """Forget a Node; fine when it is not known."""
-        await self._database.execute("DELETE FROM nodeinfo WHERE id = ?", (node_id,))
+
+        def remove(connection: apsw.Connection) -> None:
+            connection.execute("DELETE FROM nodeinfo WHERE id = ?", (node_id,))
+            connection.execute("DELETE FROM aoscore_nodeseen WHERE id = ?", (node_id,))
+
+        await self._database.write(remove)
+
+    async def nodes_seen(self) -> dict[str, datetime]:
+        """When each Node was connected last, as far as that was noted."""
+        rows = await self._database.select("SELECT id, seen FROM aoscore_nodeseen")
+        return {node_id: datetime.fromtimestamp(seen_s, UTC) for node_id, seen_s in rows}
+
+    async def save_node_seen(self, node_id: str, seen: datetime) -> None:
+        """Note when a Node was connected."""
+        await self._database.execute(
+            "INSERT OR REPLACE INTO aoscore_nodeseen (id, seen) VALUES (?, ?)", (node_id, int(seen.timestamp()))
+        )
+
+    async def node_keys(self) -> dict[bytes, str]:
+        """Nodes by the digests of their public keys."""
+        return {bytes(key): node for key, node in await self._database.select("SELECT key, node FROM aoscore_nodekeys")}
+
+    async def save_node_key(self, key: bytes, node_id: str) -> list[bytes]:
+        """Note the key of a Node. Only its newest keys are kept: the digests of those that were given up."""
+
+        def save(connection: apsw.Connection) -> list[bytes]:
+            connection.execute("INSERT OR REPLACE INTO aoscore_nodekeys (key, node) VALUES (?, ?)", (key, node_id))
+            old = "SELECT key FROM aoscore_nodekeys WHERE node = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?"
+            given_up = [bytes(row[0]) for row in connection.execute(old, (node_id, _MAX_KEYS_OF_NODE))]
+            for digest in given_up:
+                connection.execute("DELETE FROM aoscore_nodekeys WHERE key = ?", (digest,))
+            return given_up
+
+        return await self._database.write(save)
+
+    async def remove_node_keys(self, node_id: str) -> None:
+        """Forget all keys of a Node."""
+        await self._database.execute("DELETE FROM aoscore_nodekeys WHERE node = ?", (node_id,))
+
+    async def unfinished(self) -> frozenset[str]:
+        """Operations that were begun and neither done nor undone."""
+        return frozenset(row[0] for row in await self._database.select("SELECT operation FROM aoscore_unfinished"))
+
+    async def begin(self, operation: str) -> None:
+        """Note that an operation has begun, before its first step."""
+        await self._database.execute("INSERT OR IGNORE INTO aoscore_unfinished (operation) VALUES (?)", (operation,))
+
+    async def end(self, operation: str) -> None:
+        """Note that an operation is done, or undone, as a whole."""
+        await self._database.execute("DELETE FROM aoscore_unfinished WHERE operation = ?", (operation,))
 
 
 def _row_key(record: CertRecord) -> tuple[bytes, str]:

@@ -4,9 +4,11 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
-from aoscore.common.aio import log_and_continue
-from aoscore.common.errors import AosError, NotFoundError, WrongStateError
+from aoscore.common.aio import log_and_continue, unbroken
+from aoscore.common.errors import NotFoundError, WrongStateError
 from aoscore.common.log import kv
 from aoscore.common.process import run_program
 from aoscore.common.types import NodeState
@@ -15,6 +17,8 @@ from aoscore.iam.config import Config
 from aoscore.iam.currentnode.node import CurrentNode
 
 _log = logging.getLogger(__name__)
+
+_START = "start provisioning"
 
 
 class Hooks:
@@ -33,20 +37,48 @@ class Hooks:
             return
         _log.info(kv("Run hook", hook=name, program=args[0]))
         environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
-        finished = await run_program(args, timeout_s=self._timeout_s, env=environment, background=True)
+        finished = await run_program(args, timeout_s=self._timeout_s, env=environment, check=False, background=True)
         for line in finished.stdout.decode(errors="replace").splitlines():
             _log.info("%s: %s", name, line)
+        finished.check(Path(args[0]).name)
+
+
+class Unfinished(Protocol):
+    """Where it is noted that an operation has begun, so that a crash in the middle of it is seen afterwards."""
+
+    async def unfinished(self) -> frozenset[str]: ...
+
+    async def begin(self, operation: str) -> None: ...
+
+    async def end(self, operation: str) -> None: ...
 
 
 class Provisioning:
     """The operations on this Node. One at a time; each is refused in a state in which it makes no sense."""
 
-    def __init__(self, config: Config, node: CurrentNode, certs: CertHandler) -> None:
+    def __init__(self, config: Config, node: CurrentNode, certs: CertHandler, unfinished: Unfinished) -> None:
         self._config = config
         self._node = node
         self._certs = certs
+        self._unfinished = unfinished
         self._hooks = Hooks(config)
         self._lock = asyncio.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an operation is running."""
+        return self._lock.locked()
+
+    async def recover(self) -> None:
+        """Undo what a crash has left of a start, before anything else is called.
+
+        Storages without disk encryption, say, must not look as if the Node could go into service with them.
+        """
+        if _START not in await self._unfinished.unfinished():
+            return
+        _log.warning("Start of provisioning was interrupted, key storages are emptied")
+        with log_and_continue(_log, "Can't empty key storages after an interrupted start of provisioning"):
+            await self._undo_start()
 
     async def start(self, password: str) -> None:
         """Empty and prepare all key storages. May be repeated, which begins anew.
@@ -56,16 +88,23 @@ class Provisioning:
         async with self._lock:
             self._check("start provisioning", NodeState.UNPROVISIONED)
             _log.info("Start provisioning")
-            await self._hooks.run("startProvisioning", self._config.start_provisioning_cmd_args)
+            await self._unfinished.begin(_START)
             try:
+                await self._hooks.run("startProvisioning", self._config.start_provisioning_cmd_args)
                 await self._certs.clear()
                 await self._certs.set_owner(password)
                 await self._hooks.run("diskEncryption", self._config.disk_encryption_cmd_args)
-            except (AosError, OSError):
-                # No half-made storage may look like a usable one.
+            except BaseException:
                 with log_and_continue(_log, "Can't empty key storages after a failed start of provisioning"):
-                    await self._certs.clear()
+                    await unbroken(self._undo_start())
                 raise
+            await self._unfinished.end(_START)
+
+    async def _undo_start(self) -> None:
+        """No half-made storage may look like a usable one."""
+        if self._node.info.state is NodeState.UNPROVISIONED:
+            await self._certs.clear()
+        await self._unfinished.end(_START)
 
     async def finish(self) -> None:
         """Put the Node into service. Repeating it does nothing: a client may have lost our answer.
@@ -76,6 +115,8 @@ class Provisioning:
             if self._node.info.state is NodeState.PROVISIONED:
                 return
             self._check("finish provisioning", NodeState.UNPROVISIONED)
+            if _START in await self._unfinished.unfinished():
+                raise WrongStateError("can't finish provisioning: its start has failed, start it again")
             self._check_certificate()
             await self._hooks.run("finishProvisioning", self._config.finish_provisioning_cmd_args)
             await self._node.set_state(NodeState.PROVISIONED)

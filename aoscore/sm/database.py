@@ -4,16 +4,9 @@ AosCore 9.1 reads and writes the same file, so the shared tables stay as they ar
 the prefix `aoscore_`, which it ignores. The code that reads and writes rows lives with the part that owns them.
 """
 
-import contextlib
-import logging
-from datetime import UTC, datetime
 from pathlib import Path
 
-import apsw
-
-from aoscore.common.db import Database, Schema
-
-_log = logging.getLogger(__name__)
+from aoscore.common.db import Database, Schema, set_foreign_aside
 
 VERSION = 5
 
@@ -48,31 +41,6 @@ _CREATE = (
 
 
 def open_database(path: Path, migrations: Path, merged: Path) -> Database:
-    """The database, to be entered as a context manager.
-
-    A file of the former Go generation is foreign and set aside together with its collected scripts, which have the
-    same names as ours (database.md §5).
-    """
-    if path.exists() and _is_foreign(path):
-        suffix = f".foreign-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-        _log.warning("Database of another generation set aside: file=%s, suffix=%s", path, suffix)
-        for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
-            with contextlib.suppress(FileNotFoundError):
-                name.rename(name.with_name(name.name + suffix))
-        with contextlib.suppress(FileNotFoundError):
-            merged.rename(merged.with_name(merged.name + suffix))
+    """The database, to be entered as a context manager. A file of the former Go generation is set aside."""
+    set_foreign_aside(path, merged)
     return Database(path, Schema(create=_CREATE, version=VERSION, migrations=migrations, merged=merged))
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether the file is one of the Go generation; a damaged file is none, opening it deals with that."""
-    try:
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
-    except apsw.Error:
-        return False
-    try:
-        return bool(list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_migrations'")))
-    except (apsw.NotADBError, apsw.CorruptError):
-        return False
-    finally:
-        connection.close()

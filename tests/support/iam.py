@@ -22,6 +22,7 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as v6
 from tests.support.pki import TestCa
 
 TYPES = ["online", "offline", "iam", "sm", "cm"]
+SECONDARY_TYPES = ["iam", "sm"]
 READY_S = 30.0
 
 
@@ -31,27 +32,63 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-class Iam:
-    """One Unit's IAM: its files stay while its process comes and goes."""
+def wait_until(condition: Callable[[], object], timeout_s: float = READY_S) -> None:
+    """Wait for a condition that nothing announces."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
 
-    def __init__(self, root: Path, authority: TestCa, **config: Any) -> None:
+
+def file_keys(root: Path, cert_type: str) -> dict[str, Any]:
+    """Key module of a certificate type: files. Another one is a function of the same form."""
+    return {"plugin": "swmodule", "params": {"storagePath": str(root / "keys")}}
+
+
+KeyModule = Callable[[Path, str], dict[str, Any]]
+
+
+class Iam:
+    """The IAM of one Node: its files stay while its process comes and goes.
+
+    With `main` it is that of a Secondary Node of the Main Node's Unit. `netns` is a network namespace in which it runs,
+    with the address `host`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        authority: TestCa,
+        *,
+        node_id: str = "node-1",
+        host: str = "127.0.0.1",
+        netns: str = "",
+        main: "Iam | None" = None,
+        keys: KeyModule = file_keys,
+        **config: Any,
+    ) -> None:
         self.root = root
         self.authority = authority
-        self.public = f"127.0.0.1:{free_port()}"
-        self.protected = f"127.0.0.1:{free_port()}"
+        self.node_id = node_id
+        self.main = main
+        self.netns = netns
+        self.types = TYPES if main is None else SECONDARY_TYPES
+        self.public = f"{host}:{free_port()}"
+        self.protected = f"{host}:{free_port()}"
         self.process: subprocess.Popen[bytes] | None = None
         self.ca_file = root / "ca.pem"
         self.ca_file.write_bytes(authority.root_pem)
         self.state_file = root / ".provisionstate"
-        for name, text in {"node-id": "node-1\n", "system-id": "unit-1\n", "model": "model;1.2.3\n"}.items():
+        for name, text in {"node-id": f"{node_id}\n", "system-id": "unit-1\n", "model": "model;1.2.3\n"}.items():
             (root / name).write_text(text)
         (root / "subjects").write_text("subject1\nsubject2\n")
         self.config_file = root / "iam.cfg"
-        self.config_file.write_text(json.dumps({**self._config(), **config}))
+        self.config_file.write_text(json.dumps({**self._config(host, keys), **config}))
 
-    def _config(self) -> dict[str, Any]:
-        names = {"extendedKeyUsage": ["serverAuth", "clientAuth"], "alternativeNames": ["localhost", "127.0.0.1"]}
-        return {
+    def _config(self, host: str, keys: KeyModule) -> dict[str, Any]:
+        names = {"extendedKeyUsage": ["serverAuth", "clientAuth"], "alternativeNames": ["localhost", host]}
+        main = {"attrs": {"MainNode": "", "AosComponents": "iam,cm,sm"}}
+        config = {
             "caCert": str(self.ca_file),
             "certStorage": "iam",
             "iamPublicServerUrl": self.public,
@@ -61,39 +98,45 @@ class Iam:
             "enablePermissionsHandler": True,
             "nodeInfo": {
                 "nodeIdPath": str(self.root / "node-id"),
-                "nodeName": "main",
-                "nodeType": "main-type",
+                "nodeName": "main" if self.main is None else f"title of {self.node_id}",
+                "nodeType": "main-type" if self.main is None else "secondary-type",
                 "maxDmips": 1000,
                 "provisioningStatePath": str(self.state_file),
-                "attrs": {"MainNode": "", "AosComponents": "iam,cm,sm"},
                 "partitions": [{"name": "aos", "path": str(self.root), "types": ["storages"]}],
-            },
-            "identifier": {
-                "plugin": "fileidentifier",
-                "params": {
-                    "systemIdPath": str(self.root / "system-id"),
-                    "unitModelPath": str(self.root / "model"),
-                    "subjectsPath": str(self.root / "subjects"),
-                },
+                **(main if self.main is None else {"attrs": {"AosComponents": "iam,sm"}}),
             },
             "certModules": [
                 {
                     "id": cert_type,
-                    "plugin": "swmodule",
                     "algorithm": "rsa" if cert_type == "offline" else "ecc",
                     "maxItems": 2,
-                    "params": {"storagePath": str(self.root / "keys")},
+                    **keys(self.root, cert_type),
                     **(names if cert_type in ("iam", "sm", "cm") else {}),
                 }
-                for cert_type in TYPES
+                for cert_type in self.types
             ],
         }
+        if self.main is not None:
+            config["mainIamPublicServerUrl"] = self.main.public
+            config["mainIamProtectedServerUrl"] = self.main.protected
+            config["nodeReconnectInterval"] = "200ms"
+            return config
+        config["identifier"] = {
+            "plugin": "fileidentifier",
+            "params": {
+                "systemIdPath": str(self.root / "system-id"),
+                "unitModelPath": str(self.root / "model"),
+                "subjectsPath": str(self.root / "subjects"),
+            },
+        }
+        return config
 
     def command(self, *, provisioning: bool) -> list[str]:
         """The command line."""
         program = "from aoscore.iam.app import main; main()"
         # The process must not outlive a test run that is killed.
-        words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program]
+        words = ["ip", "netns", "exec", self.netns] if self.netns else []
+        words += ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program]
         words += ["-c", str(self.config_file), "-v", "debug"]
         return [*words, "-provisioning"] if provisioning else words
 
@@ -141,7 +184,7 @@ class Iam:
         with Client(self, self.public, public_credentials(self)) as client:
             info = client.certs.GetCert(pb.GetCertRequest(type=cert_type))
         key, chain = (Path(url.removeprefix("file://")).read_bytes() for url in (info.key_url, info.cert_url))
-        return grpc.ssl_channel_credentials(self.authority.root_pem, key, chain)
+        return grpc.ssl_channel_credentials(self.ca_file.read_bytes(), key, chain)
 
     def plain(self) -> "Client":
         """The protected port in provisioning mode, as aos-prov uses it."""
@@ -155,36 +198,51 @@ class Iam:
         """The public port in normal mode."""
         return Client(self, self.public, public_credentials(self))
 
-    def steps(self) -> Iterator[str]:
-        """Provision as aos-prov does, with a connection per call; yields the name of each step that is done."""
+    def steps(self, *others: "Iam") -> Iterator[str]:
+        """Provision as aos-prov does, with a connection per call; yields the name of each step that is done.
+
+        `others` are the Secondary Nodes; their steps have the id of the Node before the name.
+        """
+        nodes = (self, *others)
         with self.plain() as client:
             assert client.version.GetAPIVersion(Empty()).version == 6
             assert client.identity.GetSystemInfo(Empty()).system_id == "unit-1"
-            client.start_provisioning()
-        yield "start"
         requests = {}
-        for cert_type in TYPES:
+        for node in nodes:
             with self.plain() as client:
-                requests[cert_type] = client.create_key(cert_type)
-            yield f"key {cert_type}"
-        for cert_type, csr in requests.items():
+                client.start_provisioning(node_id=node.node_id)
+            yield self._step(node, "start")
+            for cert_type in node.types:
+                with self.plain() as client:
+                    requests[node, cert_type] = client.create_key(cert_type, node_id=node.node_id)
+                yield self._step(node, f"key {cert_type}")
+        for (node, cert_type), csr in requests.items():
             with self.plain() as client:
-                client.apply(cert_type, self.authority.sign_request(csr))
-            yield f"certificate {cert_type}"
-        with self.plain() as client:
-            client.finish_provisioning()
-        yield "finish"
+                client.apply(cert_type, self.authority.sign_request(csr), node_id=node.node_id)
+            yield self._step(node, f"certificate {cert_type}")
+        for node in (*others, self):
+            with self.plain() as client:
+                client.finish_provisioning(node_id=node.node_id)
+            yield self._step(node, "finish")
 
-    def provision(self) -> None:
-        """All of it, with the process running in provisioning mode before and not running after."""
-        self.start(provisioning=True)
-        for _ in self.steps():
+    def _step(self, node: "Iam", name: str) -> str:
+        return name if node is self else f"{node.node_id} {name}"
+
+    def provision(self, *others: "Iam") -> None:
+        """All of it, with the processes running in provisioning mode before and not running after."""
+        for node in (self, *others):
+            node.start(provisioning=True)
+        if others:
+            with self.plain() as client:
+                client.wait_for_nodes(1 + len(others))
+        for _ in self.steps(*others):
             pass
-        assert self.stop() == 0
+        for node in (*others, self):
+            assert node.stop() == 0
 
 
 def public_credentials(iam: Iam) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(iam.authority.root_pem)
+    return grpc.ssl_channel_credentials(iam.ca_file.read_bytes())
 
 
 class Client:
@@ -213,6 +271,8 @@ class Client:
         self.v5_public = stub(v5.IAMPublicServiceStub)
         self.v5_identity = stub(v5.IAMPublicIdentityServiceStub)
         self.v5_permissions = stub(v5.IAMPublicPermissionsServiceStub)
+        self.v5_nodes = stub(v5.IAMPublicNodesServiceStub)
+        self.v5_instances = stub(v5.IAMPermissionsServiceStub)
 
     def __enter__(self) -> "Client":
         return self
@@ -220,34 +280,40 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._channel.close()
 
-    def start_provisioning(self, password: str = "Secret123") -> None:
+    def wait_for_nodes(self, count: int) -> list[str]:
+        """Ask for the Nodes until there are so many, as aos-prov does; their ids."""
+        wait_until(lambda: len(self.nodes.GetAllNodeIDs(Empty()).ids) == count)
+        return list(self.nodes.GetAllNodeIDs(Empty()).ids)
+
+    def start_provisioning(self, password: str = "Secret123", *, node_id: str = "node-1") -> None:
         """First step."""
-        request = pb.StartProvisioningRequest(node_id="node-1", password=password)
+        request = pb.StartProvisioningRequest(node_id=node_id, password=password)
         answer = self.provisioning.StartProvisioning(request)
         assert not answer.HasField("error"), answer.error
 
-    def finish_provisioning(self) -> None:
+    def finish_provisioning(self, *, node_id: str = "node-1") -> None:
         """Last step."""
-        request = pb.FinishProvisioningRequest(node_id="node-1", password="Secret123")
+        request = pb.FinishProvisioningRequest(node_id=node_id, password="Secret123")
         answer = self.provisioning.FinishProvisioning(request)
         assert not answer.HasField("error"), answer.error
 
-    def create_key(self, cert_type: str, subject: str = "") -> str:
+    def create_key(self, cert_type: str, subject: str = "", *, node_id: str = "node-1") -> str:
         """The request of a new key."""
-        answer = self.issue.CreateKey(pb.CreateKeyRequest(node_id="node-1", type=cert_type, subject=subject))
+        answer = self.issue.CreateKey(pb.CreateKeyRequest(node_id=node_id, type=cert_type, subject=subject))
         assert not answer.HasField("error"), answer.error
         return str(answer.csr)
 
-    def apply(self, cert_type: str, cert: str) -> pb.CertInfo:
+    def apply(self, cert_type: str, cert: str, *, node_id: str = "node-1") -> pb.CertInfo:
         """Take a certificate into use."""
-        answer = self.issue.ApplyCert(pb.ApplyCertRequest(node_id="node-1", type=cert_type, cert=cert))
+        answer = self.issue.ApplyCert(pb.ApplyCertRequest(node_id=node_id, type=cert_type, cert=cert))
         assert not answer.HasField("error"), answer.error
         info: pb.CertInfo = answer.cert_info
         return info
 
-    def renew(self, cert_type: str, days: int) -> pb.CertInfo:
+    def renew(self, cert_type: str, days: int, *, node_id: str = "node-1") -> pb.CertInfo:
         """A new key and certificate."""
-        return self.apply(cert_type, self._authority.sign_request(self.create_key(cert_type), days=days))
+        csr = self.create_key(cert_type, node_id=node_id)
+        return self.apply(cert_type, self._authority.sign_request(csr, days=days), node_id=node_id)
 
 
 class _Deadline:
@@ -256,6 +322,6 @@ class _Deadline:
     def __init__(self, stub: Any) -> None:
         self._stub = stub
 
-    def __getattr__(self, method: str) -> Callable[[Any], Any]:
+    def __getattr__(self, method: str) -> Callable[..., Any]:
         call = getattr(self._stub, method)
-        return lambda request: call(request, timeout=15, wait_for_ready=False)
+        return lambda request, timeout=15: call(request, timeout=timeout, wait_for_ready=False)

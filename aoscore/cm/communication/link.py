@@ -24,13 +24,13 @@ from aoscore.cm.communication.envelope import EnvelopeError, Received
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import Message, message_type
 from aoscore.cm.communication.session import Session
-from aoscore.cm.communication.websocket import UnauthorizedError, WebSocket, connect
 from aoscore.common.aio import Backoff, Broadcast, Worker, comes_within, log_and_continue
 from aoscore.common.certs import load_chain_url
 from aoscore.common.errors import AosError, DeadlineError, FailedError, WrongStateError
 from aoscore.common.http import request
 from aoscore.common.log import kv
 from aoscore.common.tls import TlsIdentity
+from aoscore.common.websocket import UnauthorizedError, WebSocket, connect
 
 _log = logging.getLogger(__name__)
 
@@ -284,7 +284,8 @@ class CloudLink:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 context = await self._ssl_context(url, identity)
-                socket = await stack.enter_async_context(connect(url, self._addresses.token, context))
+                headers = {"Accept": "application/json", "Authorization": f"Bearer {self._addresses.token}"}
+                socket = await stack.enter_async_context(connect(url, context, headers))
             except UnauthorizedError:
                 self._addresses.forget()
                 raise

@@ -1,4 +1,4 @@
-"""The part of iamanager.v5 that older clients still read: this Node, certificates, identity, permissions (grpc.md)."""
+"""The part of iamanager.v5 that older clients still use: Nodes, certificates, identity, permissions (grpc.md)."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,11 +10,12 @@ from aoscore._pb.iamanager.v5 import iamanager_pb2 as pb
 from aoscore._pb.iamanager.v5 import iamanager_pb2_grpc as stubs
 from aoscore.common import convert
 from aoscore.common.rpc import handler
-from aoscore.common.types import CertInfo, NodeInfo
+from aoscore.common.types import CertInfo, InstanceIdent, NodeInfo
 from aoscore.iam.certhandler.handler import CertHandler
 from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.iamserver.public import no_identifier
 from aoscore.iam.identhandler.identifier import Identifier
+from aoscore.iam.nodemanager import NodeManager
 from aoscore.iam.permissions import Permissions
 
 
@@ -106,6 +107,29 @@ class IdentityService(stubs.IAMPublicIdentityServiceServicer):
             yield pb.Subjects(subjects=subjects)
 
 
+class NodesService(stubs.IAMPublicNodesServiceServicer):
+    """All Nodes, to read. Nodes themselves register by v6 alone: RegisterNode answers UNIMPLEMENTED."""
+
+    def __init__(self, nodes: NodeManager) -> None:
+        self._nodes = nodes
+
+    @handler
+    async def GetAllNodeIDs(self, request: Empty, context: Any) -> pb.NodesID:
+        """See proto."""
+        return pb.NodesID(ids=self._nodes.ids())
+
+    @handler
+    async def GetNodeInfo(self, request: pb.GetNodeInfoRequest, context: Any) -> pb.NodeInfo:
+        """See proto."""
+        return node_info_to_pb(self._nodes.get(request.node_id))
+
+    @handler
+    async def SubscribeNodeChanged(self, request: Empty, context: Any) -> AsyncIterator[pb.NodeInfo]:
+        """See proto."""
+        async for info in self._nodes.changes.values():
+            yield node_info_to_pb(info)
+
+
 class PublicPermissionsService(stubs.IAMPublicPermissionsServiceServicer):
     """Look-up by secret, as the vehicle information service does it."""
 
@@ -118,3 +142,28 @@ class PublicPermissionsService(stubs.IAMPublicPermissionsServiceServicer):
         ident, rights = self._permissions.find(request.secret, request.functional_server_id)
         instance = common.InstanceIdent(service_id=ident.item_id, subject_id=ident.subject_id, instance=ident.instance)
         return pb.PermissionsResponse(instance=instance, permissions=pb.Permissions(permissions=rights))
+
+
+def ident_from_pb(message: common.InstanceIdent) -> InstanceIdent:
+    """An instance as v5 names it; all of them are of services."""
+    return InstanceIdent(message.service_id, message.subject_id, message.instance)
+
+
+class PermissionsService(stubs.IAMPermissionsServiceServicer):
+    """Registration of instances."""
+
+    def __init__(self, permissions: Permissions) -> None:
+        self._permissions = permissions
+
+    @handler
+    async def RegisterInstance(self, request: pb.RegisterInstanceRequest, context: Any) -> pb.RegisterInstanceResponse:
+        """See proto."""
+        permissions = {server: dict(rights.permissions) for server, rights in request.permissions.items()}
+        secret = await self._permissions.register(ident_from_pb(request.instance), permissions)
+        return pb.RegisterInstanceResponse(secret=secret)
+
+    @handler
+    async def UnregisterInstance(self, request: pb.UnregisterInstanceRequest, context: Any) -> Empty:
+        """See proto."""
+        await self._permissions.unregister(ident_from_pb(request.instance))
+        return Empty()

@@ -1,10 +1,11 @@
 """Services of the protected port: provisioning, certificates, Node states, registration of instances (iam.md §12).
 
-A failed operation is told in the `error` of the answer, with status OK; a Node that is not there, as status INTERNAL.
+A failed operation is told in the `error` of the answer, with status OK; a Node that can't be asked, or does not answer,
+as status INTERNAL.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -13,9 +14,11 @@ from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common import convert
+from aoscore.common.aio import unbroken
 from aoscore.common.errors import to_error_info
 from aoscore.common.log import kv
 from aoscore.common.rpc import handler
+from aoscore.iam.iamserver.nodelink import UnreachableError
 from aoscore.iam.iamserver.nodes import NodeRouter
 from aoscore.iam.permissions import Permissions
 
@@ -31,15 +34,18 @@ def peer_of(context: Any) -> str:
 
 
 async def attempt(
-    what: str, node_id: str, context: Any, operation: Callable[[], Awaitable[T]]
+    what: str, node_id: str, context: Any, operation: Callable[[], Coroutine[Any, Any, T]]
 ) -> tuple[T | None, common.ErrorInfo | None]:
     """The result of an operation, or its error for the answer.
 
-    Any exception is answered: a caller without an answer would wait or repeat for nothing.
+    Any exception is answered: a caller without an answer would wait or repeat for nothing. An operation that was begun
+    is done to its end when the caller goes away meanwhile: half of it would help nobody. Raises UnreachableError.
     """
     _log.info(kv(what, nodeID=node_id, peer=peer_of(context)))
     try:
-        return await operation(), None
+        return await unbroken(operation()), None
+    except UnreachableError:
+        raise
     except Exception as error:
         info = to_error_info(error)
         _log.error(kv(f"{what} failed", nodeID=node_id, error=info.message))
@@ -56,14 +62,14 @@ class ProvisioningService(stubs.IAMProvisioningServiceServicer):
     @handler
     async def GetCertTypes(self, request: pb.GetCertTypesRequest, context: Any) -> pb.CertTypes:
         """See proto."""
-        return pb.CertTypes(types=await self._nodes.of(request.node_id).cert_types())
+        return pb.CertTypes(types=await self._nodes.of(request.node_id, context).cert_types())
 
     @handler
     async def StartProvisioning(
         self, request: pb.StartProvisioningRequest, context: Any
     ) -> pb.StartProvisioningResponse:
         """See proto."""
-        node = self._nodes.of(request.node_id)
+        node = self._nodes.of(request.node_id, context)
         _, error = await attempt(
             "Start provisioning", request.node_id, context, lambda: node.start_provisioning(request.password)
         )
@@ -74,7 +80,7 @@ class ProvisioningService(stubs.IAMProvisioningServiceServicer):
         self, request: pb.FinishProvisioningRequest, context: Any
     ) -> pb.FinishProvisioningResponse:
         """See proto."""
-        node = self._nodes.of(request.node_id)
+        node = self._nodes.of(request.node_id, context)
         _, error = await attempt(
             "Finish provisioning", request.node_id, context, lambda: node.finish_provisioning(request.password)
         )
@@ -83,7 +89,7 @@ class ProvisioningService(stubs.IAMProvisioningServiceServicer):
     @handler
     async def Deprovision(self, request: pb.DeprovisionRequest, context: Any) -> pb.DeprovisionResponse:
         """See proto."""
-        node = self._nodes.of(request.node_id)
+        node = self._nodes.of(request.node_id, context)
         _, error = await attempt("Deprovision", request.node_id, context, lambda: node.deprovision(request.password))
         return pb.DeprovisionResponse(error=error)
 
@@ -97,7 +103,7 @@ class CertificateService(stubs.IAMCertificateServiceServicer):
     @handler
     async def CreateKey(self, request: pb.CreateKeyRequest, context: Any) -> pb.CreateKeyResponse:
         """See proto."""
-        node = self._nodes.of(request.node_id)
+        node = self._nodes.of(request.node_id, context)
         csr, error = await attempt(
             f"Create key {request.type}",
             request.node_id,
@@ -111,7 +117,7 @@ class CertificateService(stubs.IAMCertificateServiceServicer):
     @handler
     async def ApplyCert(self, request: pb.ApplyCertRequest, context: Any) -> pb.ApplyCertResponse:
         """See proto."""
-        node = self._nodes.of(request.node_id)
+        node = self._nodes.of(request.node_id, context)
         info, error = await attempt(
             f"Apply certificate {request.type}",
             request.node_id,
@@ -131,13 +137,15 @@ class NodesService(stubs.IAMNodesServiceServicer):
     @handler
     async def PauseNode(self, request: pb.PauseNodeRequest, context: Any) -> pb.PauseNodeResponse:
         """See proto."""
-        _, error = await attempt("Pause node", request.node_id, context, self._nodes.of(request.node_id).pause)
+        _, error = await attempt("Pause node", request.node_id, context, self._nodes.of(request.node_id, context).pause)
         return pb.PauseNodeResponse(error=error)
 
     @handler
     async def ResumeNode(self, request: pb.ResumeNodeRequest, context: Any) -> pb.ResumeNodeResponse:
         """See proto."""
-        _, error = await attempt("Resume node", request.node_id, context, self._nodes.of(request.node_id).resume)
+        _, error = await attempt(
+            "Resume node", request.node_id, context, self._nodes.of(request.node_id, context).resume
+        )
         return pb.ResumeNodeResponse(error=error)
 
 

@@ -1,6 +1,6 @@
 """Services of both ports: version, identity, certificates, Nodes, look-up of permissions (iam.md §10, §12)."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
@@ -14,6 +14,8 @@ from aoscore.common import convert
 from aoscore.common.rpc import handler
 from aoscore.iam.certhandler.handler import CertHandler
 from aoscore.iam.currentnode.node import CurrentNode
+from aoscore.iam.iamserver.admission import Port
+from aoscore.iam.iamserver.nodecontroller import NodeController
 from aoscore.iam.identhandler.identifier import Identifier
 from aoscore.iam.nodemanager import NodeManager
 from aoscore.iam.permissions import Permissions
@@ -101,10 +103,12 @@ class CertService(stubs.IAMPublicCertServiceServicer):
 
 
 class NodesService(stubs.IAMPublicNodesServiceServicer):
-    """All Nodes. RegisterNode is not served yet and answers UNIMPLEMENTED."""
+    """All Nodes, and the streams of those that register on this port."""
 
-    def __init__(self, nodes: NodeManager) -> None:
+    def __init__(self, nodes: NodeManager, controller: NodeController, port: Port) -> None:
         self._nodes = nodes
+        self._controller = controller
+        self._port = port
 
     @handler
     async def GetAllNodeIDs(self, request: Empty, context: Any) -> pb.NodesID:
@@ -121,6 +125,11 @@ class NodesService(stubs.IAMPublicNodesServiceServicer):
         """See proto."""
         async for info in self._nodes.changes.values():
             yield convert.node_info_to_pb(info)
+
+    @handler
+    async def RegisterNode(self, request_iterator: AsyncIterable[pb.IAMOutgoingMessages], context: Any) -> None:
+        """See proto."""
+        await self._controller.serve(request_iterator, context, self._port)
 
 
 class PublicPermissionsService(stubs.IAMPublicPermissionsServiceServicer):

@@ -13,10 +13,18 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as v6
 from aoscore.iam.certhandler.handler import CertHandler
 from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.iamserver import legacy, protected, public
+from aoscore.iam.iamserver.admission import Port
+from aoscore.iam.iamserver.nodecontroller import NodeController
 from aoscore.iam.iamserver.nodes import NodeRouter
 from aoscore.iam.identhandler.identifier import Identifier
 from aoscore.iam.nodemanager import NodeManager
 from aoscore.iam.permissions import Permissions
+
+# What anybody may send to the public port: a node_info or a certificate request has a few kilobytes.
+PUBLIC_LIMITS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", 64 * 1024),
+    ("grpc.max_concurrent_streams", 64),
+]
 
 Register = Callable[[grpc.aio.Server], None]
 
@@ -30,10 +38,11 @@ class Parts(msgspec.Struct, frozen=True):
     identifier: Identifier | None
     permissions: Permissions | None
     router: NodeRouter
+    controller: NodeController
 
 
-def public_services(parts: Parts) -> list[Register]:
-    """Services of both ports."""
+def public_services(parts: Parts, port: Port = Port.PUBLIC) -> list[Register]:
+    """Services of both ports, as `port` has them."""
     services = [
         _add(version_pb2_grpc.add_IAMVersionServiceServicer_to_server, public.VersionService()),
         _add(v6.add_IAMPublicCurrentNodeServiceServicer_to_server, public.CurrentNodeService(parts.node)),
@@ -51,18 +60,23 @@ def public_services(parts: Parts) -> list[Register]:
         services += [
             _add(v6.add_IAMPublicIdentityServiceServicer_to_server, public.IdentityService(parts.identifier)),
             _add(v5.add_IAMPublicIdentityServiceServicer_to_server, legacy.IdentityService(parts.identifier)),
-            _add(v6.add_IAMPublicNodesServiceServicer_to_server, public.NodesService(parts.nodes)),
+            _add(
+                v6.add_IAMPublicNodesServiceServicer_to_server,
+                public.NodesService(parts.nodes, parts.controller, port),
+            ),
+            _add(v5.add_IAMPublicNodesServiceServicer_to_server, legacy.NodesService(parts.nodes)),
         ]
     return services
 
 
 def protected_services(parts: Parts) -> list[Register]:
     """Services of the protected port: those of both ports and what only Aos components may do."""
-    services = public_services(parts)
+    services = public_services(parts, Port.PROTECTED)
     if parts.permissions is not None:
-        services.append(
-            _add(v6.add_IAMPermissionsServiceServicer_to_server, protected.PermissionsService(parts.permissions))
-        )
+        services += [
+            _add(v6.add_IAMPermissionsServiceServicer_to_server, protected.PermissionsService(parts.permissions)),
+            _add(v5.add_IAMPermissionsServiceServicer_to_server, legacy.PermissionsService(parts.permissions)),
+        ]
     if parts.node.info.is_main:
         services += [
             _add(v6.add_IAMCertificateServiceServicer_to_server, protected.CertificateService(parts.router)),

@@ -1,7 +1,6 @@
 """The cloud's public tools, unchanged from PyPI, against the devcloud: aos-keys, aos-prov and aos-signer.
 
-aos-keys and aos-signer know port 10000 only and trust what their packages ship, so each test runs in namespaces of its
-own, where the port is free and the cloud's root is mounted over the shipped root files.
+Each test runs in namespaces of its own (tests.support.cloudtools).
 """
 
 import hashlib
@@ -9,13 +8,13 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.support.cloudtools import Tools, new_user
 from tests.support.devcloud import DevcloudProcess, MiniUnit
 from tests.support.iam import Iam
 from tests.support.pki import TestCa
@@ -23,72 +22,9 @@ from tests.support.pki import TestCa
 pytestmark = [pytest.mark.net, pytest.mark.timeout(110)]
 
 
-class Tools:
-    """Runs a tool in a home directory of its own."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.folder = folder
-        self.security = home / ".aos" / "security"
-        self.security.mkdir(parents=True)
-        names = ("PYTHONPATH", "REQUESTS_CA_BUNDLE")
-        self._environment = {name: value for name, value in os.environ.items() if name not in names}
-        self._environment |= {"HOME": str(home), "COLUMNS": "200"}
-
-    def run(self, tool: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """One command of a tool, output and errors together."""
-        return subprocess.run(
-            [self.folder / tool, *arguments],
-            cwd=cwd,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=90,
-            check=False,
-        )
-
-    def succeed(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
-        """Output of a command that must succeed."""
-        done = self.run(tool, *arguments, cwd=cwd)
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-
 @pytest.fixture
-def cloud(tmp_path: Path, repository: Path) -> Iterator[DevcloudProcess]:
-    process = DevcloudProcess(tmp_path / "cloud")
-    process.start("--rest-port=10000", "--schema", str(repository / "tests/data/cloud/messages-v7.schema.json"))
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def tools(cloud: DevcloudProcess, repository: Path, tmp_path: Path) -> Tools:
-    """The tools of AOSCORE_AOS_PROV_PYTHON's environment, else of the one of `make`, which trust the cloud's root."""
-    python = Path(os.environ.get("AOSCORE_AOS_PROV_PYTHON", repository / ".venv-tools/bin/python"))
-    if not python.exists():
-        pytest.skip(f"{python} is not here: `make integration` sets it up, or set AOSCORE_AOS_PROV_PYTHON")
-    shipped = [
-        path
-        for package in ("aos_keys", "aos_prov", "aos_signer")
-        for path in python.parent.parent.glob(f"lib/python3*/site-packages/{package}/files/1rootCA.crt")
-    ]
-    assert len(shipped) == 3
-    for path in shipped:
-        subprocess.run(["mount", "--bind", cloud.root_file, path], check=True)
-    return Tools(python.parent, tmp_path / "home")
-
-
-def new_user(cloud: DevcloudProcess, tools: Tools, role: str) -> Path:
-    """A user certificate made by aos-keys with a one-time token."""
-    token = cloud.run("token", "--role", role, "--name", f"{role}-user").strip()
-    arguments = ["new-user", "-d", "localhost", "-t", token, f"--{role}"]
-    quiet = ["--skip-browser-install", "--skip-check-version", "-o", str(tools.security)]
-    tools.succeed("aos-keys", *arguments, *quiet)
-    again = tools.run("aos-keys", *arguments, *quiet[:2], "-o", str(tools.security.parent / "again"))
-    assert again.returncode != 0
-    assert "already used" in again.stdout, "a token works once"
-    return tools.security / f"aos-user-{role}.p12"
+def cloud(tools_cloud: DevcloudProcess) -> DevcloudProcess:
+    return tools_cloud
 
 
 @pytest.mark.parametrize("role", ["sp", "oem"])

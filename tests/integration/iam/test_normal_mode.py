@@ -230,6 +230,16 @@ def test_permissions_survive_a_kill(unit: Iam) -> None:
         narrow = {"vis": pb.Permissions(permissions={"*": "r"})}
         again = client.instances.RegisterInstance(pb.RegisterInstanceRequest(instance=IDENT, permissions=narrow))
         assert again.secret == secret
+        older = common_v1.InstanceIdent(service_id="item", subject_id="subject", instance=3)
+        rights = {"vis": v5.Permissions(permissions={"*": "r"})}
+        by_v5 = client.v5_instances.RegisterInstance(v5.RegisterInstanceRequest(instance=older, permissions=rights))
+        assert by_v5.secret == secret
+        client.v5_instances.UnregisterInstance(v5.UnregisterInstanceRequest(instance=older))
+        assert (
+            status(client.v5_instances.UnregisterInstance, v5.UnregisterInstanceRequest(instance=older))
+            is grpc.StatusCode.INTERNAL
+        )
+        assert client.instances.RegisterInstance(register).secret != secret
         client.instances.UnregisterInstance(pb.UnregisterInstanceRequest(instance=IDENT))
         unknown = pb.UnregisterInstanceRequest(instance=IDENT)
         assert status(client.instances.UnregisterInstance, unknown) is grpc.StatusCode.INTERNAL
@@ -288,7 +298,10 @@ def test_older_interface(unit: Iam) -> None:
         node = client.v5_public.GetNodeInfo(Empty())
         assert (node.node_id, node.name, node.status) == ("node-1", "main", "provisioned")
         info = client.certs.GetCert(pb.GetCertRequest(type="sm"))
-        register = client.nodes.RegisterNode(iter([pb.IAMOutgoingMessages(node_info=pb.NodeInfo(node_id="x"))]))
+        assert client.v5_nodes.GetAllNodeIDs(Empty()).ids == ["node-1"]
+        assert client.v5_nodes.GetNodeInfo(v5.GetNodeInfoRequest(node_id="node-1")) == node
+        assert status(client.v5_nodes.GetNodeInfo, v5.GetNodeInfoRequest(node_id="x")) is grpc.StatusCode.INTERNAL
+        register = client.v5_nodes.RegisterNode(iter([v5.IAMOutgoingMessages()]))
         assert status(lambda _: next(register), None) is grpc.StatusCode.UNIMPLEMENTED
         old = client.v5_public.GetCert(v5.GetCertRequest(type="sm"))
         assert (old.type, old.cert_url, old.key_url) == ("sm", info.cert_url, info.key_url)

@@ -141,7 +141,7 @@ def test_errors_say_what_is_wrong(iam: Iam) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             client.provisioning.GetCertTypes(pb.GetCertTypesRequest(node_id="node-9"))
         assert caught.value.code() is grpc.StatusCode.INTERNAL
-        assert caught.value.details() == "node 'node-9' is not connected"
+        assert caught.value.details() == "node 'node-9' is not known"
         with pytest.raises(grpc.RpcError, match="node 'node-9' is not known"):
             client.nodes.GetNodeInfo(pb.GetNodeInfoRequest(node_id="node-9"))
         with pytest.raises(grpc.RpcError, match="type 'bogus' is not configured"):
@@ -212,7 +212,8 @@ def test_lost_state_file_comes_back(unit: Iam) -> None:
     assert unit.state_file.read_text() == "provisioned"
 
 
-def test_second_process_and_taken_port_are_start_errors(unit: Iam, make_iam: Callable[..., Iam]) -> None:
+def test_defect_7_second_process_and_taken_port_are_start_errors(unit: Iam, make_iam: Callable[..., Iam]) -> None:
+    """IAM reported ready although it could not bind, and a second one shared the ports (observed.md, defect 7)."""
     second = subprocess.run(unit.command(provisioning=False), capture_output=True, text=True, timeout=30)
     assert second.returncode == 70
     assert "in use by another process" in second.stdout

@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import pytest
 
-from aoscore.common.aio import Backoff, Broadcast, ChangeFeed, Worker, comes_within, log_and_continue, run_services
+from aoscore.common.aio import (
+    Backoff,
+    Broadcast,
+    ChangeFeed,
+    Worker,
+    comes_within,
+    log_and_continue,
+    raise_if_cancelled,
+    run_services,
+)
 from aoscore.common.errors import FailedError
 
 
@@ -152,3 +161,41 @@ async def test_event_that_comes_and_event_that_does_not() -> None:
     event.set()
     assert await waiting
     assert await comes_within(event, 0)
+
+
+async def test_cancellation_that_meets_an_error_is_not_lost() -> None:
+    """See raise_if_cancelled: with TaskGroup the loop below would never end before Python 3.13."""
+    failing = asyncio.Event()
+
+    async def fail() -> None:
+        await failing.wait()
+        raise ValueError
+
+    async def work() -> None:
+        while True:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(fail())
+                    await asyncio.Event().wait()
+            except* ValueError:
+                raise_if_cancelled()
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    failing.set()
+    await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=5)
+    assert done and task.cancelled()
+
+
+async def test_forgotten_key_is_told_to_nobody_new() -> None:
+    feed: ChangeFeed[str, int] = ChangeFeed()
+    feed.publish("a", 1)
+    feed.publish("b", 2)
+    early = feed.values()
+    assert await anext(early) == 1
+    feed.forget("a")
+    feed.forget("unknown")
+    late = feed.values()
+    assert await anext(late) == 2

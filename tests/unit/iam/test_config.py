@@ -47,8 +47,15 @@ def test_example_loads(repository: Path) -> None:
     assert settings.identifier is not None
 
 
-def test_example_spells_keys_as_documented(repository: Path) -> None:
-    text = (repository / "docs/examples/iam.cfg").read_text()
+def test_example_of_a_secondary_node_loads(repository: Path) -> None:
+    settings = app.load(repository / "docs/examples/iam-secondary.cfg")
+    assert settings.config.has_main_iam and settings.identifier is None
+    assert set(settings.stores) == {"iam", "sm"}
+
+
+@pytest.mark.parametrize("name", ["iam.cfg", "iam-secondary.cfg"])
+def test_example_spells_keys_as_documented(repository: Path, name: str) -> None:
+    text = (repository / "docs/examples" / name).read_text()
     assert set(json.loads(text)) <= set(Config.__struct_encode_fields__)
 
 
@@ -64,7 +71,16 @@ def test_defaults_and_any_case(tmp_path: Path) -> None:
 
 
 def test_keys_of_9_1_files_without_meaning_are_accepted(tmp_path: Path) -> None:
-    load(write(tmp_path, migration={"migrationPath": "/a", "mergedMigrationPath": "/b"}, nodeReconnectInterval="10s"))
+    config = load(write(tmp_path, migration={"migrationPath": "/a", "mergedMigrationPath": "/b"}))
+    assert config.migration.merged_migration_path == Path("/b")
+
+
+def test_secondary_node(tmp_path: Path) -> None:
+    assert not load(write(tmp_path)).has_main_iam
+    main = {"mainIamPublicServerUrl": "main:8090", "mainIamProtectedServerUrl": "main:8089"}
+    config = load(write(tmp_path, **main))
+    assert config.has_main_iam and config.node_reconnect_interval == 3
+    assert load(write(tmp_path, **main, nodeReconnectInterval="10s")).node_reconnect_interval == 10
 
 
 def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
@@ -77,8 +93,21 @@ def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"iamPublicServerUrl": ""}, "iamPublicServerUrl is empty"),
-        ({"mainIamPublicServerUrl": "main:8090"}, "mainIamPublicServerUrl.*not supported yet"),
-        ({"identifier": {"plugin": "visidentifier"}}, "identifier.plugin: visidentifier is not supported yet"),
+        ({"mainIamPublicServerUrl": "main:8090"}, "mainIamPublicServerUrl.*give both or none"),
+        (
+            {
+                "mainIamPublicServerUrl": "main:8090",
+                "mainIamProtectedServerUrl": "main:8089",
+                "nodeInfo": {"attrs": {"mainNODE": ""}},
+            },
+            "the Main Node .* registers with nobody",
+        ),
+        ({"nodeReconnectInterval": 0}, "nodeReconnectInterval must be positive"),
+        ({"identifier": {"plugin": "visidentifier"}}, "identifier.params: .*visServer"),
+        (
+            {"identifier": {"plugin": "visidentifier", "params": {"visServer": "https://vis"}}},
+            "identifier.params.visServer: 'https://vis' is no wss: address",
+        ),
         ({"identifier": {"plugin": "psychic"}}, "identifier.plugin: 'psychic' is unknown"),
         ({"identifier": {"plugin": "fileidentifier"}}, "identifier.params: .*systemIdPath"),
         ({"certModules": [{**MODULE, "plugin": "pkcs11module"}]}, r"certModules\[0\].plugin: pkcs11module is not supp"),

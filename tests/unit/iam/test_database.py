@@ -4,9 +4,11 @@ from pathlib import Path
 import apsw
 import pytest
 
+from aoscore.common.errors import FailedError
 from aoscore.common.types import ArchInfo, CertInfo, CPUInfo, ErrorInfo, NodeInfo, NodeState, OSInfo, PartitionInfo
+from aoscore.iam import database as migration
 from aoscore.iam.certhandler.record import CertRecord
-from aoscore.iam.database import FILE_NAME, IamDatabase, node_from_json, node_to_json
+from aoscore.iam.database import FILE_NAME, IamDatabase, convert_pins, node_from_json, node_to_json
 
 FULL = NodeInfo(
     node_id="n1",
@@ -119,6 +121,137 @@ async def test_file_before_9_1_is_taken_over(tmp_path: Path) -> None:
         assert rows == [(f"{token}pin-source={tmp_path}/pin", urls[0][1]), *urls[1:]]
         assert await database._database.select("SELECT version FROM SchemaVersion") == [(1,)]
         assert [cert.info.key_url for cert in await database.certificates("iam")] == [urls[0][1], "", urls[2][1]]
+
+
+async def test_file_of_9_1_is_used_as_it_is(tmp_path: Path) -> None:
+    """A file made from the column lists of database.md, by no code of ours; what 9.1 finds afterwards."""
+    path = tmp_path / "work" / FILE_NAME
+    old_file(path, ("pkcs11:a?pin-source=/p", "pkcs11:a?pin-source=/p"))
+    connection = apsw.Connection(str(path))
+    connection.execute("UPDATE SchemaVersion SET version = 1")
+    connection.execute("INSERT INTO nodeinfo VALUES ('n1', ?)", (FULL_TEXT,))
+    connection.close()
+    async with IamDatabase(path.parent, merged=tmp_path / "merged") as database:
+        assert await database.nodes() == [FULL]
+        assert [cert.info.serial for cert in await database.certificates("iam")] == ["00"]
+        await database.save_node(NodeInfo("n2", os_info=OSInfo("linux"), state=NodeState.PAUSED))
+        await database.save_node_key(b"key", "n2")
+    connection = apsw.Connection(str(path))
+    assert list(connection.execute("SELECT * FROM SchemaVersion")) == [(1,)]
+    assert [name for _, name, *_ in connection.execute("PRAGMA table_info(certificates)")] == [
+        "type",
+        "issuer",
+        "serial",
+        "certURL",
+        "keyURL",
+        "notAfter",
+    ]
+    assert list(connection.execute("SELECT id, info FROM nodeinfo ORDER BY id")) == [
+        ("n1", FULL_TEXT),
+        (
+            "n2",
+            '{"identity":{"codename":"n2"},"nodeGroupSubject":{"codename":""},"maxDmips":0,"totalRam":0,'
+            '"osInfo":{"os":"linux"},"state":"paused","isConnected":false}',
+        ),
+    ]
+    connection.close()
+    assert {script.name for script in (tmp_path / "merged").iterdir()} == {
+        "0_update.up.sql",
+        "1_update.up.sql",
+        "1_update.down.sql",
+    }
+
+
+TOKEN = "pkcs11:token=aos;object=iam?module-path=/lib&"
+URLS = [
+    (f"{TOKEN}pin-value=1234", f"{TOKEN}pin-value=unknown"),
+    (f"{TOKEN}pin-value=5678", "file:///x"),
+    ("file:///x", None),
+    (f"{TOKEN}pin-source=/there", f"{TOKEN}pin-value="),
+]
+
+
+def urls_of(connection: apsw.Connection) -> list[tuple[str | None, str | None]]:
+    return list(connection.execute("SELECT certURL, keyURL FROM certificates ORDER BY serial"))
+
+
+def test_scripts_for_other_programs_do_what_our_migration_does(tmp_path: Path) -> None:
+    """Another version finds our scripts in the merged folder and runs them with a plain SQLite client."""
+    pins = {"/etc/pin": "1234", "/etc/other": "5678"}
+    old_file(tmp_path / "a" / FILE_NAME, *URLS)
+    old_file(tmp_path / "b" / FILE_NAME, *URLS)
+    ours, theirs = (apsw.Connection(str(tmp_path / name / FILE_NAME)) for name in "ab")
+    theirs.execute("CREATE TABLE pins (path TEXT NOT NULL, value TEXT NOT NULL)")
+    theirs.executemany("INSERT INTO pins VALUES (?, ?)", list(pins.items()))
+    before = urls_of(ours)
+    for up in (True, False):
+        convert_pins(ours, pins, up=up)
+        script = Path(migration.__file__).parent / "migration" / f"1_update.{'up' if up else 'down'}.sql"
+        theirs.execute(script.read_text())
+        assert urls_of(ours) == urls_of(theirs)
+        assert (urls_of(ours) == before) == (not up)
+    ours.close()
+    theirs.close()
+
+
+async def test_file_of_a_later_version_is_taken_down_by_the_script_it_left(tmp_path: Path) -> None:
+    path = tmp_path / "work" / FILE_NAME
+    old_file(path, ("file:///a", "file:///a"))
+    connection = apsw.Connection(str(path))
+    connection.execute("UPDATE SchemaVersion SET version = 2; CREATE TABLE later (x); INSERT INTO later VALUES (1)")
+    connection.close()
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    with pytest.raises(FailedError, match=r"2_update\.down\.sql is missing"):
+        async with IamDatabase(path.parent, merged=merged):
+            pass
+    # It fails in its second statement at first: nothing of it may stay.
+    (merged / "2_update.down.sql").write_text("DROP TABLE later; DROP TABLE nothing;")
+    with pytest.raises(apsw.SQLError):
+        async with IamDatabase(path.parent, merged=merged):
+            pass
+    connection = apsw.Connection(str(path))
+    assert list(connection.execute("SELECT x FROM later")) == [(1,)]
+    assert list(connection.execute("SELECT version FROM SchemaVersion")) == [(2,)]
+    connection.close()
+    (merged / "2_update.down.sql").write_text("DROP TABLE later;")
+    async with IamDatabase(path.parent, merged=merged) as database:
+        assert await database._database.select("SELECT version FROM SchemaVersion") == [(1,)]
+        assert len(await database.certificates("iam")) == 1
+
+
+async def test_file_of_the_go_generation_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "work" / FILE_NAME
+    path.parent.mkdir()
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "1_update.up.sql").write_text("nonsense")
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE schema_migrations (version INTEGER)")
+    connection.close()
+    async with IamDatabase(path.parent, merged=tmp_path / "merged") as database:
+        assert await database.nodes() == []
+    assert len(list(path.parent.glob("iamanager.db.foreign-*"))) == 1
+    assert len(list(tmp_path.glob("merged.foreign-*"))) == 1
+    assert (tmp_path / "merged" / "1_update.up.sql").read_text() != "nonsense"
+
+
+async def test_broken_file_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / FILE_NAME).write_bytes(b"\xff" * 5000)
+    async with IamDatabase(tmp_path / "work") as database:
+        assert await database.nodes() == [] and await database.node_keys() == {}
+    assert len(list((tmp_path / "work").glob("iamanager.db.broken-*"))) == 1
+
+
+async def test_unfinished_operations(database: IamDatabase) -> None:
+    assert await database.unfinished() == frozenset()
+    await database.begin("a")
+    await database.begin("a")
+    await database.begin("b")
+    assert await database.unfinished() == {"a", "b"}
+    await database.end("a")
+    await database.end("x")
+    assert await database.unfinished() == {"b"}
 
 
 async def test_fresh_file_has_the_version_of_9_1(database: IamDatabase) -> None:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from aoscore.common.errors import FailedError, NotFoundError, WrongStateError
-from aoscore.common.types import CertInfo, NodeInfo, NodeState
+from aoscore.common.errors import DeadlineError, FailedError, NotFoundError, WrongStateError
+from aoscore.common.types import CertInfo, Duration, NodeInfo, NodeState
 from aoscore.iam.config import Config, NodeInfoConfig
 from aoscore.iam.provisioning import Provisioning
+from tests.support.running import until
 
 
 class Node:
@@ -49,6 +50,22 @@ class Certs:
         return CertInfo(cert_type, "", "")
 
 
+class Unfinished:
+    """Stands for the database."""
+
+    def __init__(self) -> None:
+        self.operations: set[str] = set()
+
+    async def unfinished(self) -> frozenset[str]:
+        return frozenset(self.operations)
+
+    async def begin(self, operation: str) -> None:
+        self.operations.add(operation)
+
+    async def end(self, operation: str) -> None:
+        self.operations.discard(operation)
+
+
 class Bench:
     def __init__(self, state: NodeState, tmp_path: Path, **hooks: tuple[str, ...]) -> None:
         self.calls: list[str] = []
@@ -62,7 +79,8 @@ class Bench:
             cert_storage="iam",
             **hooks,  # type: ignore[arg-type]
         )
-        self.provisioning = Provisioning(config, self.node, self.certs)  # type: ignore[arg-type]
+        self.unfinished = Unfinished()
+        self.provisioning = Provisioning(config, self.node, self.certs, self.unfinished)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -94,6 +112,43 @@ async def test_failed_start_leaves_empty_storages(bench: Bench, fail: str, calls
     with pytest.raises(FailedError, match=fail):
         await bench.provisioning.start("pw")
     assert bench.calls == calls
+    assert bench.unfinished.operations == set()
+
+
+async def test_start_that_is_broken_off_leaves_empty_storages(tmp_path: Path) -> None:
+    bench = Bench(NodeState.UNPROVISIONED, tmp_path, disk_encryption_cmd_args=("sleep", "60"))
+    starting = asyncio.create_task(bench.provisioning.start("pw"))
+    await until(lambda: len(bench.calls) == 2)
+    assert bench.provisioning.busy and bench.unfinished.operations
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert starting.cancelled() and bench.calls == ["clear", "owner pw", "clear"]
+    assert bench.unfinished.operations == set() and not bench.provisioning.busy
+
+
+async def test_interrupted_start_is_undone_after_a_restart(bench: Bench) -> None:
+    await bench.provisioning.recover()
+    assert bench.calls == []
+    await bench.unfinished.begin("start provisioning")
+    await bench.provisioning.recover()
+    assert bench.calls == ["clear"] and bench.unfinished.operations == set()
+
+
+async def test_what_cannot_be_undone_cannot_be_finished(bench: Bench) -> None:
+    await bench.unfinished.begin("start provisioning")
+    bench.certs.fail = "clear"
+    await bench.provisioning.recover()
+    with pytest.raises(WrongStateError, match="start it again"):
+        await bench.provisioning.finish()
+    await bench.provisioning.start("pw")
+    await bench.provisioning.finish()
+
+
+async def test_interrupted_start_of_a_node_that_is_in_service_is_history(tmp_path: Path) -> None:
+    bench = Bench(NodeState.PROVISIONED, tmp_path)
+    await bench.unfinished.begin("start provisioning")
+    await bench.provisioning.recover()
+    assert bench.calls == [] and bench.unfinished.operations == set()
 
 
 ALL = set(NodeState)
@@ -134,12 +189,26 @@ async def test_repeated_finish_runs_no_hook(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", ["finish", "deprovision"])
-async def test_failing_hook_keeps_the_state(operation: str, tmp_path: Path) -> None:
+async def test_failing_hook_keeps_the_state(operation: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = NodeState.UNPROVISIONED if operation == "finish" else NodeState.PROVISIONED
-    hook = ("sh", "-c", "echo why; exit 7")
+    hook = ("sh", "-c", "echo first; echo why; exit 7")
     bench = Bench(state, tmp_path, finish_provisioning_cmd_args=hook, deprovision_cmd_args=hook)
+    caplog.set_level("INFO")
     with pytest.raises(FailedError, match="sh failed with code 7: why"):
         await getattr(bench.provisioning, operation)()
+    assert bench.node.info.state is state
+    assert ": first" in caplog.text
+
+
+@pytest.mark.parametrize("operation", ["start", "finish", "deprovision"])
+async def test_hanging_hook_is_killed_and_its_last_words_are_told(operation: str, tmp_path: Path) -> None:
+    state = NodeState.PROVISIONED if operation == "deprovision" else NodeState.UNPROVISIONED
+    hook = ("sh", "-c", "echo working; exec sleep 60")
+    args = dict.fromkeys(("start_provisioning", "finish_provisioning", "deprovision"), hook)
+    bench = Bench(state, tmp_path, **{f"{name}_cmd_args": value for name, value in args.items()})
+    bench.provisioning._hooks._timeout_s = Duration(0.3)
+    with pytest.raises(DeadlineError, match=r"sh did not end within 0.3 s and was killed: working"):
+        await getattr(bench.provisioning, operation)(*(["pw"] if operation == "start" else []))
     assert bench.node.info.state is state
 
 

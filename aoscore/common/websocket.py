@@ -1,4 +1,4 @@
-"""One WebSocket connection: the sans-I/O core of `websockets` over asyncio streams (cloud-protocol §1.3, §1.4)."""
+"""One WebSocket connection as a client: the sans-I/O core of `websockets` over asyncio streams."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from websockets.client import ClientProtocol
@@ -22,7 +23,7 @@ CONNECT_TIMEOUT_S: Final = 30.0
 WRITE_TIMEOUT_S: Final = 30.0
 _CLOSE_TIMEOUT_S: Final = 2.0
 _READ_BYTES: Final = 64 * 1024
-# The contract has no limit and states of hundreds of kilobytes are normal; this only bounds memory.
+# The contract of the cloud has no limit and states of hundreds of kilobytes are normal; this only bounds memory.
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 # At debug level the library writes the handshake, and with it the token.
@@ -31,7 +32,7 @@ _library_log.setLevel(logging.INFO)
 
 
 class UnauthorizedError(FailedError):
-    """The cloud refused our token (HTTP 401)."""
+    """The server refused who we are (HTTP 401)."""
 
 
 class WebSocket:
@@ -73,14 +74,14 @@ class WebSocket:
         await self._flush()  # pongs and the answer to a close frame
         return bool(data)
 
-    async def handshake(self, token: str) -> None:
+    async def handshake(self, headers: Mapping[str, str]) -> None:
         """Upgrades the connection.
 
         Raises UnauthorizedError, FailedError.
         """
         request = self._protocol.connect()
-        request.headers["Accept"] = "application/json"
-        request.headers["Authorization"] = f"Bearer {token}"
+        for name, value in headers.items():
+            request.headers[name] = value
         self._protocol.send_request(request)
         await self._flush()
         while self._protocol.state is State.CONNECTING and self._protocol.handshake_exc is None:
@@ -130,6 +131,14 @@ class WebSocket:
             raise FailedError(f"connection to {self._url} is closed") from error
         await self._flush()
 
+    async def send_text(self, text: str) -> None:
+        """Sends one message as a text frame. Raises FailedError or DeadlineError."""
+        try:
+            self._protocol.send_text(text.encode())
+        except WebSocketException as error:
+            raise FailedError(f"connection to {self._url} is closed") from error
+        await self._flush()
+
     async def ping(self) -> None:
         """Sends a ping; its answer is counted in `pongs`. Raises FailedError or DeadlineError."""
         try:
@@ -149,23 +158,25 @@ class WebSocket:
 
 
 @contextlib.asynccontextmanager
-async def connect(url: str, token: str, ssl_context: ssl.SSLContext | None) -> AsyncIterator[WebSocket]:
+async def connect(
+    url: str, ssl_context: ssl.SSLContext | None, headers: Mapping[str, str] = MappingProxyType({})
+) -> AsyncIterator[WebSocket]:
     """Opens a connection and its WebSocket; leaving the block closes it.
 
     Args:
         url: `wss:` or `ws:` address.
-        token: bearer token of the handshake.
         ssl_context: for `wss`; the host name is checked as the context says.
+        headers: of the handshake, besides those of the protocol.
 
     Raises:
         InvalidArgumentError: the URL is none.
-        UnauthorizedError: the token is refused.
+        UnauthorizedError: the server refuses who we are.
         DeadlineError, FailedError: no connection.
     """
     try:
         parsed = parse_uri(url)
     except InvalidURI as error:
-        raise InvalidArgumentError(f"the cloud gave a bad address: {error}") from error
+        raise InvalidArgumentError(f"{url!r} is no WebSocket address: {error}") from error
     if parsed.secure and ssl_context is None:
         raise InvalidArgumentError(f"{url} needs a certificate, there is none")
     try:
@@ -182,13 +193,13 @@ async def connect(url: str, token: str, ssl_context: ssl.SSLContext | None) -> A
         raise FailedError(f"TLS with {url} failed: {error.reason or error}") from error
     except OSError as error:
         raise FailedError(f"can't connect to {url}: {error.strerror or error}") from error
-    # No extensions: 9.1 clouds do not offer compression (§1.3).
+    # No extensions: the clouds of 9.1 do not offer compression (cloud-protocol §1.3).
     protocol = ClientProtocol(parsed, max_size=MAX_MESSAGE_BYTES, logger=_library_log)
     socket = WebSocket(protocol, reader, writer, url)
     try:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await socket.handshake(token)
+                await socket.handshake(headers)
         except TimeoutError:
             raise DeadlineError(f"{url} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
         yield socket
