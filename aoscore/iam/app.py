@@ -17,6 +17,7 @@ from aoscore.common.config import load_section
 from aoscore.common.daemon import Option, Program, run_daemon
 from aoscore.common.errors import AosError, ConfigError, FailedError
 from aoscore.common.files import DirectoryLock
+from aoscore.common.pkcs11.token import Token
 from aoscore.common.rpc import Server
 from aoscore.common.tls import TlsIdentity, grpc_server_credentials
 from aoscore.common.types import NodeState
@@ -25,6 +26,8 @@ from aoscore.iam.certhandler.filestore import FileKeyStore, FileStoreParams
 from aoscore.iam.certhandler.handler import CertHandler
 from aoscore.iam.certhandler.keystore import KeyStore
 from aoscore.iam.certhandler.module import CertModule
+from aoscore.iam.certhandler.pending import PendingKeys
+from aoscore.iam.certhandler.tokenstore import SharedToken, TokenKeyStore, TokenStoreParams, login_type
 from aoscore.iam.config import CertModuleConfig, Config
 from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.currentnode.state import StateStore
@@ -39,12 +42,18 @@ from aoscore.iam.provisioning import Provisioning
 _log = logging.getLogger(__name__)
 
 
+StoreParams = FileStoreParams | TokenStoreParams
+
+# A key storage that hangs must not hold up the others, and nothing else waits for them.
+_CERT_THREADS = 4
+
+
 class Settings(msgspec.Struct, frozen=True):
     """The configuration with the sections of its plug-ins, all checked."""
 
     config: Config
     identifier: FileIdentifierParams | None
-    stores: dict[str, FileStoreParams]
+    stores: dict[str, StoreParams]
 
 
 def load(path: Path) -> Settings:
@@ -70,7 +79,7 @@ def _load_identifier(path: Path, config: Config) -> FileIdentifierParams | None:
             raise ConfigError(f"{path}: identifier.plugin: {section.plugin!r} is unknown")
 
 
-def _load_store(path: Path, where: str, module: CertModuleConfig) -> FileStoreParams:
+def _load_store(path: Path, where: str, module: CertModuleConfig) -> StoreParams:
     match module.plugin:
         case "swmodule":
             params = load_section(module.params, FileStoreParams, path=path, where=f"{where}.params")
@@ -79,7 +88,12 @@ def _load_store(path: Path, where: str, module: CertModuleConfig) -> FileStorePa
                 raise ConfigError(f"{path}: {where}.params.storagePath: {params.storage_path} is not absolute")
             return params
         case "pkcs11module":
-            raise ConfigError(f"{path}: {where}.plugin: pkcs11module is not supported yet")
+            token = load_section(module.params, TokenStoreParams, path=path, where=f"{where}.params")
+            try:
+                token.place(login_type())
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {where}.params.{error}") from error
+            return token
         case _:
             raise ConfigError(f"{path}: {where}.plugin: {module.plugin!r} is unknown")
 
@@ -97,11 +111,7 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     node.on_change(nodes.update)
     identifier = FileIdentifier(settings.identifier, worker) if settings.identifier else None
 
-    roots = _root_reader(config.ca_cert)
-    certs = CertHandler(
-        [CertModule(module, _store(module, settings), database, worker, roots) for module in config.enabled_modules]
-    )
-    await certs.load()
+    certs = await _certificates(settings, database, stack)
     permissions = None
     if config.enable_permissions_handler:
         permissions = Permissions(config.runtime_dir, worker)
@@ -131,8 +141,33 @@ def _is_secure(provisioning: bool, state: NodeState) -> bool:
     return True
 
 
-def _store(module: CertModuleConfig, settings: Settings) -> KeyStore:
-    return FileKeyStore(settings.stores[module.id], module.id)
+async def _certificates(settings: Settings, database: IamDatabase, stack: contextlib.AsyncExitStack) -> CertHandler:
+    config = settings.config
+    worker = await stack.enter_async_context(Worker("keys", threads=_CERT_THREADS))
+    pending = PendingKeys(config.working_dir)
+    await worker.run(pending.load)
+    roots = _root_reader(config.ca_cert)
+    stores = _stores(settings)
+    certs = CertHandler(
+        [CertModule(module, stores[module.id], database, worker, pending, roots) for module in config.enabled_modules]
+    )
+    await certs.load()
+    return certs
+
+
+def _stores(settings: Settings) -> dict[str, KeyStore]:
+    """The key storage of each type. Types whose parameters name one token share it."""
+    users_log_in = login_type()
+    tokens: dict[object, SharedToken] = {}
+    stores: dict[str, KeyStore] = {}
+    for cert_type, params in settings.stores.items():
+        if isinstance(params, FileStoreParams):
+            stores[cert_type] = FileKeyStore(params, cert_type)
+            continue
+        place = params.place(users_log_in)
+        token = tokens.setdefault((params.library, place), SharedToken(Token(params.library, place)))
+        stores[cert_type] = TokenKeyStore(params, cert_type, token, users_log_in)
+    return stores
 
 
 def _root_reader(ca_file: Path | None) -> Callable[[], Sequence[x509.Certificate]]:

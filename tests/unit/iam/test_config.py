@@ -81,7 +81,11 @@ def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
         ({"identifier": {"plugin": "visidentifier"}}, "identifier.plugin: visidentifier is not supported yet"),
         ({"identifier": {"plugin": "psychic"}}, "identifier.plugin: 'psychic' is unknown"),
         ({"identifier": {"plugin": "fileidentifier"}}, "identifier.params: .*systemIdPath"),
-        ({"certModules": [{**MODULE, "plugin": "pkcs11module"}]}, r"certModules\[0\].plugin: pkcs11module is not supp"),
+        ({"certModules": [{**MODULE, "plugin": "pkcs11module"}]}, r"unknown key 'certModules\[0\].params.storagePath'"),
+        (
+            {"certModules": [{**MODULE, "plugin": "pkcs11module", "params": {"library": "/l", "userPinPath": "pin"}}]},
+            r"certModules\[0\].params.userPinPath: pin is not absolute",
+        ),
         ({"certModules": [{**MODULE, "plugin": "other"}]}, r"certModules\[0\].plugin: 'other' is unknown"),
         ({"certModules": [{**MODULE, "params": {}}]}, r"certModules\[0\].params: .*storagePath"),
         ({"certModules": [{**MODULE, "params": {"storagePath": "keys"}}]}, r"storagePath: keys is not absolute"),
