@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import grpc
 import msgspec
 from cryptography import x509
 
@@ -19,7 +18,7 @@ from aoscore.common.errors import AosError, ConfigError, FailedError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.pkcs11.token import Token
 from aoscore.common.rpc import Server
-from aoscore.common.tls import TlsIdentity, grpc_server_credentials
+from aoscore.common.tls import ServerTls, TlsIdentity, grpc_server_credentials
 from aoscore.common.types import NodeState
 from aoscore.iam import config as configuration
 from aoscore.iam.certhandler.filestore import FileKeyStore, FileStoreParams
@@ -181,7 +180,7 @@ def _root_reader(ca_file: Path | None) -> Callable[[], Sequence[x509.Certificate
     return read
 
 
-def _credentials(config: Config, certs: CertHandler, *, require_client: bool) -> Callable[[], grpc.ServerCredentials]:
+def _credentials(config: Config, certs: CertHandler, *, require_client: bool) -> Callable[[], ServerTls]:
     """TLS of a server, always with the newest certificate of the configured type."""
     ca_file = config.ca_cert
     if ca_file is None:
@@ -190,7 +189,7 @@ def _credentials(config: Config, certs: CertHandler, *, require_client: bool) ->
     def identity() -> TlsIdentity:
         return TlsIdentity.of(ca_file, certs.get_cert(config.cert_storage))
 
-    def credentials() -> grpc.ServerCredentials:
+    def credentials() -> ServerTls:
         try:
             return grpc_server_credentials(identity, require_client=require_client)
         except AosError as error:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from cryptography import x509
 from google.protobuf.empty_pb2 import Empty
 
 from aoscore._pb.common.v2 import common_pb2 as common
@@ -15,7 +16,7 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common import convert
 from aoscore.common.errors import to_error_info
 from aoscore.common.log import kv
-from aoscore.common.rpc import handler
+from aoscore.common.rpc import handler, peer_address, peer_certificate
 from aoscore.iam.iamserver.nodes import NodeRouter
 from aoscore.iam.permissions import Permissions
 
@@ -26,8 +27,9 @@ T = TypeVar("T")
 
 def peer_of(context: Any) -> str:
     """Who asks: address, and the name in the client certificate when there is one."""
-    names = context.auth_context().get("x509_common_name", [])
-    return " ".join([context.peer(), *(name.decode(errors="replace") for name in names)])
+    certificate = peer_certificate(context)
+    names = [] if certificate is None else certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    return " ".join([peer_address(context), *(str(name.value) for name in names)])
 
 
 async def attempt(
