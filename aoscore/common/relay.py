@@ -3,9 +3,9 @@
     server   peer ──TLS──► TlsFront ──unix socket──► gRPC server
     client   gRPC channel ──unix socket──► TlsBack ──TLS──► server
 
-The library grpcio from PyPI has a TLS of its own that can't use a token. Handshakes run in threads, because a token may
-be slow or hang; afterwards bytes are moved by the event loop. Nobody but this process can use the unix sockets: that
-of a server lies in a directory for its user only, that of a client asks the kernel who connects.
+The library grpcio from PyPI has a TLS of its own that can't use a token. Handshakes do their work in threads, because a
+token may be slow or hang; afterwards bytes are moved by the event loop. Nobody but this process can use the unix
+sockets: that of a server lies in a directory for its user only, that of a client asks the kernel who connects.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ import socket
 import ssl
 import struct
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,13 +26,13 @@ from typing import Any, NamedTuple, Self
 
 from aoscore.common.aio import log_and_continue, run_abandonable
 from aoscore.common.errors import AlreadyExistsError, DeadlineError, FailedError
-from aoscore.common.tls import ServerTls, TlsRoots, within_token_limit
+from aoscore.common.tls import TOKEN_LOCK, ServerTls, TlsRoots, within_token_limit
 
 _log = logging.getLogger(__name__)
 
 _HANDSHAKE_LIMIT_S = 10.0
-# Threads in handshakes at a time; more connections wait for their turn.
-_MAX_HANDSHAKES = 32
+# One works, the others wait for it; more connections wait without a thread.
+_MAX_THREADS = 4
 _BACKLOG = 128
 _CHUNK_BYTES = 64 * 1024
 _PAUSE_S = 1.0
@@ -134,44 +135,68 @@ async def _bridge(one: socket.socket, other: socket.socket) -> None:
             sock.close()
 
 
-async def _handshake(sock: socket.socket, context: ssl.SSLContext, *, server_side: bool) -> ssl.SSLSocket:
-    """TLS over a connected socket. On OSError (with ssl.SSLError) and TimeoutError the socket is closed."""
-    sock.setblocking(True)
-    sock.settimeout(_HANDSHAKE_LIMIT_S)
-    tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
-    lost = False
+class _Handshakes:
+    """Does handshakes: what costs time in threads, the waiting for peers in the loop.
 
-    def shake() -> None:
+    A token that hangs stops all that are made, for good; who waits for them is told so in time.
+    """
+
+    def __init__(self) -> None:
+        self._threads = asyncio.Semaphore(_MAX_THREADS)
+
+    async def shake(self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool) -> ssl.SSLSocket:
+        """TLS over a connected socket. Raises OSError, DeadlineError or TimeoutError; the socket is then closed."""
+        tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+        abandoned = threading.Event()
         try:
-            tls.do_handshake()
-        finally:
-            # Closed by the thread that uses it: its number must not go to another file before.
-            if lost:
+            tls.setblocking(False)
+            async with asyncio.timeout(_HANDSHAKE_LIMIT_S):
+                if server_side:
+                    await _ready(tls)
+                while (wait := await self._step(tls, abandoned)) is not None:
+                    await _ready(tls, write=wait)
+        except BaseException:
+            if not abandoned.is_set():
                 tls.close()
+            raise
+        return tls
 
-    try:
-        await run_abandonable(shake, _HANDSHAKE_LIMIT_S)
-    except (TimeoutError, asyncio.CancelledError):
-        lost = True
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(tls, socket.SHUT_RDWR)
-        raise
-    except BaseException:
-        tls.close()
-        raise
-    return tls
+    async def _step(self, tls: ssl.SSLSocket, abandoned: threading.Event) -> bool | None:
+        """As far as it goes without the peer: None when done, else whether to wait until it can be written to."""
+
+        def step() -> bool | None:
+            if not TOKEN_LOCK.acquire(timeout=_HANDSHAKE_LIMIT_S):
+                raise DeadlineError("the token is busy")
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                return False
+            except ssl.SSLWantWriteError:
+                return True
+            finally:
+                TOKEN_LOCK.release()
+                if abandoned.is_set():
+                    # Not before: while it was in use, its number must not go to another file.
+                    tls.close()
+            return None
+
+        async with self._threads:
+            try:
+                return await run_abandonable(step, _HANDSHAKE_LIMIT_S)
+            except (TimeoutError, asyncio.CancelledError):
+                abandoned.set()
+                raise
 
 
-async def _readable(sock: socket.socket) -> None:
-    """Wait for the first bytes, so that a peer that says nothing costs no thread."""
+async def _ready(sock: socket.socket, *, write: bool = False) -> None:
+    """Wait until there is something to read, or room to write."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
-    loop.add_reader(sock, ready.set)
+    (loop.add_writer if write else loop.add_reader)(sock, ready.set)
     try:
-        async with asyncio.timeout(_HANDSHAKE_LIMIT_S):
-            await ready.wait()
+        await ready.wait()
     finally:
-        loop.remove_reader(sock)
+        (loop.remove_writer if write else loop.remove_reader)(sock)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -200,7 +225,7 @@ class TlsFront:
         self._inner = self._directory / "grpc"
         self.inner = f"unix:{self._inner}"
         self._numbers = itertools.count()
-        self._handshakes = asyncio.Semaphore(_MAX_HANDSHAKES)
+        self._handshakes = _Handshakes()
 
     def close(self) -> None:
         """Give up port and files."""
@@ -223,10 +248,7 @@ class TlsFront:
     async def _serve(self, sock: socket.socket, address: str) -> None:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await _readable(sock)
-            context = await self._tls.context()
-            async with self._handshakes:
-                tls = await _handshake(sock, context, server_side=True)
+            tls = await self._handshakes.shake(sock, await self._tls.context(), server_side=True)
         except (OSError, FailedError, DeadlineError) as error:
             sock.close()
             _log.debug("TLS handshake failed: port=%d, peer=%s, error=%s", self.port, address, error)
@@ -258,6 +280,7 @@ class TlsBack:
         self._host = host
         self._port = port
         self._context = context
+        self._handshakes = _Handshakes()
         name = f"aos-tls-{uuid.uuid4().hex}"
         self.target = f"unix-abstract:{name}"
         self._listener = socket.socket(socket.AF_UNIX)
@@ -299,7 +322,7 @@ class TlsBack:
         try:
             async with asyncio.timeout(_HANDSHAKE_LIMIT_S):
                 sock = await _connected(self._host, self._port)
-                return await _handshake(sock, self._context, server_side=False)
+                return await self._handshakes.shake(sock, self._context, server_side=False)
         except TimeoutError:
             raise DeadlineError(f"no TLS answer from {where} within {_HANDSHAKE_LIMIT_S:g} s") from None
         except ssl.SSLError as error:

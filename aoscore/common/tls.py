@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ _log = logging.getLogger(__name__)
 
 # A token answers within that time or not at all.
 _TOKEN_LIMIT_S = 20.0
+# OpenSSL, its pkcs11 provider and SoftHSM together are not safe for threads: of handshakes at the same time some fail
+# with a bad signature (2 % of them with OpenSSL 3.5, provider 1.0, SoftHSM 2.6). Hence one at a time in a process.
+TOKEN_LOCK = threading.Lock()
 # A certificate that could not be used is tried again after that time, seconds.
 _RETRY_S = 10.0
 
@@ -112,7 +116,8 @@ class TlsIdentity(TlsRoots, frozen=True):
                 pem = b"".join(cert.public_bytes(Encoding.PEM) for cert in load_chain_url(self.cert_url))
                 # OpenSSL wants names of files; none of this belongs on a disk.
                 with _memory_file(pem) as chain, _memory_file(parse_token_url(self.key_url).provider_pem()) as key:
-                    context.load_cert_chain(chain, key)
+                    with TOKEN_LOCK:
+                        context.load_cert_chain(chain, key)
             else:
                 context.load_cert_chain(url_path(self.cert_url), url_path(self.key_url))
         except (ssl.SSLError, OSError) as error:

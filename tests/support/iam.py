@@ -40,6 +40,8 @@ class Iam:
         self.public = f"127.0.0.1:{free_port()}"
         self.protected = f"127.0.0.1:{free_port()}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+        self.verbosity = "debug"
         self.ca_file = root / "ca.pem"
         self.ca_file.write_bytes(authority.root_pem)
         self.state_file = root / ".provisionstate"
@@ -94,7 +96,7 @@ class Iam:
         program = "from aoscore.iam.app import main; main()"
         # The process must not outlive a test run that is killed.
         words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program]
-        words += ["-c", str(self.config_file), "-v", "debug"]
+        words += ["-c", str(self.config_file), "-v", self.verbosity]
         return [*words, "-provisioning"] if provisioning else words
 
     def start(self, *, provisioning: bool = False) -> None:
@@ -108,7 +110,7 @@ class Iam:
                     self.command(provisioning=provisioning),
                     stdout=log,
                     stderr=log,
-                    env={**os.environ, "NOTIFY_SOCKET": address},
+                    env={**os.environ, **self.environment, "NOTIFY_SOCKET": address},
                 )
             end = time.monotonic() + READY_S
             while time.monotonic() < end:

@@ -5,6 +5,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -36,7 +37,8 @@ class SoftHsm:
     def objects(self, label: str = "aoscore") -> list[dict[str, Any]]:
         """All that is on a token."""
         token = Token(self.library, TokenPlace(label=label, pin_file=self.pin_file))
-        owned, *objects = token.run(command("owned"), command("objects"))
+        with patch.dict(os.environ, self.environment):
+            owned, *objects = token.run(command("owned"), command("objects"))
         return list(objects[0]) if owned else []
 
     def counts(self, label: str = "aoscore") -> dict[str, Counter[str]]:

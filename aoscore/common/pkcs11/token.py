@@ -88,6 +88,8 @@ class Token:
                 stdout=subprocess.PIPE,
                 timeout=limit_s,
                 check=False,
+                # A library that uses OpenSSL itself, as SoftHSM does, must not be led to the provider that uses it.
+                env={**os.environ, "OPENSSL_CONF": os.devnull},
             )
         except subprocess.TimeoutExpired:
             raise DeadlineError(f"{self._name}: library {self.library} did not answer within {limit_s:g} s") from None

@@ -203,7 +203,7 @@ async def test_server_that_goes_and_comes(ca: TestCa, tmp_path: Path) -> None:
 async def test_peers_that_say_nothing_or_nonsense_hold_up_nobody(
     ca: TestCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "_MAX_HANDSHAKES", 2)
+    monkeypatch.setattr(relay, "_MAX_THREADS", 1)
     monkeypatch.setattr(relay, "_HANDSHAKE_LIMIT_S", 2.0)
     identity = relayed(ca.identity(tmp_path, "server"))
     async with running(one := make_server(lambda: identity)):
@@ -233,8 +233,11 @@ async def test_token_that_hangs_is_told_and_does_not_block(
     release = asyncio.Event()
     loop = asyncio.get_running_loop()
 
+    original = ssl.SSLSocket.do_handshake
+
     def hang(self: ssl.SSLSocket, block: bool = False) -> None:
         asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
+        original(self, block)
 
     monkeypatch.setattr(relay, "_HANDSHAKE_LIMIT_S", 0.5)
     client = relayed(ca.identity(tmp_path, "client"))

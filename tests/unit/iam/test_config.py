@@ -6,6 +6,7 @@ import pytest
 
 from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.iam import app
+from aoscore.iam.certhandler.tokenstore import TokenStoreParams
 from aoscore.iam.config import Algorithm, Config, KeyUsage, load
 
 MODULE: dict[str, Any] = {
@@ -47,8 +48,19 @@ def test_example_loads(repository: Path) -> None:
     assert settings.identifier is not None
 
 
-def test_example_spells_keys_as_documented(repository: Path) -> None:
-    text = (repository / "docs/examples/iam.cfg").read_text()
+def test_example_with_tokens_loads(repository: Path) -> None:
+    """The shipped set of AosCore 9.1 (iam.md §2.6)."""
+    settings = app.load(repository / "docs/examples/iam-pkcs11.cfg")
+    tokens = {name: store.token_label for name, store in settings.stores.items() if isinstance(store, TokenStoreParams)}
+    cloud, core = ["online", "offline"], ["iam", "sm", "cm", "diskencryption"]
+    assert tokens == {**dict.fromkeys(cloud, "aoscloud"), **dict.fromkeys(core, "aoscore")}
+    assert [module.id for module in settings.config.cert_modules if module.self_signed] == ["diskencryption"]
+    assert len({id(store._token) for store in app._stores(settings).values()}) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["iam.cfg", "iam-pkcs11.cfg"])
+def test_example_spells_keys_as_documented(name: str, repository: Path) -> None:
+    text = (repository / "docs/examples" / name).read_text()
     assert set(json.loads(text)) <= set(Config.__struct_encode_fields__)
 
 
