@@ -102,7 +102,7 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     config = settings.config
     stack.enter_context(DirectoryLock(config.working_dir))
     worker = await stack.enter_async_context(Worker("iam"))
-    database = await stack.enter_async_context(IamDatabase(config.working_dir))
+    database = await stack.enter_async_context(IamDatabase(config.working_dir, _pin_files(settings)))
 
     state = StateStore(config.node_info.provisioning_state_path, database, worker)
     node = await CurrentNode.load(config.node_info, state, worker)
@@ -152,6 +152,11 @@ async def _certificates(settings: Settings, database: IamDatabase, stack: contex
     )
     await certs.load()
     return certs
+
+
+def _pin_files(settings: Settings) -> list[Path]:
+    params = [store for store in settings.stores.values() if isinstance(store, TokenStoreParams)]
+    return sorted({store.user_pin_path for store in params if store.user_pin_path is not None})
 
 
 def _stores(settings: Settings) -> dict[str, KeyStore]:

@@ -65,6 +65,7 @@ module = {provider_module()}
 pkcs11-module-path = {library}
 pkcs11-module-token-pin = file:{pin_file}
 pkcs11-module-cache-keys = false
+pkcs11-module-quirks = no-deinit
 activate = 1
 """)
     return {"OPENSSL_CONF": str(config)}

@@ -7,12 +7,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
 
 from aoscore.common.errors import InvalidArgumentError, NotSupportedError
-from aoscore.common.pkcs11.cryptoki import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_OAEP
 from aoscore.common.pkcs11.token import Token, command
 from aoscore.common.pkcs11.url import TokenUrl
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
+# Mechanisms (PKCS#11 2.40), the helper passes them on.
+_CKM_RSA_PKCS, _CKM_RSA_PKCS_OAEP, _CKM_ECDSA = 0x1, 0x9, 0x1041
 # DER of DigestInfo up to the digest (RFC 8017 §9.2, note 1).
 _DIGEST_INFO = {
     "sha256": bytes.fromhex("3031300d060960864801650304020105000420"),
@@ -50,7 +51,7 @@ class TokenEcKey(ec.EllipticCurvePrivateKey):
         """DER signature, ECDSA."""
         _, digest = _digest(data, signature_algorithm.algorithm)
         (raw,) = self._token.run(
-            command("sign", label=self._label, key_id=self._id, mechanism=CKM_ECDSA, data=digest.hex())
+            command("sign", label=self._label, key_id=self._id, mechanism=_CKM_ECDSA, data=digest.hex())
         )
         value = bytes.fromhex(raw)
         half = len(value) // 2
@@ -107,7 +108,7 @@ class TokenRsaKey(rsa.RSAPrivateKey):
             raise NotSupportedError(f"hash {name} is not supported with keys on tokens")
         info = _DIGEST_INFO[name] + digest
         (raw,) = self._token.run(
-            command("sign", label=self._label, key_id=self._id, mechanism=CKM_RSA_PKCS, data=info.hex())
+            command("sign", label=self._label, key_id=self._id, mechanism=_CKM_RSA_PKCS, data=info.hex())
         )
         return bytes.fromhex(raw)
 
@@ -152,9 +153,9 @@ class TokenRsaKey(rsa.RSAPrivateKey):
 
 def _decryption(how: Any) -> tuple[int, tuple[int, ...]]:
     if isinstance(how, padding.PKCS1v15):
-        return CKM_RSA_PKCS, ()
+        return _CKM_RSA_PKCS, ()
     if isinstance(how, padding.OAEP) and (name := how._algorithm.name) in _OAEP:
-        return CKM_RSA_PKCS_OAEP, _OAEP[name]
+        return _CKM_RSA_PKCS_OAEP, _OAEP[name]
     raise NotSupportedError(f"decryption with padding {how.name} is not supported with keys on tokens")
 
 

@@ -1,5 +1,6 @@
 """A token, worked on by a helper process per call: the library may crash or hang and takes nobody along."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -129,7 +130,11 @@ def command(do: str, **arguments: Any) -> Mapping[str, Any]:
     return {"do": do, **arguments}
 
 
+@functools.lru_cache(maxsize=8)
 def read_chain(url: TokenUrl) -> Sequence[bytes]:
-    """DER of a certificate and its issuers, leaf first. Certificates are public: no PIN is needed."""
+    """DER of a certificate and its issuers, leaf first. Certificates are public: no PIN is needed.
+
+    Remembered, as what is at an address never changes: each key has an id of its own.
+    """
     (chain,) = Token.of(url, login=False).run(command("chain", label=url.object, key_id=url.id))
     return [bytes.fromhex(value) for value in chain]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
+from aoscore.common.certs import serial_hex
 from aoscore.common.errors import NotFoundError, RuntimeFailure
 from tests.support.iam import Client
 from tests.support.pki import TestCa
@@ -57,6 +59,23 @@ class Killer:
             self._plan.unlink()
             check()
             return point - 1
+
+    def resumed(self, step: Callable[[Client], object], check: Callable[[], None]) -> int:
+        """Do a step that goes on where it was: killed before and after each change. Returns the number of kills."""
+        kills = 0
+        while True:
+            self._plan.write_text(f"{kills % 2 + 1}\n")
+            try:
+                with self.iam.plain() as client:
+                    step(client)
+            except grpc.RpcError:
+                kills += 1
+                self.restart()
+                check()
+                continue
+            self._plan.unlink()
+            check()
+            return kills
 
     def restart(self) -> None:
         self._plan.unlink(missing_ok=True)
@@ -131,24 +150,28 @@ def test_keys_and_certificates(killer: Killer) -> None:
     def apply(client: Client) -> None:
         stored.append(client.apply("iam", pem))
 
-    assert killer.at_every_point(apply, check_certificate) == 6
+    assert killer.resumed(apply, check_certificate) == 6
     assert counts() == ONE and killer.serials("iam") == {stored[-1].serial.decode()}
     with iam.plain() as client:
         client.renew("iam", 20)
     assert counts() == TWO
 
-    # The third makes the first go, after it is stored: one issued certificate for all attempts.
-    with iam.plain() as client:
-        third = iam.authority.sign_request(client.create_key("iam"), days=30)
+    # Each further one makes the oldest go after it is stored. What a crash left half-done is completed at start.
+    issued: list[str] = []
+
+    def issue() -> None:
+        with iam.plain() as client:
+            issued.append(iam.authority.sign_request(client.create_key("iam"), days=30 + len(issued)))
 
     def check_renewal() -> None:
         found = counts()
-        # At start what a crash left half-done is completed, so pairs and certificates match again.
-        assert found["public"] == found["private"] and 2 <= found["certificate"] <= 3
+        assert found["public"] == found["private"] >= found["certificate"] == 2
         assert killer.serials("iam")
 
-    killer.at_every_point(lambda client: client.apply("iam", third), check_renewal)
-    assert counts() == TWO
+    # One leaf is created; a certificate, a private and a public key are destroyed.
+    assert killer.at_every_point(lambda client: client.apply("iam", issued[-1]), check_renewal, issue) == 8
+    leaf = x509.load_pem_x509_certificate(issued[-1].encode())
+    assert killer.serials("iam") == {serial_hex(leaf)}
     assert iam.hsm.counts()[""] == Counter(certificate=2)
 
 
