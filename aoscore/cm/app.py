@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-import grpc
-
 from aoscore.cm import config as configuration
 from aoscore.cm.alerts import Alerts
 from aoscore.cm.communication.link import CloudLink, LinkSettings
@@ -72,7 +70,7 @@ from aoscore.common.files import DirectoryLock, remove_tree
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
 from aoscore.common.rpc import Server
-from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
+from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
 
 _log = logging.getLogger(__name__)
@@ -232,7 +230,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         alerts.on_node_alert(node_id, alert)
         launcher.on_node_alert(node_id, alert)
 
-    def server_tls() -> grpc.ServerCredentials:
+    def server_tls() -> ServerTls:
         return grpc_server_credentials(lambda: keeper.identity)
 
     controller = SmController(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
@@ -171,6 +172,38 @@ class Worker:
     def close(self) -> None:
         """End the threads; what is queued and not begun is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+async def run_abandonable(function: Callable[[], T], limit_s: float) -> T:
+    """Run a function that may never return, such as foreign code at a token, in a thread of its own.
+
+    Raises TimeoutError after `limit_s`; the thread is then left to itself and does not keep the process from ending.
+    What it returns later is dropped, so it must hold nothing that has to be closed.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # without an error it is a T
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        # The loop may have been closed meanwhile.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="abandonable", daemon=True).start()
+    async with asyncio.timeout(limit_s):
+        return await future
 
 
 class Broadcast(Generic[T]):

@@ -8,7 +8,8 @@ from urllib.parse import unquote, urlsplit
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from aoscore.common.errors import InvalidArgumentError, NotFoundError, NotSupportedError, SignatureError
+from aoscore.common.errors import InvalidArgumentError, NotFoundError, SignatureError
+from aoscore.common.pkcs11.url import is_token_url, parse_token_url
 
 _MAX_CHAIN = 8
 
@@ -24,8 +25,6 @@ def load_certificates(pem: bytes, *, what: str = "certificate") -> list[x509.Cer
 def url_path(url: str) -> Path:
     """The file of a `file:` URL as IAM writes it: `file:///path` or `file:/path` (cm-cloud.md §8.3)."""
     parts = urlsplit(url)
-    if parts.scheme == "pkcs11":
-        raise NotSupportedError("PKCS#11 URLs are not supported by this build")
     if parts.scheme != "file" or not parts.path:
         raise InvalidArgumentError(f"certificate URL {url!r} is no file: URL")
     return Path(unquote(parts.path))
@@ -46,7 +45,12 @@ def read_file_url(url: str) -> bytes:
 
 
 def load_chain_url(cert_url: str) -> list[x509.Certificate]:
-    """The chain behind a certificate URL, leaf first."""
+    """The chain behind a certificate URL, leaf first; with a token it blocks for the time of a helper process."""
+    if is_token_url(cert_url):
+        # Import on use: where keys are files this is never needed.
+        from aoscore.common.pkcs11.token import read_chain
+
+        return [x509.load_der_x509_certificate(value) for value in read_chain(parse_token_url(cert_url))]
     chain = load_certificates(read_file_url(cert_url), what=cert_url)
     if not chain:
         raise InvalidArgumentError(f"{cert_url} holds no certificate")

@@ -1,4 +1,4 @@
-"""Private keys by URL. Today keys are files; keys in tokens come with the PKCS#11 module."""
+"""Private keys by URL: in files, or on a token that does the work with them."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from aoscore.common.certs import read_file_url
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.files import write_atomic
+from aoscore.common.pkcs11.url import is_token_url, parse_token_url
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
@@ -35,7 +36,15 @@ def write_private_key(path: Path, key: PrivateKey) -> None:
 
 
 def load_private_key(key_url: str) -> PrivateKey:
-    """The key behind a `file:` URL. Raises NotFoundError or InvalidArgumentError naming the URL, never its content."""
+    """The key behind a URL. Raises NotFoundError or InvalidArgumentError naming the URL, never its content.
+
+    A key on a token stays there: each use of it blocks for the time of a helper process, and may raise what
+    `pkcs11.token.Token` raises.
+    """
+    if is_token_url(key_url):
+        from aoscore.common.pkcs11.keys import load_token_key
+
+        return load_token_key(parse_token_url(key_url))
     try:
         key = serialization.load_pem_private_key(read_file_url(key_url), password=None)
     except (ValueError, TypeError):

@@ -6,8 +6,9 @@ import functools
 import inspect
 import logging
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -24,7 +25,10 @@ from aoscore.common.errors import (
     NotSupportedError,
     first_cause,
 )
-from aoscore.common.tls import TlsRoots
+from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots
+
+if TYPE_CHECKING:
+    from aoscore.common.relay import RelayedPeer
 
 _log = logging.getLogger(__name__)
 
@@ -108,19 +112,53 @@ def open_channel(
 
 async def open_tls_channel(address: str, tls: TlsRoots) -> grpc.aio.Channel:
     """A channel to whoever proves at `address` to be of our Unit. Raises the errors of `peer_name`."""
+    if isinstance(tls, TlsIdentity) and tls.on_token:
+        return await _open_relayed_channel(address, tls)
     name = await peer_name(address, tls.ssl_client_context(check_hostname=False))
     return open_channel(address, tls.grpc_client_credentials(), name=name)
+
+
+async def _open_relayed_channel(address: str, tls: TlsIdentity) -> grpc.aio.Channel:
+    # Import on use: a Unit whose keys are files never needs it.
+    from aoscore.common.relay import TlsBack
+
+    back = await TlsBack.open(*split_address(address), tls)
+    # The server is called by the name it is known by, not by that of a socket in this process.
+    options = [*_CLIENT_OPTIONS, ("grpc.default_authority", address)]
+    channel = grpc.aio.insecure_channel(back.target, options=options)
+    close = channel.close
+
+    async def close_both(grace: float | None = None) -> None:
+        try:
+            await close(grace)
+        finally:
+            await back.close()
+
+    channel.close = close_both  # type: ignore[method-assign]
+    return channel
 
 
 def peer_certificate(context: Any) -> x509.Certificate | None:
     """The certificate that the caller of a service method has shown; None without one (public port, plain text)."""
     shown = context.auth_context().get("x509_pem_cert")
-    return x509.load_pem_x509_certificate(shown[0]) if shown else None
+    if shown:
+        return x509.load_pem_x509_certificate(shown[0])
+    relayed = _relayed(context)
+    if relayed is None or relayed.certificate is None:
+        return None
+    return x509.load_der_x509_certificate(relayed.certificate)
 
 
 def peer_address(context: Any) -> str:
     """The address of the caller of a service method, as gRPC writes it: `ipv4:10.0.0.1:4711`."""
-    return str(context.peer())
+    relayed = _relayed(context)
+    return str(context.peer()) if relayed is None else relayed.address
+
+
+def _relayed(context: Any) -> "RelayedPeer | None":
+    # Not imported where it is not in use: then nobody came that way.
+    relay = sys.modules.get("aoscore.common.relay")
+    return relay.relayed_peer(context.peer()) if relay is not None else None
 
 
 @contextlib.contextmanager
@@ -259,7 +297,7 @@ class Server:
     def __init__(
         self,
         address: str,
-        credentials: Callable[[], grpc.ServerCredentials] | None,
+        credentials: Callable[[], ServerTls] | None,
         register: Sequence[Callable[[grpc.aio.Server], None]],
         *,
         before_start: Callable[[], Awaitable[None]] | None = None,
@@ -279,19 +317,44 @@ class Server:
         server = grpc.aio.server(options=self._options)
         for register in self._register:
             register(server)
+        tls = self._credentials() if self._credentials is not None else None
+        if tls is not None and tls.on_token:
+            await self._run_relayed(server, tls, started)
+            return
         host = f"[{self._host}]" if ":" in self._host else self._host
         address = f"{host}:{self._wanted_port}"
         try:
-            if self._credentials is None:
+            if tls is None:
                 self.port = server.add_insecure_port(address)
             else:
-                self.port = server.add_secure_port(address, self._credentials())
+                self.port = server.add_secure_port(address, tls.credentials())
         except RuntimeError as error:
             raise AlreadyExistsError(f"can't listen on {address}: is it in use?") from error
         if self.port == 0:
             raise AlreadyExistsError(f"can't listen on {address}: is it in use?")
+        await self._serve(server, started, "yes" if tls is not None else "no")
+
+    async def _run_relayed(self, server: grpc.aio.Server, tls: ServerTls, started: Callable[[], None]) -> None:
+        from aoscore.common.relay import TlsFront
+
+        # A certificate that can't be used is an error now, not at the first connection.
+        await tls.context()
+        front = TlsFront(self._host, self._wanted_port, tls)
+        try:
+            server.add_insecure_port(front.inner)
+            self.port = front.port
+            async with asyncio.TaskGroup() as tasks:
+                relaying = tasks.create_task(front.run())
+                try:
+                    await self._serve(server, started, "key on token")
+                finally:
+                    relaying.cancel()
+        finally:
+            front.close()
+
+    async def _serve(self, server: grpc.aio.Server, started: Callable[[], None], tls: str) -> None:
         await server.start()
-        _log.info("Listening: address=%s, tls=%s", f"{host}:{self.port}", self._credentials is not None)
+        _log.info("Listening: address=%s, tls=%s", f"{self._host}:{self.port}", tls)
         started()
         try:
             # Not wait_for_termination: cancelled, it makes stop() return at once and leave the calls running.

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 import msgspec
 from cryptography import x509
 
@@ -20,14 +19,17 @@ from aoscore.common.config import load_section
 from aoscore.common.daemon import Option, Program, run_daemon
 from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
 from aoscore.common.files import DirectoryLock
+from aoscore.common.pkcs11.token import Token
 from aoscore.common.rpc import Server
-from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
+from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials
 from aoscore.common.types import NodeState
 from aoscore.iam import config as configuration
 from aoscore.iam.certhandler.filestore import FileKeyStore, FileStoreParams
 from aoscore.iam.certhandler.handler import CertHandler
 from aoscore.iam.certhandler.keystore import KeyStore
 from aoscore.iam.certhandler.module import CertModule
+from aoscore.iam.certhandler.pending import PendingKeys
+from aoscore.iam.certhandler.tokenstore import SharedToken, TokenKeyStore, TokenStoreParams, login_type
 from aoscore.iam.config import CertModuleConfig, Config
 from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.currentnode.state import StateStore
@@ -52,12 +54,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+StoreParams = FileStoreParams | TokenStoreParams
+
+# A key storage that hangs must not hold up the others, and nothing else waits for them.
+_CERT_THREADS = 4
+
+
 class Settings(msgspec.Struct, frozen=True):
     """The configuration with the sections of its plug-ins, all checked."""
 
     config: Config
     identifier: "FileIdentifierParams | VisIdentifierParams | None"
-    stores: dict[str, FileStoreParams]
+    stores: dict[str, StoreParams]
 
 
 def load(path: Path) -> Settings:
@@ -88,7 +96,7 @@ def _load_identifier(path: Path, config: Config) -> "FileIdentifierParams | VisI
             raise ConfigError(f"{path}: identifier.plugin: {section.plugin!r} is unknown")
 
 
-def _load_store(path: Path, where: str, module: CertModuleConfig) -> FileStoreParams:
+def _load_store(path: Path, where: str, module: CertModuleConfig) -> StoreParams:
     match module.plugin:
         case "swmodule":
             params = load_section(module.params, FileStoreParams, path=path, where=f"{where}.params")
@@ -97,7 +105,12 @@ def _load_store(path: Path, where: str, module: CertModuleConfig) -> FileStorePa
                 raise ConfigError(f"{path}: {where}.params.storagePath: {params.storage_path} is not absolute")
             return params
         case "pkcs11module":
-            raise ConfigError(f"{path}: {where}.plugin: pkcs11module is not supported yet")
+            token = load_section(module.params, TokenStoreParams, path=path, where=f"{where}.params")
+            try:
+                token.place(login_type())
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {where}.params.{error}") from error
+            return token
         case _:
             raise ConfigError(f"{path}: {where}.plugin: {module.plugin!r} is unknown")
 
@@ -108,18 +121,14 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
     stack.enter_context(DirectoryLock(config.working_dir))
     worker = await stack.enter_async_context(Worker("iam"))
     database = await stack.enter_async_context(
-        IamDatabase(config.working_dir, merged=config.migration.merged_migration_path)
+        IamDatabase(config.working_dir, _pin_files(settings), merged=config.migration.merged_migration_path)
     )
 
     state = StateStore(config.node_info.provisioning_state_path, database, worker)
     node = await CurrentNode.load(config.node_info, state, worker)
     identifier = _identifier(settings, worker)
 
-    roots = _root_reader(config.ca_cert)
-    certs = CertHandler(
-        [CertModule(module, _store(module, settings), database, worker, roots) for module in config.enabled_modules]
-    )
-    await certs.load()
+    certs = await _certificates(settings, database, stack)
     permissions = None
     if config.enable_permissions_handler:
         permissions = Permissions(config.runtime_dir, worker)
@@ -251,8 +260,38 @@ def _identity(config: Config, ca_file: Path, certs: CertHandler) -> TlsIdentity:
     return TlsIdentity.of(ca_file, certs.get_cert(config.cert_storage))
 
 
-def _store(module: CertModuleConfig, settings: Settings) -> KeyStore:
-    return FileKeyStore(settings.stores[module.id], module.id)
+async def _certificates(settings: Settings, database: IamDatabase, stack: contextlib.AsyncExitStack) -> CertHandler:
+    config = settings.config
+    worker = await stack.enter_async_context(Worker("keys", threads=_CERT_THREADS))
+    pending = PendingKeys(config.working_dir)
+    await worker.run(pending.load)
+    roots = _root_reader(config.ca_cert)
+    stores = _stores(settings)
+    certs = CertHandler(
+        [CertModule(module, stores[module.id], database, worker, pending, roots) for module in config.enabled_modules]
+    )
+    await certs.load()
+    return certs
+
+
+def _pin_files(settings: Settings) -> list[Path]:
+    params = [store for store in settings.stores.values() if isinstance(store, TokenStoreParams)]
+    return sorted({store.user_pin_path for store in params if store.user_pin_path is not None})
+
+
+def _stores(settings: Settings) -> dict[str, KeyStore]:
+    """The key storage of each type. Types whose parameters name one token share it."""
+    users_log_in = login_type()
+    tokens: dict[object, SharedToken] = {}
+    stores: dict[str, KeyStore] = {}
+    for cert_type, params in settings.stores.items():
+        if isinstance(params, FileStoreParams):
+            stores[cert_type] = FileKeyStore(params, cert_type)
+            continue
+        place = params.place(users_log_in)
+        token = tokens.setdefault((params.library, place), SharedToken(Token(params.library, place)))
+        stores[cert_type] = TokenKeyStore(params, cert_type, token, users_log_in)
+    return stores
 
 
 def _root_reader(ca_file: Path | None) -> Callable[[], Sequence[x509.Certificate]]:
@@ -266,13 +305,13 @@ def _root_reader(ca_file: Path | None) -> Callable[[], Sequence[x509.Certificate
     return read
 
 
-def _credentials(config: Config, certs: CertHandler, *, require_client: bool) -> Callable[[], grpc.ServerCredentials]:
+def _credentials(config: Config, certs: CertHandler, *, require_client: bool) -> Callable[[], ServerTls]:
     """TLS of a server, always with the newest certificate of the configured type."""
     ca_file = config.ca_cert
     if ca_file is None:
         raise ConfigError("caCert is needed in normal mode")
 
-    def credentials() -> grpc.ServerCredentials:
+    def credentials() -> ServerTls:
         try:
             return grpc_server_credentials(partial(_identity, config, ca_file, certs), require_client=require_client)
         except AosError as error:

@@ -76,6 +76,8 @@ class Iam:
         self.public = f"{host}:{free_port()}"
         self.protected = f"{host}:{free_port()}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+        self.verbosity = "debug"
         self.ca_file = root / "ca.pem"
         self.ca_file.write_bytes(authority.root_pem)
         self.state_file = root / ".provisionstate"
@@ -137,7 +139,7 @@ class Iam:
         # The process must not outlive a test run that is killed.
         words = ["ip", "netns", "exec", self.netns] if self.netns else []
         words += ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program]
-        words += ["-c", str(self.config_file), "-v", "debug"]
+        words += ["-c", str(self.config_file), "-v", self.verbosity]
         return [*words, "-provisioning"] if provisioning else words
 
     def start(self, *, provisioning: bool = False) -> None:
@@ -151,7 +153,7 @@ class Iam:
                     self.command(provisioning=provisioning),
                     stdout=log,
                     stderr=log,
-                    env={**os.environ, "NOTIFY_SOCKET": address},
+                    env={**os.environ, **self.environment, "NOTIFY_SOCKET": address},
                 )
             end = time.monotonic() + READY_S
             while time.monotonic() < end:

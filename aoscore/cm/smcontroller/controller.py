@@ -6,7 +6,6 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import grpc
 import msgspec
 
 from aoscore._pb.servicemanager.v5 import network_pb2_grpc
@@ -19,6 +18,7 @@ from aoscore.common.aio import Broadcast, log_and_continue
 from aoscore.common.errors import InvalidArgumentError, NotFoundError
 from aoscore.common.log import kv
 from aoscore.common.rpc import Server, handler
+from aoscore.common.tls import ServerTls
 from aoscore.common.types import (
     InstanceIdent,
     InstanceInfo,
@@ -63,7 +63,7 @@ class SmController:
     def __init__(
         self,
         address: str,
-        credentials: Callable[[], grpc.ServerCredentials] | None,
+        credentials: Callable[[], ServerTls] | None,
         *,
         cloud: CloudState,
         networks: Networks,

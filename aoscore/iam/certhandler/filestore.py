@@ -8,7 +8,7 @@ The directory of a type exists once the type has an owner. A key without certifi
 
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -73,11 +73,9 @@ class FileKeyStore:
         return StoredKey(key_id, key)
 
     def pending_keys(self) -> list[StoredKey]:
-        """Keys without a certificate file, oldest first."""
-        waiting = self._ids(_KEY) - self._ids(_CERTIFICATE)
-        by_age = sorted(waiting, key=lambda key_id: (self._path(key_id, _KEY).stat().st_mtime_ns, key_id))
+        """Keys without a certificate file."""
         keys = []
-        for key_id in by_age:
+        for key_id in sorted(self._ids(_KEY) - self._ids(_CERTIFICATE)):
             # A key that can't be read can't be used, and it must not stand in the way of the others.
             with log_and_continue(_log, f"Can't read pending key {key_id} of {self._type}"):
                 keys.append(StoredKey(key_id, load_private_key(file_url(self._path(key_id, _KEY)))))
@@ -109,14 +107,16 @@ class FileKeyStore:
         self._path(key_id, _CERTIFICATE).unlink(missing_ok=True)
         self.remove_key(key_id)
 
-    def remove_orphans(self) -> int:
-        """Delete certificates without key, and what a crash has left of files that were being written."""
+    def remove_orphans(self, keep: Collection[str]) -> int:
+        """Delete what nobody can use, also what a crash has left of files that were being written."""
         for path in self._directory.glob(".*.tmp"):
             path.unlink(missing_ok=True)
-        orphans = self._ids(_CERTIFICATE) - self._ids(_KEY)
+        keys, certificates = self._ids(_KEY), self._ids(_CERTIFICATE)
+        orphans = (keys ^ certificates) - (keys & set(keep))
         for key_id in orphans:
-            _log.warning(kv("Certificate without key removed", type=self._type, id=key_id))
+            _log.warning(kv("File that nobody can use removed", type=self._type, id=key_id))
             self._path(key_id, _CERTIFICATE).unlink(missing_ok=True)
+            self.remove_key(key_id)
         return len(orphans)
 
     def _ids(self, suffix: str) -> set[str]:

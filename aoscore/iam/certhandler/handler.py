@@ -1,22 +1,23 @@
 """All certificate types of the Node: look-up, issue, renewal, change notices (iam.md §5)."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
 
 import msgspec
 
 from aoscore.common.aio import Broadcast
 from aoscore.common.errors import InvalidArgumentError, NotFoundError
-from aoscore.common.log import kv
 from aoscore.common.types import CertInfo
+from aoscore.iam.certhandler.expiry import ExpiryWatch
 from aoscore.iam.certhandler.module import CertModule
 
 _log = logging.getLogger(__name__)
 
-_EXPIRY_WARNING = timedelta(days=30)
-_EXPIRY_CHECK_PERIOD_S = 24 * 3600.0
+# Short, so that a clock that was set meanwhile is noticed.
+_EXPIRY_CHECK_PERIOD_S = 3600.0
 
 
 class CertHandler:
@@ -26,18 +27,22 @@ class CertHandler:
         """The order of modules is that in which types are told to the provisioning tool."""
         self._changed: Broadcast[CertInfo] = Broadcast("certificates")
         self._modules = {module.type: module for module in modules}
-        self._lock = asyncio.Lock()
+        # One operation per type at a time: a storage that hangs holds up nobody else.
+        self._locks = {module.type: asyncio.Lock() for module in modules}
+        self._expiry = ExpiryWatch()
 
     async def load(self) -> None:
         """Read what is stored, before anything else is called."""
-        for module in self._modules.values():
-            await module.load()
+        async with asyncio.TaskGroup() as group:
+            for module in self._modules.values():
+                group.create_task(module.load())
 
     async def run(self, started: Callable[[], None]) -> None:
-        """Log certificates near their end, every day; as errors, which become alerts for the cloud."""
+        """Log certificates near their end: as errors, which SM takes from the journal as alerts for the cloud."""
         started()
         while True:
-            for text in expiry_warnings(self._modules.values(), datetime.now(UTC)):
+            in_use = [module.newest for module in self._modules.values()]
+            for text in self._expiry.warnings(filter(None, in_use), datetime.now(UTC)):
                 _log.error(text)
             await asyncio.sleep(_EXPIRY_CHECK_PERIOD_S)
 
@@ -56,6 +61,7 @@ class CertHandler:
         record = module.newest
         if record is None:
             raise NotFoundError(f"there is no certificate of type {cert_type!r}")
+        module.mark_used(record)
         return record.info
 
     async def changes_of(self, cert_type: str) -> AsyncIterator[CertInfo]:
@@ -70,13 +76,13 @@ class CertHandler:
     async def create_key(self, cert_type: str, common_name: str) -> str:
         """A new key of the type; the PEM request for its certificate."""
         module = self._module(cert_type)
-        async with self._lock:
+        async with self._locks[cert_type]:
             return await module.create_key(common_name)
 
     async def apply_cert(self, cert_type: str, pem: str) -> CertInfo:
         """Take an issued certificate into use and tell those who use the type."""
         module = self._module(cert_type)
-        async with self._lock:
+        async with self._locks[cert_type]:
             before = module.newest
             info = await module.apply(pem)
         if module.newest != before and module.newest is not None:
@@ -85,17 +91,26 @@ class CertHandler:
 
     async def clear(self) -> None:
         """Delete all keys and certificates of all types."""
-        async with self._lock:
+        async with self._all_locks():
             for module in self._modules.values():
                 await module.clear()
 
     async def set_owner(self, password: str) -> None:
         """Prepare the storages of all types, and make the certificates that sign themselves."""
-        async with self._lock:
+        async with self._all_locks():
             for module in self._modules.values():
                 await module.set_owner(password)
+            # Types may share a storage, and each set_owner empties all of it.
+            for module in self._modules.values():
                 if module.self_signed:
                     await module.create_self_signed()
+
+    @contextlib.asynccontextmanager
+    async def _all_locks(self) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            for lock in self._locks.values():
+                await stack.enter_async_context(lock)
+            yield
 
     def _module(self, cert_type: str) -> CertModule:
         try:
@@ -111,17 +126,6 @@ class CertHandler:
         for module in self._modules.values():
             for record in module.records:
                 if record.info.issuer == issuer and int(record.info.serial, 16) == number:
+                    module.mark_used(record)
                     return msgspec.structs.replace(record.info, type=cert_type)
         raise NotFoundError(f"there is no certificate with serial {serial} of that issuer")
-
-
-def expiry_warnings(modules: Iterable[CertModule], now: datetime) -> list[str]:
-    """What to say about certificates in use that have expired or soon will."""
-    warnings = []
-    for module in modules:
-        record = module.newest
-        if record is None or record.not_after - now > _EXPIRY_WARNING:
-            continue
-        text = "Certificate has expired" if record.not_after <= now else "Certificate will expire soon"
-        warnings.append(kv(text, type=module.type, serial=record.info.serial, notAfter=record.not_after))
-    return warnings

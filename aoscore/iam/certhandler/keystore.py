@@ -1,6 +1,6 @@
 """What a key storage must offer to a certificate module: files or a token."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -42,7 +42,7 @@ class KeyStore(Protocol):
         """A new key without certificate. Raises WrongStateError when the storage is not owned."""
 
     def pending_keys(self) -> list[StoredKey]:
-        """Keys that have no certificate yet, oldest first."""
+        """Keys that have no certificate yet, in any order."""
 
     def remove_key(self, key_id: str) -> None:
         """Delete a key without certificate."""
@@ -56,5 +56,8 @@ class KeyStore(Protocol):
     def remove_certificate(self, cert_url: str) -> None:
         """Delete a certificate and its key."""
 
-    def remove_orphans(self) -> int:
-        """Delete certificates without key, which nobody can use; their number."""
+    def remove_orphans(self, keep: Collection[str]) -> int:
+        """Delete what nobody can use: certificates without key, and keys without certificate but those in `keep`.
+
+        Returns the number of what was deleted.
+        """

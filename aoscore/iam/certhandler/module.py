@@ -12,8 +12,9 @@ from aoscore.common.log import kv
 from aoscore.common.types import CertInfo
 from aoscore.iam.certhandler.chain import check_chain
 from aoscore.iam.certhandler.csr import build_csr, build_self_signed, missing_names
-from aoscore.iam.certhandler.keystore import KeyStore, StoredKey
-from aoscore.iam.certhandler.record import CertRecord, newest
+from aoscore.iam.certhandler.keystore import KeyStore, StoredCertificate, StoredKey
+from aoscore.iam.certhandler.pending import PendingKeys
+from aoscore.iam.certhandler.record import CertRecord, newest, surplus
 from aoscore.iam.config import CertModuleConfig, KeyUsage
 from aoscore.iam.database import IamDatabase
 
@@ -34,6 +35,7 @@ class CertModule:
         store: KeyStore,
         database: IamDatabase,
         worker: Worker,
+        pending: PendingKeys,
         roots: Callable[[], Sequence[x509.Certificate]],
     ) -> None:
         """`roots` gives the certificates at which a chain may end besides a root that comes with it."""
@@ -44,43 +46,60 @@ class CertModule:
         self._store = store
         self._database = database
         self._worker = worker
+        self._pending = pending
         self._roots = roots
-        self._failure: AosError | None = None
+        self._failed = False
+        # Serials of certificates that somebody has begun to use. What was there at start may have been.
+        self._used: set[str] = set()
 
     async def load(self) -> None:
         """Find out which certificates there are: the storage tells, the database follows.
 
-        A storage that can't be read does not stop the others: every call of this type then fails with its error.
+        A storage that can't be read does not stop the others: calls of this type try again, and fail with its error.
         """
         try:
-            if self._config.skip_validation:
-                self.records = await self._database.certificates(self.type)
-            else:
-                await self._refresh()
-            self._failure = None
+            await self._load()
         except (AosError, OSError) as error:
-            self._failure = FailedError(f"key storage of {self.type} can't be used: {error}")
             _log.error(kv("Can't use key storage", type=self.type, error=error))
+            self._failed = True
             self.records = await self._database.certificates(self.type)
+
+    async def _load(self) -> None:
+        if self._config.skip_validation:
+            self.records = await self._database.certificates(self.type)
+        else:
+            stored = await self._worker.run(self._clean_up)
+            await self._index(
+                [CertRecord.of(self.type, cert.certificate, cert.cert_url, cert.key_url) for cert in stored]
+            )
+        self._used = {record.info.serial for record in self.records}
+        self._failed = False
+        await self._trim(added=None)
+
+    def _clean_up(self) -> list[StoredCertificate]:
+        """What the storage has, after what a crash has left there is gone."""
+        self._store.remove_orphans(keep=self._pending.of(self.type))
+        return self._store.certificates()
 
     async def clear(self) -> None:
         """Delete all keys and certificates of the type."""
         await self._worker.run(self._store.clear)
+        await self._worker.run(self._pending.clear, self.type)
         await self._index([])
 
     async def set_owner(self, password: str) -> None:
         """Prepare the storage for new keys."""
         await self._worker.run(self._store.set_owner, password)
-        self._failure = None
+        self._failed = False
 
     async def create_key(self, common_name: str) -> str:
         """A new key, and the PEM request for its certificate. Earlier requests stay valid, up to a limit."""
-        self._check()
+        await self._check()
         return await self._worker.run(self._create_request, common_name)
 
     async def create_self_signed(self) -> CertInfo:
         """A new key with a certificate that it signs itself."""
-        self._check()
+        await self._check()
 
         def create() -> tuple[StoredKey, x509.Certificate]:
             stored = self._store.create_key(self._config.algorithm)
@@ -95,7 +114,7 @@ class CertModule:
         Repeating it is fine. Raises NotFoundError when the key was not made here or an issuer is missing, and the
         errors of check_chain; then all stays as it was.
         """
-        self._check()
+        await self._check()
         chain = check_chain(pem, self._roots(), datetime.now(UTC))
         leaf = chain[0]
         record = CertRecord.of(self.type, leaf, "", "")
@@ -109,18 +128,20 @@ class CertModule:
         return await self._store_chain(stored, chain)
 
     def _create_request(self, common_name: str) -> str:
-        self._store.remove_orphans()
+        self._store.remove_orphans(keep=self._pending.of(self.type))
         stored = self._store.create_key(self._config.algorithm)
         try:
             request = build_csr(
                 stored.private_key, common_name, self._config.alternative_names, self._config.extended_key_usage
             )
+            self._pending.add(self.type, stored.key_id)
         except BaseException:
             self._store.remove_key(stored.key_id)
             raise
-        for old in self._store.pending_keys()[:-MAX_PENDING_KEYS]:
-            _log.info(kv("Key without certificate given up", type=self.type, id=old.key_id))
-            self._store.remove_key(old.key_id)
+        for old in self._pending.of(self.type)[:-MAX_PENDING_KEYS]:
+            _log.info(kv("Key without certificate given up", type=self.type, id=old))
+            self._store.remove_key(old)
+            self._pending.remove(self.type, old)
         return request
 
     def _pending_key_of(self, certificate: x509.Certificate) -> StoredKey | None:
@@ -130,31 +151,36 @@ class CertModule:
     async def _store_chain(self, key: StoredKey, chain: Sequence[x509.Certificate]) -> CertInfo:
         stored = await self._worker.run(self._store.store_certificate, key.key_id, chain)
         record = CertRecord.of(self.type, stored.certificate, stored.cert_url, stored.key_url)
-        records = [*self.records, record]
-        await self._index(records)
-        await self._trim(keep=record)
+        await self._index([*self.records, record])
+        await self._worker.run(self._pending.remove, self.type, key.key_id)
+        await self._trim(added=record)
         _log.info(kv("Certificate in use", type=self.type, serial=record.info.serial, notAfter=record.not_after))
         return record.info
 
-    async def _trim(self, keep: CertRecord) -> None:
+    async def _trim(self, added: CertRecord | None) -> None:
         """Old certificates go last, when the new one is in use."""
-        while len(self.records) > self._config.max_items:
-            oldest = min((old for old in self.records if old != keep), key=lambda old: old.not_after)
-            await self._worker.run(self._store.remove_certificate, oldest.info.cert_url)
-            await self._index([old for old in self.records if old != oldest])
-            _log.info(kv("Old certificate removed", type=self.type, serial=oldest.info.serial))
+        for old in surplus(self.records, self._config.max_items, added=added, used=self._used):
+            await self._worker.run(self._store.remove_certificate, old.info.cert_url)
+            await self._index([record for record in self.records if record != old])
+            _log.info(kv("Old certificate removed", type=self.type, serial=old.info.serial))
 
-    async def _refresh(self) -> None:
-        stored = await self._worker.run(self._store.certificates)
-        await self._index([CertRecord.of(self.type, cert.certificate, cert.cert_url, cert.key_url) for cert in stored])
+    def mark_used(self, record: CertRecord) -> None:
+        """Somebody asked for this certificate to use it; until then its predecessor stays. Any thread may call."""
+        self._used.add(record.info.serial)
 
     async def _index(self, records: list[CertRecord]) -> None:
         await self._database.replace_certificates(self.type, records)
         self.records = records
 
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    async def _check(self) -> None:
+        """A storage that failed may be back. Raises FailedError while it is not."""
+        if not self._failed:
+            return
+        try:
+            await self._load()
+        except (AosError, OSError) as error:
+            raise FailedError(f"key storage of {self.type} can't be used: {error}") from error
+        _log.info(kv("Key storage can be used again", type=self.type))
 
     def _warn_about(self, leaf: x509.Certificate) -> None:
         """Peers of AosCore 9.1 refuse a server whose certificate lacks the name by which they call it."""

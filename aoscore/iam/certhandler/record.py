@@ -1,5 +1,6 @@
 """A certificate in use, as the index knows it."""
 
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -28,6 +29,24 @@ class CertRecord(msgspec.Struct, frozen=True):
         return (whole.days * 86400 + whole.seconds) * 10**9 + whole.microseconds * 1000
 
 
-def newest(records: list[CertRecord]) -> CertRecord | None:
+def newest(records: Sequence[CertRecord]) -> CertRecord | None:
     """The certificate that peers are to use: the one that is valid longest (iam.md §5.10)."""
     return max(records, key=lambda record: record.not_after, default=None)
+
+
+def surplus(
+    records: Sequence[CertRecord], max_items: int, *, added: CertRecord | None, used: Collection[str]
+) -> list[CertRecord]:
+    """Certificates that have to go so that `max_items` are left, those that end first before others. Pure.
+
+    Never `added`, which has just come, and never the last that has been `used` (by serial) before `added` has: until
+    the new one works, the old one is all there is. Then one more than `max_items` may stay.
+    """
+    kept = {added.info.serial} if added is not None else set()
+    proven = [record for record in records if record.info.serial in used]
+    if proven and not kept & set(used):
+        last = newest(proven)
+        kept |= {last.info.serial} if last is not None else set()
+    by_end = sorted(records, key=lambda record: record.not_after)
+    candidates = [record for record in by_end if record.info.serial not in kept]
+    return candidates[: max(0, len(records) - max_items)]

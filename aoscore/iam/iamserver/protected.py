@@ -20,6 +20,7 @@ from aoscore.common.log import kv
 from aoscore.common.rpc import handler
 from aoscore.iam.iamserver.nodelink import UnreachableError
 from aoscore.iam.iamserver.nodes import NodeRouter
+from aoscore.iam.iamserver.peer import Peer
 from aoscore.iam.permissions import Permissions
 
 _log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ T = TypeVar("T")
 
 def peer_of(context: Any) -> str:
     """Who asks: address, and the name in the client certificate when there is one."""
-    names = context.auth_context().get("x509_common_name", [])
-    return " ".join([context.peer(), *(name.decode(errors="replace") for name in names)])
+    peer = Peer.of(context)
+    return " ".join([peer.address, *peer.names])
 
 
 async def attempt(

@@ -5,7 +5,7 @@ import pytest
 from cryptography import x509
 
 from aoscore.common import certs, keys
-from aoscore.common.errors import InvalidArgumentError, NotFoundError, NotSupportedError, SignatureError
+from aoscore.common.errors import InvalidArgumentError, NotFoundError, SignatureError
 from tests.support.pki import TestCa
 
 NOW = datetime.now(UTC)
@@ -77,7 +77,7 @@ def test_reading_by_url(ca: TestCa, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "error"),
     [
-        ("pkcs11:token=a;object=b", NotSupportedError),
+        ("pkcs11:token=a;object=b", InvalidArgumentError),
         ("http://x/y", InvalidArgumentError),
         ("", InvalidArgumentError),
         ("file:///nowhere/at/all", NotFoundError),

@@ -6,6 +6,7 @@ import pytest
 
 from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.iam import app
+from aoscore.iam.certhandler.tokenstore import TokenStoreParams
 from aoscore.iam.config import Algorithm, Config, KeyUsage, load
 
 MODULE: dict[str, Any] = {
@@ -53,8 +54,18 @@ def test_example_of_a_secondary_node_loads(repository: Path) -> None:
     assert set(settings.stores) == {"iam", "sm"}
 
 
-@pytest.mark.parametrize("name", ["iam.cfg", "iam-secondary.cfg"])
-def test_example_spells_keys_as_documented(repository: Path, name: str) -> None:
+def test_example_with_tokens_loads(repository: Path) -> None:
+    """The shipped set of AosCore 9.1 (iam.md §2.6)."""
+    settings = app.load(repository / "docs/examples/iam-pkcs11.cfg")
+    tokens = {name: store.token_label for name, store in settings.stores.items() if isinstance(store, TokenStoreParams)}
+    cloud, core = ["online", "offline"], ["iam", "sm", "cm", "diskencryption"]
+    assert tokens == {**dict.fromkeys(cloud, "aoscloud"), **dict.fromkeys(core, "aoscore")}
+    assert [module.id for module in settings.config.cert_modules if module.self_signed] == ["diskencryption"]
+    assert len({id(store._token) for store in app._stores(settings).values()}) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["iam.cfg", "iam-secondary.cfg", "iam-pkcs11.cfg"])
+def test_example_spells_keys_as_documented(name: str, repository: Path) -> None:
     text = (repository / "docs/examples" / name).read_text()
     assert set(json.loads(text)) <= set(Config.__struct_encode_fields__)
 
@@ -110,7 +121,11 @@ def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
         ),
         ({"identifier": {"plugin": "psychic"}}, "identifier.plugin: 'psychic' is unknown"),
         ({"identifier": {"plugin": "fileidentifier"}}, "identifier.params: .*systemIdPath"),
-        ({"certModules": [{**MODULE, "plugin": "pkcs11module"}]}, r"certModules\[0\].plugin: pkcs11module is not supp"),
+        ({"certModules": [{**MODULE, "plugin": "pkcs11module"}]}, r"unknown key 'certModules\[0\].params.storagePath'"),
+        (
+            {"certModules": [{**MODULE, "plugin": "pkcs11module", "params": {"library": "/l", "userPinPath": "pin"}}]},
+            r"certModules\[0\].params.userPinPath: pin is not absolute",
+        ),
         ({"certModules": [{**MODULE, "plugin": "other"}]}, r"certModules\[0\].plugin: 'other' is unknown"),
         ({"certModules": [{**MODULE, "params": {}}]}, r"certModules\[0\].params: .*storagePath"),
         ({"certModules": [{**MODULE, "params": {"storagePath": "keys"}}]}, r"storagePath: keys is not absolute"),

@@ -2,31 +2,32 @@ import pytest
 
 from aoscore.common.errors import RuntimeFailure, WrongStateError
 from aoscore.iam.iamserver.protected import attempt, peer_of
+from tests.support.pki import TestCa, pem
 
 
 class Context:
-    def __init__(self, *names: bytes) -> None:
-        self._names = names
+    def __init__(self, certificate: bytes | None = None) -> None:
+        self._certificate = certificate
 
     def peer(self) -> str:
         return "ipv4:1.2.3.4:5"
 
     def auth_context(self) -> dict[str, list[bytes]]:
-        return {"x509_common_name": list(self._names)} if self._names else {}
+        return {"x509_pem_cert": [self._certificate]} if self._certificate else {}
 
 
-def test_peer() -> None:
+def test_peer(authority: TestCa) -> None:
     assert peer_of(Context()) == "ipv4:1.2.3.4:5"
-    assert peer_of(Context(b"unit\xff")) == "ipv4:1.2.3.4:5 unit\ufffd"
+    assert peer_of(Context(pem(authority.issue("unit").cert).encode())) == "ipv4:1.2.3.4:5 unit"
 
 
-async def test_result_has_no_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_result_has_no_error(caplog: pytest.LogCaptureFixture, authority: TestCa) -> None:
     caplog.set_level("INFO")
 
     async def work() -> int:
         return 7
 
-    assert await attempt("Do it", "n1", Context(b"cm"), work) == (7, None)
+    assert await attempt("Do it", "n1", Context(pem(authority.issue("cm").cert).encode()), work) == (7, None)
     assert "Do it: nodeID=n1, peer=ipv4:1.2.3.4:5 cm" in caplog.text
 
 

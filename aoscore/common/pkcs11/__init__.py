@@ -1,0 +1,1 @@
+"""Keys and certificates on PKCS#11 tokens: addresses, and work done by a helper process."""
