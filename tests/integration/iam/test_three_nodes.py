@@ -108,6 +108,8 @@ def test_aos_prov_provisions_three_nodes_and_does_so_again(
     serials: list[set[str]] = []
     for _ in range(2):
         unit.restart(provisioning=True)
+        with unit.main.plain() as client:
+            client.wait_for_nodes(3)
         output = tools.succeed("aos-prov", *provision)
         assert "Finished successfully" in output
         assert [node.state_file.read_text() for node in unit.nodes] == ["provisioned"] * 3
