@@ -18,6 +18,7 @@ import pytest
 MARKERS = frozenset(("net", "container"))
 _INSIDE = "AOSCORE_TEST_INSIDE"
 _TIMEOUT_S = 120.0
+_GRACE_S = 30.0
 _PROGRAMS = {"net": ("ip", "nft"), "container": ("crun", "conmon", "busybox")}
 
 
@@ -47,6 +48,9 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     if lacks and "CI" not in os.environ:
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {lacks}"))]
     name = str(os.getpid())
+    # A test with a time limit of its own is ended by that; here it is only made sure of.
+    marker = item.get_closest_marker("timeout")
+    limit_s = _TIMEOUT_S if marker is None else max(_TIMEOUT_S, marker.args[0] + _GRACE_S)
     directory = tempfile.mkdtemp(prefix="aoscore-test-")
     args = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", sys.executable]
     args += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={directory}/t", item.nodeid]
@@ -58,12 +62,12 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_TIMEOUT_S,
+            timeout=limit_s,
             check=False,
         )
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, output = -1, (error.stdout or b"") + f"\nkilled after {_TIMEOUT_S:g} s".encode()
+        code, output = -1, (error.stdout or b"") + f"\nkilled after {limit_s:g} s".encode()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         _remove_cgroups(f"aoscore-test-{name}")

@@ -1,6 +1,7 @@
 """A SoftHSM of the distribution with tokens in a directory of the test, and other eyes than ours to look at them."""
 
 import os
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -29,6 +30,12 @@ class SoftHsm:
         config = directory / "softhsm2.conf"
         config.write_text(f"directories.tokendir = {self.tokens}\nobjectstore.backend = file\nlog.level = ERROR\n")
         self.environment = {"SOFTHSM2_CONF": str(config)}
+
+    def wipe(self) -> None:
+        """Remove all tokens and their PIN, as a device does before it goes into provisioning mode (iam.md §1.2)."""
+        shutil.rmtree(self.tokens)
+        self.tokens.mkdir()
+        self.pin_file.unlink(missing_ok=True)
 
     def params(self, label: str = "aoscore", **more: object) -> dict[str, object]:
         """Section params of a certificate module."""

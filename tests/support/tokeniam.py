@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from aoscore.common.keys import private_key_pem
-from tests.support.iam import TYPES, Iam
+from tests.support.iam import TYPES, Iam, KeyModule
 from tests.support.pki import TestCa
 from tests.support.provider import provider_environment
 from tests.support.softhsm import SoftHsm
@@ -46,8 +46,8 @@ class TokenIam(Iam):
         if tls:
             self.environment |= provider_environment(root, self.hsm.library, self.hsm.pin_file)
 
-    def _config(self) -> dict[str, Any]:
-        config = super()._config()
+    def _config(self, host: str, keys: KeyModule) -> dict[str, Any]:
+        config = super()._config(host, keys)
         disk = {"id": DISK, "algorithm": "rsa", "maxItems": 1, "selfSigned": True}
         config["certModules"] = [
             {

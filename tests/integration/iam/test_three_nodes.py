@@ -17,12 +17,14 @@ from google.protobuf.empty_pb2 import Empty
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from tests.support.cloudtools import Tools, new_user
 from tests.support.devcloud import DevcloudProcess
-from tests.support.iam import SECONDARY_TYPES, TYPES, Iam, KeyModule, file_keys, wait_until
+from tests.support.iam import SECONDARY_TYPES, TYPES, Client, Iam, wait_until
 from tests.support.pki import TestCa
+from tests.support.tokeniam import TokenIam
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(300)]
 
-KEY_MODULES: list[KeyModule] = [file_keys]
+# Keys in files, and on tokens of SoftHSM: all types of all Nodes.
+KINDS: list[type[Iam]] = [Iam, TokenIam]
 
 
 def ip(*words: str) -> None:
@@ -56,7 +58,7 @@ class Network:
 class Unit:
     """Main Node and two Secondary Nodes."""
 
-    def __init__(self, directory: Path, network: Network, keys: KeyModule) -> None:
+    def __init__(self, directory: Path, network: Network, kind: type[Iam]) -> None:
         self.network = network
         authority = TestCa("Unit CA")
         self.nodes: list[Iam] = []
@@ -65,10 +67,8 @@ class Unit:
             root.mkdir()
             host = network.join(f"node-{number}", number)
             main = self.nodes[0] if self.nodes else None
-            node = Iam(
-                root, authority, node_id=f"node-{number}", host=host, netns=f"node-{number}", main=main, keys=keys
-            )
-            self.nodes.append(node)
+            name = f"node-{number}"
+            self.nodes.append(kind(root, authority, node_id=name, host=host, netns=name, main=main))
         self.main, *self.others = self.nodes
 
     def trust(self, root_file: Path) -> None:
@@ -77,11 +77,13 @@ class Unit:
             node.ca_file.write_bytes(root_file.read_bytes())
 
     def restart(self, *, provisioning: bool = False) -> None:
-        """What the finish and deprovision hooks of a device do to all Nodes."""
+        """What the finish and deprovision hooks of a device, and the units of systemd, do to all Nodes."""
         for node in self.nodes:
             if node.process is not None:
                 assert node.stop() == 0
         for node in self.nodes:
+            if provisioning and isinstance(node, TokenIam):
+                node.hsm.wipe()
             node.start(provisioning=provisioning)
 
     def states(self, client: object) -> dict[str, str]:
@@ -90,12 +92,19 @@ class Unit:
         return {node_id: nodes.GetNodeInfo(pb.GetNodeInfoRequest(node_id=node_id)).state for node_id in ids}
 
 
-@pytest.fixture(params=KEY_MODULES, ids=lambda keys: keys.__name__)
+@pytest.fixture(params=KINDS, ids=["files", "tokens"])
 def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Unit]:
     unit = Unit(tmp_path, Network(), request.param)
     yield unit
     for node in unit.nodes:
         node.kill()
+
+
+def credentials_of_user(cloud: DevcloudProcess) -> grpc.ChannelCredentials:
+    """A client of the Unit's protected ports, whose CA is that of the cloud."""
+    cloud.user_context("oem")
+    key, begin, chain = (cloud.directory / "users" / "oem.pem").read_text().partition("-----BEGIN CERTIFICATE")
+    return grpc.ssl_channel_credentials(cloud.root_file.read_bytes(), key.encode(), (begin + chain).encode())
 
 
 def test_aos_prov_provisions_three_nodes_and_does_so_again(
@@ -118,11 +127,12 @@ def test_aos_prov_provisions_three_nodes_and_does_so_again(
             (node.node_id, cert_type) for node in unit.others for cert_type in SECONDARY_TYPES
         }
         unit.restart()
-        with unit.main.secure() as client:
+        with Client(unit.main, unit.main.protected, credentials_of_user(tools_cloud)) as client:
             assert unit.states(client) == {node.node_id: "provisioned" for node in unit.nodes}
             for node in unit.others:
                 with node.open() as peer:
                     info = peer.certs.GetCert(pb.GetCertRequest(type="iam"))
+                    assert info.key_url.startswith("pkcs11:" if isinstance(node, TokenIam) else "file:")
                     assert peer.node.GetCurrentNodeInfo(Empty()).state == "provisioned"
                 serials.append({info.serial.decode()})
                 wait_until(partial(connected, client, node))
