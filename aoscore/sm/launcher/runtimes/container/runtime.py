@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from aoscore.common.aio import Broadcast, Worker, log_and_continue
-from aoscore.common.errors import FailedError, InvalidArgumentError, NotSupportedError, to_error_info
+from aoscore.common.errors import FailedError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.oci import ItemConfig
 from aoscore.common.types import (
@@ -27,11 +27,10 @@ from aoscore.common.types import (
     InstanceStatus,
     NodeInfo,
     ResourceAllocateAlert,
-    RuntimeInfo,
 )
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.imagemanager.model import InstalledImage
-from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_id
+from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_info
 from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.container import Container, Tools, ended_run, instance_status
@@ -102,8 +101,7 @@ class ContainerRuntime:
         history: RunHistory,
         send_alert: Callable[[ResourceAllocateAlert], Awaitable[None]],
     ) -> None:
-        if not node.cpus:
-            raise InvalidArgumentError(f"node {node.node_id} names no CPU, so no architecture can be announced")
+        self.info = runtime_info(runtime_type, node, max_instances=MAX_INSTANCES)
         cpu = CpuCapacity(sum(cpu.num_cores for cpu in node.cpus) or 1, node.max_dmips)
         self._config = config
         self._layout = layout
@@ -112,14 +110,8 @@ class ContainerRuntime:
         self._resources = resources
         self._send_alert = send_alert
         self._preparation = Preparation(config, cpu, resources)
-        self.info = RuntimeInfo(
-            runtime_id=runtime_id(runtime_type, node.node_id),
-            type=runtime_type,
-            max_instances=MAX_INSTANCES,
-            os_info=node.os_info,
-            arch_info=node.cpus[0].arch_info,
-        )
         self.changed: Broadcast[InstanceStatus] = Broadcast(f"statuses of runtime {runtime_type}")
+        self.reboot_due = asyncio.Event()
         self._worker = Worker("container", _THREADS)
         self._tools = Tools(config, Crun(config, layout), output, history, self._worker, self.changed.publish)
         self._containers: dict[str, Container] = {}
