@@ -30,6 +30,8 @@ from aoscore.sm.imagemanager.items import ItemTable
 from aoscore.sm.imagemanager.store import ImageStore
 from aoscore.sm.launcher import launcher
 from aoscore.sm.launcher.runtimes.base import Runtime
+from aoscore.sm.launcher.runtimes.boot.config import BootConfig, load_boot_config
+from aoscore.sm.launcher.runtimes.boot.runtime import BootRuntime
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, load_container_config
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import JournalOutput, choose_output
@@ -54,11 +56,12 @@ _IMAGE_THREADS = 2
 _IAM_PATIENCE_S = 60.0
 
 
-RuntimeSection: TypeAlias = ContainerConfig | RootfsConfig
+RuntimeSection: TypeAlias = ContainerConfig | RootfsConfig | BootConfig
 
 _LOADERS: dict[str, Callable[..., RuntimeSection]] = {
     "container": load_container_config,
     "rootfs": load_rootfs_config,
+    "boot": load_boot_config,
 }
 
 
@@ -105,6 +108,9 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
     for runtime_type, section in setup.runtimes:
         if isinstance(section, RootfsConfig):
             runtimes.append(RootfsRuntime(section, runtime_type, core.node, Systemd()))
+            continue
+        if isinstance(section, BootConfig):
+            runtimes.append(BootRuntime(section, runtime_type, core.node, Systemd()))
             continue
         output_dir = section.output_dir or setup.config.working_dir / "instancelogs"
         output = choose_output(section.output, output_dir, section.output_max_size_bytes)

@@ -22,7 +22,7 @@ from aoscore.common.types import (
 )
 from aoscore.sm.imagemanager.model import InstalledImage, Payload, item_key
 from aoscore.sm.launcher.runtimes.component import ComponentRuntime
-from tests.support.running import running
+from tests.support.running import running, until
 
 NODE = NodeInfo(
     "node",
@@ -31,6 +31,8 @@ NODE = NodeInfo(
     cpus=(CPUInfo(num_cores=2, arch_info=ArchInfo("amd64")),),
 )
 TO_REBOOT, SETTLED = 10, 0
+STEPS = frozenset({"os.rename", "os.remove", "test.write"})
+"""Files change by renames and removals; a test announces what else it writes."""
 
 
 class FakeSystem:
@@ -87,15 +89,18 @@ async def life(runtime: ComponentRuntime, info: InstanceInfo, payload: Installed
                 await runtime.start_instance(info, payload)
             except Exception as error:
                 print(f"not started: {error}")
-        if any(one.status.state == "activating" for one in runtime.running()):
-            await runtime.reboot_due.wait()
+
+        def is_through() -> bool:
+            return all(one.status.state != "activating" for one in runtime.running())
+
+        await until(lambda: runtime.reboot_due.is_set() or is_through(), 40)
         return TO_REBOOT if runtime.reboot_due.is_set() else SETTLED
 
 
-def in_child(steps: Path, kill_at: int, work: Callable[[], Awaitable[int]], events: frozenset[str]) -> int | None:
+def in_child(steps: Path, kill_at: int, work: Callable[[], Awaitable[int]]) -> int | None:
     """Run `work` in a process that dies by SIGKILL right before its `kill_at`-th persistent step, counted in `steps`.
 
-    Steps are the audit events of this kind. Returns what `work` returned, None when it was killed.
+    Steps are the audit events of `STEPS`. Returns what `work` returned, None when it was killed.
     """
     pid = os.fork()
     if pid == 0:
@@ -105,7 +110,7 @@ def in_child(steps: Path, kill_at: int, work: Callable[[], Awaitable[int]], even
 
             def audit(event: str, arguments: tuple[Any, ...]) -> None:
                 nonlocal count
-                if event in events:
+                if event in STEPS:
                     count += 1
                     fd = os.open(steps, os.O_WRONLY | os.O_CREAT)
                     os.write(fd, str(count).encode())

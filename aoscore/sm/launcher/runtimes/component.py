@@ -148,6 +148,7 @@ class ComponentRuntime(abc.ABC):
         """Find out what the last boot meant and report it."""
         async with self._lock:
             try:
+                await self._worker.run(remove_partial_files, self._directory)
                 self._rejected = await self._worker.run(load_or_drop, self._rejected_path, Rejected)
                 await self._recover()
             except (AosError, OSError) as error:
@@ -310,6 +311,11 @@ def remove_durably(*paths: Path) -> None:
         path.unlink()
     if found:
         fsync_dir(found[0].parent)
+
+
+def remove_partial_files(directory: Path) -> None:
+    """Delete what writes that were cut off have left."""
+    remove_durably(*directory.glob(".*.tmp"))
 
 
 def save(path: Path, document: msgspec.Struct) -> None:

@@ -18,6 +18,7 @@ from aoscore.sm.launcher.runtimes.component import (
     load_or_drop,
     read_version,
     remove_durably,
+    remove_partial_files,
     save,
 )
 from aoscore.sm.launcher.runtimes.rootfs.state import Found
@@ -133,8 +134,9 @@ class UpdateFiles:
         pending record is there, it says what became of it.
         """
         self._remove("do_update", "do_apply", "updated")
-        files = [*self._directory.glob("*.squashfs"), *self._directory.glob(".*.tmp")]
-        remove_durably(*files, self._directory / "image.sha256", self._pending, self._progress)
+        remove_partial_files(self._directory)
+        images = self._directory.glob("*.squashfs")
+        remove_durably(*images, self._directory / "image.sha256", self._pending, self._progress)
         self._remove("failed")
 
     def _write(self, name: str, text: str) -> None:
