@@ -33,9 +33,12 @@ from aoscore.sm.launcher.runtimes.base import Runtime
 from aoscore.sm.launcher.runtimes.boot.config import BootConfig, load_boot_config
 from aoscore.sm.launcher.runtimes.boot.runtime import BootRuntime
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, load_container_config
+from aoscore.sm.launcher.runtimes.container.engine import Engine
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import JournalOutput, choose_output
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
+from aoscore.sm.launcher.runtimes.native.config import NativeConfig, load_native_config
+from aoscore.sm.launcher.runtimes.native.engine import SystemdEngine
 from aoscore.sm.launcher.runtimes.rootfs.config import RootfsConfig, load_rootfs_config
 from aoscore.sm.launcher.runtimes.rootfs.runtime import RootfsRuntime
 from aoscore.sm.launcher.store import LauncherStore
@@ -56,10 +59,11 @@ _IMAGE_THREADS = 2
 _IAM_PATIENCE_S = 60.0
 
 
-RuntimeSection: TypeAlias = ContainerConfig | RootfsConfig | BootConfig
+RuntimeSection: TypeAlias = ContainerConfig | NativeConfig | RootfsConfig | BootConfig
 
 _LOADERS: dict[str, Callable[..., RuntimeSection]] = {
     "container": load_container_config,
+    "native": load_native_config,
     "rootfs": load_rootfs_config,
     "boot": load_boot_config,
 }
@@ -112,6 +116,9 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         if isinstance(section, BootConfig):
             runtimes.append(BootRuntime(section, runtime_type, core.node, Systemd()))
             continue
+        engine: Engine | None = None
+        if isinstance(section, NativeConfig):
+            engine, section = SystemdEngine(section, Systemd()), section.as_container()
         output_dir = section.output_dir or setup.config.working_dir / "instancelogs"
         output = choose_output(section.output, output_dir, section.output_max_size_bytes)
         is_journal = isinstance(output, JournalOutput)
@@ -128,6 +135,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
                 output=output,
                 history=history,
                 send_alert=core.client.send,
+                engine=engine,
             )
         )
     monitoring = Monitoring(

@@ -13,7 +13,7 @@ from aoscore.sm.launcher.runtimes.boot.config import BootConfig
 from aoscore.sm.launcher.runtimes.boot.efi import EfiVariables, Partition, build_numbers, parse_numbers
 from aoscore.sm.launcher.runtimes.boot.runtime import BootRuntime
 from aoscore.sm.launcher.runtimes.component import read_version
-from tests.support.components import NODE, SETTLED, FakeSystem, image, instance, life, no_pause, told
+from tests.support.components import NODE, FakeSystem, Lives, image, instance, no_pause
 
 GUID = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 MEDIA_TYPE = "application/vnd.aos.image.component.full.v1+gzip"
@@ -28,7 +28,7 @@ def content(version: str, size: int = PARTITION_BYTES) -> bytes:
     return head + (version.encode() * size)[: size - len(head)]
 
 
-class BootNode:
+class BootNode(Lives):
     """The firmware boots what BootNext says, once, or the first of BootOrder; what can't start is skipped."""
 
     def __init__(self, directory: Path) -> None:
@@ -122,19 +122,6 @@ class BootNode:
         """Whether both partitions hold the same."""
         first, second = (device.read_bytes() for device in self.partitions)
         return first == second
-
-    async def go_through(self, info: InstanceInfo, payload: InstalledImage) -> list[list[tuple[str, str, str]]]:
-        """Lives and reboots until nothing more happens; what each life told."""
-        lives = []
-        for _ in range(10):
-            runtime = self.runtime()
-            with runtime.changed.subscribe() as statuses:
-                end = await life(runtime, info, payload)
-                lives.append(told(statuses))
-            if end == SETTLED:
-                return lives
-            self.boot()
-        raise AssertionError(f"no end: {lives}")
 
 
 def announce_writes() -> None:

@@ -1,5 +1,6 @@
 """What component runtimes need in tests: a node, a systemd that says what it is told to, payloads."""
 
+import abc
 import asyncio
 import hashlib
 import os
@@ -133,3 +134,45 @@ def in_child(steps: Path, kill_at: int, work: Callable[[], Awaitable[int]]) -> i
     code = os.WEXITSTATUS(status)
     assert code in (TO_REBOOT, SETTLED), code
     return code
+
+
+class Lives(abc.ABC):
+    """A node on which SM lives again and again."""
+
+    directory: Path
+
+    @abc.abstractmethod
+    def runtime(self) -> ComponentRuntime:
+        """SM's next life."""
+
+    @abc.abstractmethod
+    def boot(self) -> None:
+        """Reboot, or come up after a power cut."""
+
+    async def go_through(self, info: InstanceInfo, payload: InstalledImage) -> list[list[tuple[str, str, str]]]:
+        """Lives and reboots until nothing more happens; what each life told."""
+        lives = []
+        for _ in range(10):
+            runtime = self.runtime()
+            with runtime.changed.subscribe() as statuses:
+                end = await life(runtime, info, payload)
+                lives.append(told(statuses))
+            if end == SETTLED:
+                return lives
+            self.boot()
+        raise AssertionError(f"no end: {lives}")
+
+    def survive(self, step: int, work: Callable[[], Awaitable[int]], *, power_cut: bool) -> bool:
+        """Lives and reboots until nothing more happens, with SM killed before a step, and with it perhaps the node.
+
+        `work` is one life. Returns whether there were so many steps.
+        """
+        killed = False
+        for _ in range(12):
+            end = in_child(self.directory / "steps", 0 if killed else step, work)
+            killed = killed or end is None
+            if end == SETTLED:
+                return killed
+            if end == TO_REBOOT or power_cut:
+                self.boot()
+        raise AssertionError(f"no end after step {step}")

@@ -7,13 +7,13 @@ from aoscore.common.types import InstanceInfo
 from aoscore.sm.imagemanager.model import InstalledImage
 from aoscore.sm.launcher.runtimes.rootfs.config import RootfsConfig
 from aoscore.sm.launcher.runtimes.rootfs.runtime import RootfsRuntime
-from tests.support.components import NODE, SETTLED, FakeSystem, image, instance, life, no_pause, told
+from tests.support.components import NODE, FakeSystem, Lives, image, instance, no_pause
 
 FULL = "application/vnd.aos.image.component.full.v1+squashfs"
 INCREMENTAL = "application/vnd.aos.image.component.inc.v1+squashfs"
 
 
-class Node:
+class Node(Lives):
     """A disk, and the initramfs as sm-runtime.md §3.3 tells it. The image of version V is squashfs magic and V."""
 
     def __init__(self, directory: Path) -> None:
@@ -71,16 +71,3 @@ class Node:
         """Version in the record of what is installed."""
         version: str = json.loads((self.updates / "installed_instance.json").read_text())["version"]
         return version
-
-    async def go_through(self, info: InstanceInfo, payload: InstalledImage) -> list[list[tuple[str, str, str]]]:
-        """Lives and reboots until nothing more happens; what each life told."""
-        lives = []
-        for _ in range(10):
-            runtime = self.runtime()
-            with runtime.changed.subscribe() as statuses:
-                end = await life(runtime, info, payload)
-                lives.append(told(statuses))
-            if end == SETTLED:
-                return lives
-            self.boot()
-        raise AssertionError(f"no end: {lives}")

@@ -12,7 +12,7 @@ from aoscore.common.types import InstanceInfo
 from aoscore.sm.imagemanager.model import InstalledImage
 from aoscore.sm.launcher.runtimes.boot import partitions
 from tests.support.boot import BootNode, announce_writes
-from tests.support.components import SETTLED, TO_REBOOT, FakeSystem, in_child, life
+from tests.support.components import FakeSystem, life
 
 
 @pytest.mark.timeout(300)
@@ -31,22 +31,12 @@ def test_killed_at_any_step_the_update_ends_the_same(tmp_path: Path, then: str, 
         if outcome == "broken":
             node.broken.add("2.0.0")
         info, payload = node.update()
-        killed = False
-        for _ in range(12):
-            kill_at = 0 if killed else step
 
-            async def work(node: BootNode = node, info: InstanceInfo = info, payload: InstalledImage = payload) -> int:
-                announce_writes()
-                return await life(node.runtime(), info, payload)
+        async def work(node: BootNode = node, info: InstanceInfo = info, payload: InstalledImage = payload) -> int:
+            announce_writes()
+            return await life(node.runtime(), info, payload)
 
-            end = in_child(node.directory / "steps", kill_at, work)
-            killed = killed or end is None
-            if end == SETTLED:
-                break
-            if end == TO_REBOOT or then == "power cut":
-                node.boot()
-        else:
-            raise AssertionError(f"no end after step {step}: {node.files()}")
+        killed = node.survive(step, work, power_cut=then == "power cut")
         assert node.running == node.installed(), step
         assert node.are_equal(), step
         if outcome != "good":

@@ -16,7 +16,6 @@ from tests.support.components import (
     TO_REBOOT,
     FakeSystem,
     image,
-    in_child,
     instance,
     life,
     no_pause,
@@ -26,6 +25,7 @@ from tests.support.initramfs import installed_machine
 from tests.support.rootfs import FULL, INCREMENTAL, Node
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("then", ["SM starts again", "power cut"])
 @pytest.mark.parametrize("outcome", ["good", "sick"])
 def test_killed_at_any_step_the_update_ends_the_same(tmp_path: Path, then: str, outcome: str) -> None:
@@ -38,21 +38,11 @@ def test_killed_at_any_step_the_update_ends_the_same(tmp_path: Path, then: str, 
         if outcome == "sick":
             node.system = FakeSystem({"a.service": "failed"})
         info, payload = node.update()
-        killed = False
-        for _ in range(12):
-            kill_at = 0 if killed else step
 
-            async def work(node: Node = node, info: InstanceInfo = info, payload: InstalledImage = payload) -> int:
-                return await life(node.runtime(), info, payload)
+        async def work(node: Node = node, info: InstanceInfo = info, payload: InstalledImage = payload) -> int:
+            return await life(node.runtime(), info, payload)
 
-            end = in_child(node.directory / "steps", kill_at, work)
-            killed = killed or end is None
-            if end == SETTLED:
-                break
-            if end == TO_REBOOT or then == "power cut":
-                node.boot()
-        else:
-            raise AssertionError(f"no end after step {step}: {node.files()}")
+        killed = node.survive(step, work, power_cut=then == "power cut")
         assert node.root == node.installed(), step
         if outcome == "sick":
             assert node.root == "1.0.0"

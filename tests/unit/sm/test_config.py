@@ -98,7 +98,10 @@ def runtime(**changes: Any) -> dict[str, Any]:
         ({"workingDir": 5}, "workingDir"),
         ({"journalAlerts": {"filter": ["("]}}, "journalAlerts.filter"),
         ({"runtimes": {}}, "runtimes"),
-        (runtime(plugin="vm"), r"'runtimes\[0\].plugin' 'vm' is not supported, use one of container, rootfs, boot"),
+        (
+            runtime(plugin="vm"),
+            r"'runtimes\[0\].plugin' 'vm' is not supported, use one of container, native, rootfs, boot",
+        ),
         (
             runtime(plugin="boot", config={"partitions": ["1"], "detectMode": "auto"}),
             "must name two different partitions",
@@ -107,6 +110,7 @@ def runtime(**changes: Any) -> dict[str, Any]:
         (runtime(plugin="boot", config={"partitions": ["1", "2"]}), "'1' is no path of a device"),
         (runtime(plugin="boot", config={"partitions": ["/a", "/b"], "detectMode": "auto"}), "numbers, '/a' is none"),
         (runtime(plugin="boot", config={"detectMode": "magic"}), r"runtimes\[0\].config.detectMode' 'magic'"),
+        (runtime(plugin="native", config={"conmonExecutable": "x"}), r"runtimes\[0\].config.conmonExecutable"),
         (runtime(plugin="rootfs", config={"versionFile": "x"}), r"runtimes\[0\].config.versionFile"),
         (runtime(plugin="rootfs", config={"healthCheckServices": "x"}), r"runtimes\[0\].config"),
         (runtime(config={"crunExecutble": "x"}), r"runtimes\[0\].config.crunExecutble"),
