@@ -156,8 +156,8 @@ async def main() -> None:
     assert variables["ODD"] == ODD, variables
     assert (variables["AOS_INSTANCE_ID"], variables["AOS_SECRET"]) == (instance_id(info.ident), "very-secret")
     assert "uid=5000" in (storage / "out").read_text()
-    shown = set((storage / "root").read_text().split())
-    assert "app" in shown and not shown & {"opt", "root", "home", "boot", "var"}, shown
+    entries = set((storage / "root").read_text().split())
+    assert "app" in entries and not entries & {"opt", "root", "home", "boot", "var"}, entries
     kept("environment, user and root are those of the item")
 
     name = unit_name(instance_id(info.ident))
@@ -167,8 +167,8 @@ async def main() -> None:
 
     [target] = first.sample_targets()
     group = Path("/sys/fs/cgroup") / target.cgroup.lstrip("/")
-    wanted = {"MemoryMax": f"{64 * MIB}", "TasksMax": "20", "CPUQuotaPerSecUSec": "500ms"}
-    assert set(listed.splitlines()) >= {f"{key}={value}" for key, value in wanted.items()}, listed
+    limits = {"MemoryMax": f"{64 * MIB}", "TasksMax": "20", "CPUQuotaPerSecUSec": "500ms"}
+    assert set(listed.splitlines()) >= {f"{key}={value}" for key, value in limits.items()}, listed
     for controller, value in {"memory": f"{64 * MIB}", "pids": "20", "cpu": "50000 100000"}.items():
         if controller in CONTROLLERS:
             assert (group / f"{controller}.max").read_text().strip() == value, controller
@@ -215,8 +215,18 @@ async def main() -> None:
             assert (words := await failed(statuses)).startswith(wanted), words
             await second.stop_instance(info.ident)
         kept("exit codes and signals are reported, and it is started again")
+        info = instance(4)
+        script = "if [ -e /storage/x ]; then sleep 1000; fi; touch /storage/x; exit 1"
+        await second.start_instance(info, image(info, "/bin/sh", "-c", script, ram_limit=64 * MIB))
+        await failed(statuses)
+        await until(lambda: second.sample_targets(), "it runs again")
+        unit = unit_name(instance_id(info.ident))
+        shown = subprocess.run(["systemctl", "show", unit], capture_output=True, text=True, check=True).stdout
+        assert {f"MemoryMax={64 * MIB}", "SubState=running"} <= set(shown.splitlines()), shown
+        await second.stop_instance(info.ident)
+        kept("after a restart the limits are the same")
         if "memory" in CONTROLLERS:
-            info = instance(4)
+            info = instance(5)
             eater = "x=a; while :; do x=$x$x; done"
             await second.start_instance(info, image(info, "/bin/sh", "-c", eater, ram_limit=32 * MIB))
             assert "out of memory" in (words := await failed(statuses)), words

@@ -61,8 +61,11 @@ class SystemdEngine:
 
     async def _create(self, instance_id: str, bundle: Path) -> int:
         spec: dict[str, Any] = msgspec.json.decode((bundle / "config.json").read_bytes())
-        await asyncio.to_thread(write_atomic, bundle / "config.json", to_json(native_spec(spec)))
-        properties = unit_properties(spec, instance_id, [*self._crun, "run", "--bundle", str(bundle), instance_id])
+        # Beside the spec itself, of which a restart needs the limits again.
+        config = bundle / "native.json"
+        await asyncio.to_thread(write_atomic, config, to_json(native_spec(spec)))
+        command = [*self._crun, "run", f"--bundle={bundle}", f"--config={config}", instance_id]
+        properties = unit_properties(spec, instance_id, command)
         words = [word for one in properties for word in (one.name, one.signature, *one.words)]
         # "--": arguments of a service may look like options.
         args = ["busctl", "call", "--", *_SYSTEMD, "StartTransientUnit", "ssa(sv)a(sa(sv))"]
