@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.daemon import Program, run_daemon
@@ -30,10 +30,17 @@ from aoscore.sm.imagemanager.items import ItemTable
 from aoscore.sm.imagemanager.store import ImageStore
 from aoscore.sm.launcher import launcher
 from aoscore.sm.launcher.runtimes.base import Runtime
+from aoscore.sm.launcher.runtimes.boot.config import BootConfig, load_boot_config
+from aoscore.sm.launcher.runtimes.boot.runtime import BootRuntime
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, load_container_config
+from aoscore.sm.launcher.runtimes.container.engine import Engine
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import JournalOutput, choose_output
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
+from aoscore.sm.launcher.runtimes.native.config import NativeConfig, load_native_config
+from aoscore.sm.launcher.runtimes.native.engine import SystemdEngine
+from aoscore.sm.launcher.runtimes.rootfs.config import RootfsConfig, load_rootfs_config
+from aoscore.sm.launcher.runtimes.rootfs.runtime import RootfsRuntime
 from aoscore.sm.launcher.store import LauncherStore
 from aoscore.sm.logprovider.provider import LogProvider
 from aoscore.sm.logprovider.source import FileSource, JournalSource, LogSource
@@ -43,6 +50,7 @@ from aoscore.sm.networkmanager.store import NetworkStore
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
 from aoscore.sm.resourcemanager.resources import Resources, load_resources
 from aoscore.sm.smclient import client
+from aoscore.sm.systemd import Systemd
 
 _log = logging.getLogger(__name__)
 
@@ -51,27 +59,38 @@ _IMAGE_THREADS = 2
 _IAM_PATIENCE_S = 60.0
 
 
+RuntimeSection: TypeAlias = ContainerConfig | NativeConfig | RootfsConfig | BootConfig
+
+_LOADERS: dict[str, Callable[..., RuntimeSection]] = {
+    "container": load_container_config,
+    "native": load_native_config,
+    "rootfs": load_rootfs_config,
+    "boot": load_boot_config,
+}
+
+
 @dataclass(frozen=True)
 class Setup:
     """The configuration file with its plug-in sections and expressions checked."""
 
     config: Config
-    containers: tuple[tuple[str, ContainerConfig], ...]
-    """Type and section of each container runtime."""
+    runtimes: tuple[tuple[str, RuntimeSection], ...]
+    """Type and section of each runtime."""
     alert_rules: AlertRules
 
 
 def load(path: Path) -> Setup:
     """Read the configuration file. Raises NotFoundError or ConfigError naming file and key."""
     loaded = config.load(path)
-    containers = []
+    runtimes = []
     for index, runtime in enumerate(loaded.runtimes):
-        if runtime.plugin != "container":
-            raise ConfigError(f"{path}: 'runtimes[{index}].plugin' {runtime.plugin!r} is not supported, use container")
-        section = load_container_config(
-            runtime.config, path=path, where=f"runtimes[{index}].config", working_dir=loaded.working_dir
-        )
-        containers.append((runtime.type, section))
+        here = f"runtimes[{index}]"
+        load_runtime = _LOADERS.get(runtime.plugin)
+        if load_runtime is None:
+            known = ", ".join(_LOADERS)
+            raise ConfigError(f"{path}: '{here}.plugin' {runtime.plugin!r} is not supported, use one of {known}")
+        section = load_runtime(runtime.config, path=path, where=f"{here}.config", working_dir=loaded.working_dir)
+        runtimes.append((runtime.type, section))
     alerts = loaded.journal_alerts
     try:
         rules = AlertRules(
@@ -79,18 +98,27 @@ def load(path: Path) -> Setup:
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: 'journalAlerts.filter': {error}") from error
-    return Setup(loaded, tuple(containers), rules)
+    return Setup(loaded, tuple(runtimes), rules)
 
 
 async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> list[Service]:
-    """All services of an SM with container runtimes, in start order."""
+    """All services of an SM, in start order."""
     core = await build_core(setup.config, stack)
     networks = NetworkManager(NetworkStore(core.database), core.client.networks)
     layout = await core.worker.run(cgroups.probe)
     history = RunHistory(setup.config.working_dir / "instancelogs")
-    runtimes: list[ContainerRuntime] = []
+    runtimes: list[Runtime] = []
     sources: list[LogSource] = []
-    for runtime_type, section in setup.containers:
+    for runtime_type, section in setup.runtimes:
+        if isinstance(section, RootfsConfig):
+            runtimes.append(RootfsRuntime(section, runtime_type, core.node, Systemd()))
+            continue
+        if isinstance(section, BootConfig):
+            runtimes.append(BootRuntime(section, runtime_type, core.node, Systemd()))
+            continue
+        engine: Engine | None = None
+        if isinstance(section, NativeConfig):
+            engine, section = SystemdEngine(section, Systemd()), section.as_container()
         output_dir = section.output_dir or setup.config.working_dir / "instancelogs"
         output = choose_output(section.output, output_dir, section.output_max_size_bytes)
         is_journal = isinstance(output, JournalOutput)
@@ -107,6 +135,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
                 output=output,
                 history=history,
                 send_alert=core.client.send,
+                engine=engine,
             )
         )
     monitoring = Monitoring(

@@ -52,6 +52,7 @@ class ProcessRuntime:
         self._directory = directory
         self.info = RuntimeInfo(runtime_id("test", node_id), "test", max_instances=256)
         self.changed: Broadcast[InstanceStatus] = Broadcast("test runtime")
+        self.reboot_due = asyncio.Event()
         self._worker = Worker("runtime")
 
     async def run(self, started: Callable[[], None]) -> None:

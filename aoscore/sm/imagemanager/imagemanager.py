@@ -382,7 +382,12 @@ class ImageManager:
             item_config = parse_item_config(data, what=f"item config of {key}")
         if key.type is ItemType.COMPONENT:
             payloads = tuple(
-                Payload(path := self._store.blobs.existing(layer.digest), layer.media_type, path.stat().st_size)
+                Payload(
+                    path := self._store.blobs.existing(layer.digest),
+                    layer.media_type,
+                    layer.digest,
+                    path.stat().st_size,
+                )
                 for layer in manifest.layers
             )
             return InstalledImage(key, ImageConfig(), item_config, payloads=payloads)

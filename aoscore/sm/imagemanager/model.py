@@ -33,6 +33,7 @@ class Payload(msgspec.Struct, frozen=True):
 
     path: Path
     media_type: str
+    digest: str
     size_bytes: int
 
 

@@ -93,6 +93,7 @@ class Launcher:
         self.settled = asyncio.Event()
         """Set once the stored instances have been adopted or started (or failed to)."""
         self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
         self._report_due = False
         self._instances: dict[InstanceIdent, InstanceInfo] = {}
         self._changes: dict[InstanceIdent, InstanceInfo | None] = {}
@@ -166,6 +167,8 @@ class Launcher:
                     for queue in reports:
                         tasks.create_task(_each(queue, self._on_report))
                     tasks.create_task(_each(broken, self._on_broken))
+                    for runtime in self._runtimes.values():
+                        tasks.create_task(self._reboot_when_due(runtime))
                     await self._adopt()
                     started()
                     await self._reconcile(tasks, reports)
@@ -207,6 +210,7 @@ class Launcher:
     async def _reconcile(self, tasks: asyncio.TaskGroup, reports: Sequence[asyncio.Queue[InstanceStatus]]) -> None:
         while True:
             self._wake.clear()
+            self._idle.clear()
             await self._check_offline()
             steps = plan(self._situation())
             for key in steps.install:
@@ -221,7 +225,20 @@ class Launcher:
             if self._report_due and not self._installing:
                 self._report_due = False
                 self.changed.publish(self.statuses())
+            if not self._installing:
+                self._idle.set()
             await self._sleep()
+
+    async def _reboot_when_due(self, runtime: Runtime) -> None:
+        """A reboot in the middle of an update would only make it longer (sm.md §4.6)."""
+        backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        while True:
+            await runtime.reboot_due.wait()
+            await self._idle.wait()
+            with log_and_continue(_log, f"Can't reboot for runtime {runtime.info.type}"):
+                await runtime.reboot()
+            # It comes any moment, or was refused: then it is asked for again.
+            await asyncio.sleep(backoff.next())
 
     async def _sleep(self) -> None:
         now_s = self._clock()
@@ -412,7 +429,10 @@ class Launcher:
         known = status.ident.preinstalled or status.ident in self._instances or status.ident in self._changes
         if known and self._statuses.get(status.ident) == status:
             return
-        if known:
+        if status.ident.preinstalled and status.state is InstanceState.INACTIVE:
+            # It made room for an update.
+            self._statuses.pop(status.ident, None)
+        elif known:
             self._statuses[status.ident] = status
         self.changed.publish(status)
 

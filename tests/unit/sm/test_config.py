@@ -11,6 +11,7 @@ import pytest
 from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.sm import app
 from aoscore.sm.config import load
+from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "sm.cfg"
 MINIMAL: dict[str, Any] = {
@@ -32,8 +33,9 @@ def test_the_example_loads() -> None:
     setup = app.load(EXAMPLE)
     assert setup.config.cm_server_url == "aosmain:8093"
     assert setup.config.image_manager.update_item_ttl_s == 30 * 86400.0
-    ((runtime_type, container),) = setup.containers
+    (runtime_type, container), *_ = setup.runtimes
     assert runtime_type == "crun"
+    assert isinstance(container, ContainerConfig)
     assert container.storage_dir == Path("/var/aos/storages")
 
 
@@ -96,7 +98,21 @@ def runtime(**changes: Any) -> dict[str, Any]:
         ({"workingDir": 5}, "workingDir"),
         ({"journalAlerts": {"filter": ["("]}}, "journalAlerts.filter"),
         ({"runtimes": {}}, "runtimes"),
-        (runtime(plugin="rootfs"), r"'runtimes\[0\].plugin' 'rootfs' is not supported"),
+        (
+            runtime(plugin="vm"),
+            r"'runtimes\[0\].plugin' 'vm' is not supported, use one of container, native, rootfs, boot",
+        ),
+        (
+            runtime(plugin="boot", config={"partitions": ["1"], "detectMode": "auto"}),
+            "must name two different partitions",
+        ),
+        (runtime(plugin="boot", config={"partitions": ["/dev/a", "/dev/a"]}), "must name two different partitions"),
+        (runtime(plugin="boot", config={"partitions": ["1", "2"]}), "'1' is no path of a device"),
+        (runtime(plugin="boot", config={"partitions": ["/a", "/b"], "detectMode": "auto"}), "numbers, '/a' is none"),
+        (runtime(plugin="boot", config={"detectMode": "magic"}), r"runtimes\[0\].config.detectMode' 'magic'"),
+        (runtime(plugin="native", config={"conmonExecutable": "x"}), r"runtimes\[0\].config.conmonExecutable"),
+        (runtime(plugin="rootfs", config={"versionFile": "x"}), r"runtimes\[0\].config.versionFile"),
+        (runtime(plugin="rootfs", config={"healthCheckServices": "x"}), r"runtimes\[0\].config"),
         (runtime(config={"crunExecutble": "x"}), r"runtimes\[0\].config.crunExecutble"),
         (runtime(config={"hostBinds": "usr"}), r"runtimes\[0\].config"),
         ({"runtimes": [{"plugin": "container", "type": "a"}] * 2}, r"'runtimes\[1\].type' 'a' is used twice"),

@@ -15,6 +15,7 @@ Every state change goes through ``changed``; it is the only source of an instanc
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from aoscore.common.aio import Broadcast
-from aoscore.common.types import InstanceIdent, InstanceInfo, InstanceStatus, RuntimeInfo
+from aoscore.common.errors import InvalidArgumentError
+from aoscore.common.types import InstanceIdent, InstanceInfo, InstanceStatus, NodeInfo, RuntimeInfo
 
 if TYPE_CHECKING:
     from aoscore.sm.imagemanager.model import InstalledImage
@@ -50,6 +52,19 @@ def is_instance_id(text: str) -> bool:
 def runtime_id(runtime_type: str, node_id: str) -> str:
     """The runtime's id towards CM (sm.md §4.1)."""
     return str(uuid.uuid3(_NAMESPACE, f"{runtime_type}-{node_id}"))
+
+
+def runtime_info(runtime_type: str, node: NodeInfo, *, max_instances: int) -> RuntimeInfo:
+    """What CM is told about a runtime (sm-runtime.md §1.2). Raises InvalidArgumentError for a node without CPUs."""
+    if not node.cpus:
+        raise InvalidArgumentError(f"node {node.node_id} names no CPU, so no architecture can be announced")
+    return RuntimeInfo(
+        runtime_id=runtime_id(runtime_type, node.node_id),
+        type=runtime_type,
+        max_instances=max_instances,
+        os_info=node.os_info,
+        arch_info=node.cpus[0].arch_info,
+    )
 
 
 class SampleTarget(msgspec.Struct, frozen=True):
@@ -88,6 +103,11 @@ class Runtime(Protocol):
     @property
     def changed(self) -> Broadcast[InstanceStatus]:
         """Every state change of every instance of this runtime."""
+        ...
+
+    @property
+    def reboot_due(self) -> asyncio.Event:
+        """Set when the node must be rebooted for this runtime's sake: `reboot` is called when nothing else is to do."""
         ...
 
     async def run(self, started: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from aoscore.common.aio import Backoff, Broadcast
 from aoscore.common.db import Database
-from aoscore.common.errors import AosError, FailedError, NoSpaceError, NotFoundError, NotSupportedError
+from aoscore.common.errors import AosError, FailedError, NoSpaceError, NotFoundError
 from aoscore.common.oci import ImageConfig, ItemConfig
 from aoscore.common.types import (
     AlertRulePercents,
@@ -55,6 +55,8 @@ class FakeRuntime:
     def __init__(self, runtime_id: str = "runtime", survivors: Iterable[InstanceInfo] = ()) -> None:
         self.info = RuntimeInfo(runtime_id, "fake")
         self.changed: Broadcast[InstanceStatus] = Broadcast("fake")
+        self.reboot_due = asyncio.Event()
+        self.reboots = 0
         self.instances: dict[InstanceIdent, InstanceInfo] = {info.ident: info for info in survivors}
         self.calls: list[str] = []
         self.start_errors: dict[str, AosError] = {}
@@ -102,7 +104,7 @@ class FakeRuntime:
         return []
 
     async def reboot(self) -> None:
-        raise NotSupportedError("no")
+        self.reboots += 1
 
     def status(self, info: InstanceInfo, state: InstanceState) -> InstanceStatus:
         return InstanceStatus(info.ident, info.version, state, info.runtime_id, info.manifest_digest)
@@ -504,6 +506,35 @@ async def test_full_disk_is_a_clear_status_and_heals(bed: Bed, monkeypatch: pyte
         monkeypatch.setattr(FullDisk, "full", False)
         await until(lambda: bed.runtime.instances == {A.ident: A2})
     assert await bed.stored() == ({A.ident: A2}, {})
+
+
+async def test_reboot_waits_for_the_end_of_an_update(bed: Bed) -> None:
+    async with bed.launcher() as launcher:
+        bed.images.gate = asyncio.Event()
+        with launcher.changed.subscribe() as queue:
+            await launcher.update([A], [])
+            await until(lambda: bed.images.calls == ["install a 1.0.0"])
+            bed.runtime.reboot_due.set()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert bed.runtime.reboots == 0
+            bed.images.gate.set()
+            await complete(queue)
+        await until(lambda: bed.runtime.reboots == 1)
+        assert bed.runtime.instances == {A.ident: A}
+
+
+async def test_preinstalled_component_is_listed_until_it_makes_room(bed: Bed) -> None:
+    factory = InstanceInfo(InstanceIdent("root", "main", 0, ItemType.COMPONENT, True), "1.0.0", "", "", "runtime")
+    async with bed.launcher() as launcher:
+        bed.runtime.changed.publish(bed.runtime.status(factory, InstanceState.ACTIVE))
+        await until(lambda: len(launcher.statuses().statuses) == 1)
+        with launcher.changed.subscribe() as queue:
+            bed.runtime.changed.publish(bed.runtime.status(factory, InstanceState.INACTIVE))
+            async with asyncio.timeout(5):
+                told = await queue.get()
+        assert isinstance(told, InstanceStatus) and told.state is InstanceState.INACTIVE
+        assert launcher.statuses().statuses == ()
 
 
 async def test_newer_change_survives_the_applying_of_an_older_one(tmp_path: Path) -> None:

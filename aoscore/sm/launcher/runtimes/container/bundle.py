@@ -135,11 +135,6 @@ class Bundle:
                 overlays.append(Overlay(name, (self.mounts / name, *inner, host)))
         return tuple(overlays)
 
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether the last run met its memory limit: conmon leaves this mark in its working directory."""
-        return (self.path / "oom").exists()
-
     def mount_rootfs(self, overlays: Iterable[Overlay]) -> None:
         """Mount what is not mounted yet."""
         for overlay in overlays:

@@ -14,24 +14,22 @@ from aoscore.common.log import kv
 from aoscore.common.types import ErrorInfo, InstanceInfo, InstanceState, InstanceStatus
 from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
-from aoscore.sm.launcher.runtimes.container.crun import Crun, conmon_pid, describe_exit, read_exit_code
+from aoscore.sm.launcher.runtimes.container.crun import describe_exit
+from aoscore.sm.launcher.runtimes.container.engine import Engine
 from aoscore.sm.launcher.runtimes.container.history import Run, RunHistory
 from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 from aoscore.sm.launcher.runtimes.container.restarts import RestartPolicy
 from aoscore.sm.launcher.runtimes.container.spec import override_statuses
-from aoscore.sm.processes import ProcessWatch, is_alive
+from aoscore.sm.processes import ProcessWatch
 
 _log = logging.getLogger(__name__)
-
-# conmon writes the exit code right after the container has ended.
-_EXIT_CODE_WAIT_S = 2.0
 
 
 class Tools(msgspec.Struct, frozen=True):
     """What every container of a runtime works with."""
 
     config: ContainerConfig
-    crun: Crun
+    engine: Engine
     output: ContainerOutput
     history: RunHistory
     worker: Worker
@@ -81,10 +79,10 @@ class Container:
     async def start(self) -> None:
         """Create and start; afterwards its process runs."""
         with self._tools.output.prepare(self.id) as output:
-            self.pid = await self._tools.crun.create(self.id, self.bundle.path, output)
+            self.pid = await self._tools.engine.create(self.id, self.bundle.path, output)
         # Before the start: what a process writes at once belongs to its run.
         self.record = msgspec.structs.replace(self.record, started=time.time())
-        await self._tools.crun.start(self.id)
+        await self._tools.engine.start(self.id)
 
     async def supervise(self) -> None:
         """Report what becomes of it, and start it again whenever it ends, until cancelled."""
@@ -109,15 +107,15 @@ class Container:
 
     async def _restart(self) -> None:
         """The same bundle again."""
-        await self._tools.crun.delete(self.id)
+        await self._tools.engine.delete(self.id)
         await self._tools.worker.run(self.bundle.mount_rootfs, self.record.overlays)
         self.report(InstanceState.ACTIVATING)
         await self.start()
 
     async def _on_end(self) -> float:
         """Report and note the end of a run; returns the pause before the next, seconds."""
-        code = await self._exit_code()
-        reason = describe_exit(code, out_of_memory=self.bundle.out_of_memory)
+        end = await self._tools.engine.exit(self.id, self.bundle.path)
+        code, reason = end.code, describe_exit(end.code, out_of_memory=end.out_of_memory)
         pause_s = self._policy.ended(time.time() - self.record.started)
         restarts = self._policy.restarts - 1
         message = f"{reason}, {restarts} restarts" if restarts else reason
@@ -128,16 +126,6 @@ class Container:
             run = ended_run(self.record, code, reason, crashed=True)
             await self._tools.worker.run(self._tools.history.note_end, self.id, run)
         return pause_s
-
-    async def _exit_code(self) -> int | None:
-        """conmon's note; None when there was no conmon, or it has died too."""
-        deadline_s = time.monotonic() + _EXIT_CODE_WAIT_S
-        conmon = conmon_pid(self.bundle.path)
-        while conmon is not None and is_alive(conmon) and time.monotonic() < deadline_s:
-            if (code := read_exit_code(self.bundle.path, self.id)) is not None:
-                return code
-            await asyncio.sleep(0.01)
-        return read_exit_code(self.bundle.path, self.id)
 
 
 def ended_run(record: BundleRecord, code: int | None, reason: str, *, crashed: bool) -> Run:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -23,27 +24,17 @@ from aoscore.common.errors import ConfigError, DeadlineError, FailedError
 from aoscore.common.process import run_program, start_program
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
+from aoscore.sm.launcher.runtimes.container.engine import EngineState, Exit
 from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
+from aoscore.sm.processes import is_alive
 
 _log = logging.getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 30.0
 _CREATE_TIMEOUT_S = 60.0
+# conmon writes the exit code right after the container has ended.
+_EXIT_CODE_WAIT_S = 2.0
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-
-
-class ContainerState(msgspec.Struct, frozen=True):
-    """One line of ``crun list``."""
-
-    id: str
-    pid: int
-    status: str
-    bundle: str
-
-    @property
-    def is_running(self) -> bool:
-        """Started, and its first process lives."""
-        return self.status == "running" and self.pid > 0
 
 
 class _Created(msgspec.Struct, frozen=True):
@@ -57,6 +48,7 @@ class Crun:
     """The OCI runtime with one state directory."""
 
     def __init__(self, config: ContainerConfig, layout: CgroupLayout) -> None:
+        self._config = config
         self._conmon = config.conmon_executable
         # The manager is named: crun's default depends on how it was built.
         self._command = (
@@ -66,6 +58,17 @@ class Crun:
             str(config.crun_state_root),
             "--cgroup-manager=cgroupfs",
         )
+
+    def check(self) -> None:
+        """Raises ConfigError when a program the runtime needs is missing, with what to do."""
+        config = self._config
+        for key, program in (("crunExecutable", config.crun_executable), ("conmonExecutable", self._conmon)):
+            if not os.access(program, os.X_OK):
+                raise ConfigError(f"{program} is not installed; install it or set {key!r} of the container runtime")
+
+    def cgroup(self, instance_id: str) -> str:
+        """Control group of an instance, below the mount."""
+        return f"{self._config.cgroup_parent}/{instance_id}"
 
     async def create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
         """Make the container of a bundle, ready to be started; returns the pid of its first process.
@@ -125,15 +128,25 @@ class Crun:
             if instance_id in known:
                 raise FailedError(f"can't delete container {instance_id}: {_last_words(done.stderr)}")
 
-    async def list(self) -> dict[str, ContainerState]:
+    async def list(self) -> dict[str, EngineState]:
         """All containers of the state directory."""
         done = await run_program(
             [*self._command, "list", "--format", "json"], timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT
         )
         # crun writes "null" for an empty list.
         text = done.stdout.strip()
-        states = from_json(text if text.startswith(b"[") else b"[]", list[ContainerState], what="crun's container list")
+        states = from_json(text if text.startswith(b"[") else b"[]", list[EngineState], what="crun's container list")
         return {state.id: state for state in states}
+
+    async def exit(self, instance_id: str, bundle: Path) -> Exit:
+        """conmon's note; no code when there was no conmon, or it has died too."""
+        deadline_s = time.monotonic() + _EXIT_CODE_WAIT_S
+        conmon = conmon_pid(bundle)
+        while conmon is not None and is_alive(conmon) and time.monotonic() < deadline_s:
+            if read_exit_code(bundle, instance_id) is not None:
+                break
+            await asyncio.sleep(0.01)
+        return Exit(read_exit_code(bundle, instance_id), out_of_memory=(bundle / "oom").exists())
 
 
 async def _with_sync_pipe(start: Callable[[int], Awaitable["subprocess.Popen[bytes]"]], *, what: str) -> bytes:
@@ -195,10 +208,3 @@ def describe_exit(code: int | None, *, out_of_memory: bool) -> str:
 def _last_words(output: bytes) -> str:
     lines = output.decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"
-
-
-def check_programs(config: ContainerConfig) -> None:
-    """Raises ConfigError when a program the runtime needs is missing, with what to do."""
-    for key, program in (("crunExecutable", config.crun_executable), ("conmonExecutable", config.conmon_executable)):
-        if not os.access(program, os.X_OK):
-            raise ConfigError(f"{program} is not installed; install it or set {key!r} of the container runtime")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from aoscore.common.aio import Broadcast, Worker, log_and_continue
-from aoscore.common.errors import FailedError, InvalidArgumentError, NotSupportedError, to_error_info
+from aoscore.common.errors import FailedError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.oci import ItemConfig
 from aoscore.common.types import (
@@ -27,21 +27,15 @@ from aoscore.common.types import (
     InstanceStatus,
     NodeInfo,
     ResourceAllocateAlert,
-    RuntimeInfo,
 )
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.imagemanager.model import InstalledImage
-from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_id
+from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_info
 from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.container import Container, Tools, ended_run, instance_status
-from aoscore.sm.launcher.runtimes.container.crun import (
-    ContainerState,
-    Crun,
-    check_programs,
-    describe_exit,
-    read_exit_code,
-)
+from aoscore.sm.launcher.runtimes.container.crun import Crun, describe_exit
+from aoscore.sm.launcher.runtimes.container.engine import Engine, EngineState
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 from aoscore.sm.launcher.runtimes.container.preparation import Preparation
@@ -101,9 +95,10 @@ class ContainerRuntime:
         output: ContainerOutput,
         history: RunHistory,
         send_alert: Callable[[ResourceAllocateAlert], Awaitable[None]],
+        engine: Engine | None = None,
     ) -> None:
-        if not node.cpus:
-            raise InvalidArgumentError(f"node {node.node_id} names no CPU, so no architecture can be announced")
+        """`engine` is crun unless another one is given."""
+        self.info = runtime_info(runtime_type, node, max_instances=MAX_INSTANCES)
         cpu = CpuCapacity(sum(cpu.num_cores for cpu in node.cpus) or 1, node.max_dmips)
         self._config = config
         self._layout = layout
@@ -112,16 +107,11 @@ class ContainerRuntime:
         self._resources = resources
         self._send_alert = send_alert
         self._preparation = Preparation(config, cpu, resources)
-        self.info = RuntimeInfo(
-            runtime_id=runtime_id(runtime_type, node.node_id),
-            type=runtime_type,
-            max_instances=MAX_INSTANCES,
-            os_info=node.os_info,
-            arch_info=node.cpus[0].arch_info,
-        )
         self.changed: Broadcast[InstanceStatus] = Broadcast(f"statuses of runtime {runtime_type}")
+        self.reboot_due = asyncio.Event()
         self._worker = Worker("container", _THREADS)
-        self._tools = Tools(config, Crun(config, layout), output, history, self._worker, self.changed.publish)
+        self._engine = engine or Crun(config, layout)
+        self._tools = Tools(config, self._engine, output, history, self._worker, self.changed.publish)
         self._containers: dict[str, Container] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._starting = asyncio.Semaphore(_PARALLEL_STARTS)
@@ -131,7 +121,7 @@ class ContainerRuntime:
 
     async def run(self, started: Callable[[], None]) -> None:
         """Watch over containers until cancelled; they go on running then."""
-        check_programs(self._config)
+        self._engine.check()
         self._config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         async with self._worker, asyncio.TaskGroup() as self._tasks:
             started()
@@ -154,7 +144,7 @@ class ContainerRuntime:
         # Another user of the same state directory must not suffer: only containers with bundles of ours count.
         states = {
             name: state
-            for name, state in (await self._tools.crun.list()).items()
+            for name, state in (await self._engine.list()).items()
             if Path(state.bundle).parent == self._config.runtime_dir
         }
         async with asyncio.TaskGroup() as tasks:
@@ -163,7 +153,7 @@ class ContainerRuntime:
         await self._worker.run(self._tools.history.prune, wanted)
         return self.running()
 
-    async def _adopt_or_clean(self, name: str, state: ContainerState | None, info: InstanceInfo | None) -> None:
+    async def _adopt_or_clean(self, name: str, state: EngineState | None, info: InstanceInfo | None) -> None:
         bundle = self._bundle(name)
         record: BundleRecord | None = None
         with log_and_continue(_log, f"Can't read record of instance {name}"):
@@ -176,13 +166,20 @@ class ContainerRuntime:
                 await self._worker.run(self._tools.history.note_start, name, info.ident, info.version)
                 self._keep(container)
                 return
-        if record is not None and (code := read_exit_code(bundle.path, name)) is not None:
-            run = ended_run(record, code, describe_exit(code, out_of_memory=bundle.out_of_memory), crashed=True)
-            with log_and_continue(_log, f"Can't note end of instance {name}"):
-                await self._worker.run(self._tools.history.note_end, name, run)
+        if record is not None and (state is None or not state.is_running):
+            await self._note_unseen_end(name, bundle, record)
         _log.info(kv("Leftovers of an earlier process cleaned", id=name))
         with log_and_continue(_log, f"Can't clean instance {name}"):
             await self._clean(name, record)
+
+    async def _note_unseen_end(self, name: str, bundle: Bundle, record: BundleRecord) -> None:
+        """It ended while no SM was there."""
+        with log_and_continue(_log, f"Can't note end of instance {name}"):
+            end = await self._engine.exit(name, bundle.path)
+            if end.code is not None:
+                reason = describe_exit(end.code, out_of_memory=end.out_of_memory)
+                run = ended_run(record, end.code, reason, crashed=True)
+                await self._worker.run(self._tools.history.note_end, name, run)
 
     # What the launcher asks for
 
@@ -238,7 +235,7 @@ class ContainerRuntime:
                 instance_id=name,
                 ident=container.info.ident,
                 info=container.info,
-                cgroup=self._cgroup(name),
+                cgroup=self._engine.cgroup(name),
                 pid=container.pid,
                 netns=netns_path(name),
                 partitions=self._preparation.partitions(container.info),
@@ -293,7 +290,7 @@ class ContainerRuntime:
         """
         listeners = [container.pid] if catches_sigterm(container.pid) else []
         if not listeners:
-            pids = self._layout.processes(self._cgroup(container.id))
+            pids = self._layout.processes(self._engine.cgroup(container.id))
             listeners = [pid for pid in pids if catches_sigterm(pid)]
         async with asyncio.TaskGroup() as tasks:
             for pid in listeners:
@@ -312,15 +309,12 @@ class ContainerRuntime:
     async def _delete_leftover(self, bundle: Bundle) -> None:
         # A container never exists without its bundle, and asking crun costs a process.
         if bundle.path.exists():
-            await self._tools.crun.delete(bundle.path.name)
+            await self._engine.delete(bundle.path.name)
 
     # Names
 
     def _bundle(self, name: str) -> Bundle:
         return Bundle(self._config.runtime_dir / name)
-
-    def _cgroup(self, name: str) -> str:
-        return f"{self._config.cgroup_parent}/{name}"
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

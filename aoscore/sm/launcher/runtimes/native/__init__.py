@@ -1,0 +1,1 @@
+"""Service runtime: processes as transient systemd units, with the limits that containers have."""

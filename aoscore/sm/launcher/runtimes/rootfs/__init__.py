@@ -1,0 +1,1 @@
+"""Component runtime: root file system images, tried and applied in the initramfs."""
