@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import statistics
@@ -212,7 +213,8 @@ def report(files: Figures, tokens: Figures) -> str:
     )
     return f"""# Speed of IAM
 
-Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
+Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load average of the machine at the end:
+{os.getloadavg()[1]:.0f} (more than its cores means that others took part of the time).
 
 | | goal | keys in files | keys on tokens |
 | --- | --- | --- | --- |
