@@ -20,12 +20,12 @@ import struct
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from aoscore.common.aio import log_and_continue, run_abandonable
-from aoscore.common.errors import AlreadyExistsError, DeadlineError, FailedError
+from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
 from aoscore.common.tls import TOKEN_LOCK, ServerTls, TlsRoots, within_token_limit
 
 _log = logging.getLogger(__name__)
@@ -199,6 +199,17 @@ async def _ready(sock: socket.socket, *, write: bool = False) -> None:
         (loop.remove_writer if write else loop.remove_reader)(sock)
 
 
+async def _accepted(listener: socket.socket) -> AsyncIterator[tuple[socket.socket, Any]]:
+    """Connections as they come, with the address of the other side. What is wrong with one does not end it."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            yield await loop.sock_accept(listener)
+        except OSError as error:
+            _log.error("Can't take a connection: error=%s", error)
+            await asyncio.sleep(_PAUSE_S)
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """As gRPC listens: the wildcard means IPv6 too; the port is ours alone."""
     everything = host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6()  # noqa: S104 - as configured
@@ -234,22 +245,15 @@ class TlsFront:
 
     async def run(self) -> None:
         """Take connections until cancelled."""
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as connections:
-            while True:
-                try:
-                    sock, address = await loop.sock_accept(self._listener)
-                except OSError as error:
-                    _log.error("Can't take a connection: port=%d, error=%s", self.port, error)
-                    await asyncio.sleep(_PAUSE_S)
-                    continue
+            async for sock, address in _accepted(self._listener):
                 connections.create_task(self._serve(sock, _address_text(address)))
 
     async def _serve(self, sock: socket.socket, address: str) -> None:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tls = await self._handshakes.shake(sock, await self._tls.context(), server_side=True)
-        except (OSError, FailedError, DeadlineError) as error:
+        except (OSError, ValueError, AosError) as error:
             sock.close()
             _log.debug("TLS handshake failed: port=%d, peer=%s, error=%s", self.port, address, error)
             return
@@ -331,10 +335,8 @@ class TlsBack:
             raise FailedError(f"can't connect to {where}: {error.strerror or error}") from error
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as connections:
-            while True:
-                local, _ = await loop.sock_accept(self._listener)
+            async for local, _ in _accepted(self._listener):
                 if _peer_pid(local) != os.getpid():
                     _log.error("Another process tried to use our TLS connection: pid=%d", _peer_pid(local))
                     local.close()
@@ -346,7 +348,7 @@ class TlsBack:
             tls, self._first = self._first, None
             try:
                 tls = tls or await self._connect()
-            except (FailedError, DeadlineError) as error:
+            except (ValueError, AosError) as error:
                 _log.debug("Can't connect: error=%s", error)
                 return
             await _bridge(tls, local)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import statistics
@@ -212,14 +213,14 @@ def report(files: Figures, tokens: Figures) -> str:
     )
     return f"""# Speed of IAM
 
-Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
+Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load average of the machine at the end:
+{os.getloadavg()[1]:.0f} (more than its cores means that others took part of the time).
 
 | | goal | keys in files | keys on tokens |
 | --- | --- | --- | --- |
 {rows}
 
-The clients run on the same cores, in one Python process, which takes more of them than IAM: the rate is that of both
-together. Tokens are SoftHSM's; TLS with their keys goes through OpenSSL's pkcs11 provider and the relay of
+The clients run on the same cores, in one Python process: the rate is that of both together. Tokens are SoftHSM's; TLS with their keys goes through OpenSSL's pkcs11 provider and the relay of
 `aoscore/common/relay.py`. Medians of {ROUNDS} rounds, of {HANDSHAKES} for connections; "told" counts from the answer of
 ApplyCert to the last subscriber.
 """

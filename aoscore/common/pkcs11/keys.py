@@ -1,6 +1,6 @@
 """Private keys that never leave their token, usable wherever `cryptography` takes a private key (iam.md §20)."""
 
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -11,6 +11,7 @@ from aoscore.common.pkcs11.token import Token, command
 from aoscore.common.pkcs11.url import TokenUrl
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+K = TypeVar("K", bound=PublicKey)
 
 # Mechanisms (PKCS#11 2.40), the helper passes them on.
 _CKM_RSA_PKCS, _CKM_RSA_PKCS_OAEP, _CKM_ECDSA = 0x1, 0x9, 0x1041
@@ -34,70 +35,66 @@ def _digest(data: Any, algorithm: Any) -> tuple[str, bytes]:
     return str(algorithm.name), state.finalize()
 
 
-def _refuse_export() -> NoReturn:
-    raise NotSupportedError("a key on a token can't be exported")
+class _TokenKey(Generic[K]):
+    """What both kinds of keys have in common."""
 
-
-class TokenEcKey(ec.EllipticCurvePrivateKey):
-    """An EC key; each signature is a call of the token."""
-
-    def __init__(self, token: Token, label: str, key_id: str, public_key: ec.EllipticCurvePublicKey) -> None:
+    def __init__(self, token: Token, label: str, key_id: str, public_key: K) -> None:
         self._token = token
         self._label = label
         self._id = key_id
         self._public_key = public_key
 
-    def sign(self, data: Any, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
-        """DER signature, ECDSA."""
-        _, digest = _digest(data, signature_algorithm.algorithm)
-        (raw,) = self._token.run(
-            command("sign", label=self._label, key_id=self._id, mechanism=_CKM_ECDSA, data=digest.hex())
-        )
-        value = bytes.fromhex(raw)
-        half = len(value) // 2
-        return encode_dss_signature(int.from_bytes(value[:half], "big"), int.from_bytes(value[half:], "big"))
-
-    def public_key(self) -> ec.EllipticCurvePublicKey:
+    def public_key(self) -> K:
         """The public half."""
         return self._public_key
-
-    @property
-    def curve(self) -> ec.EllipticCurve:
-        """The curve."""
-        return self._public_key.curve
 
     @property
     def key_size(self) -> int:
         """Bits."""
         return self._public_key.key_size
 
+    def private_numbers(self) -> NoReturn:
+        """The key stays on the token."""
+        raise NotSupportedError("a key on a token can't be exported")
+
+    def private_bytes(self, encoding: Any, format: Any, encryption_algorithm: Any) -> NoReturn:
+        """The key stays on the token."""
+        raise NotSupportedError("a key on a token can't be exported")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Self:
+        return self
+
+    def _use(self, do: str, **arguments: Any) -> bytes:
+        """What the helper answers to a command with this key."""
+        (raw,) = self._token.run(command(do, label=self._label, key_id=self._id, **arguments))
+        return bytes.fromhex(raw)
+
+
+class TokenEcKey(_TokenKey[ec.EllipticCurvePublicKey], ec.EllipticCurvePrivateKey):
+    """An EC key; each signature is a call of the token."""
+
+    def sign(self, data: Any, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
+        """DER signature, ECDSA."""
+        _, digest = _digest(data, signature_algorithm.algorithm)
+        value = self._use("sign", mechanism=_CKM_ECDSA, data=digest.hex())
+        half = len(value) // 2
+        return encode_dss_signature(int.from_bytes(value[:half], "big"), int.from_bytes(value[half:], "big"))
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        """The curve."""
+        return self._public_key.curve
+
     def exchange(self, algorithm: Any, peer_public_key: Any) -> bytes:
         """Not needed here."""
         raise NotSupportedError("keys on tokens are for signatures")
 
-    def private_numbers(self) -> ec.EllipticCurvePrivateNumbers:
-        """The key stays on the token."""
-        _refuse_export()
 
-    def private_bytes(self, encoding: Any, format: Any, encryption_algorithm: Any) -> bytes:
-        """The key stays on the token."""
-        _refuse_export()
-
-    def __copy__(self) -> "TokenEcKey":
-        return self
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> "TokenEcKey":
-        return self
-
-
-class TokenRsaKey(rsa.RSAPrivateKey):
+class TokenRsaKey(_TokenKey[rsa.RSAPublicKey], rsa.RSAPrivateKey):
     """An RSA key; each signature and each decryption is a call of the token."""
-
-    def __init__(self, token: Token, label: str, key_id: str, public_key: rsa.RSAPublicKey) -> None:
-        self._token = token
-        self._label = label
-        self._id = key_id
-        self._public_key = public_key
 
     def sign(self, data: Any, padding: Any, algorithm: Any) -> bytes:
         """Signature with PKCS#1 v1.5 padding."""
@@ -106,49 +103,12 @@ class TokenRsaKey(rsa.RSAPrivateKey):
         name, digest = _digest(data, algorithm)
         if name not in _DIGEST_INFO:
             raise NotSupportedError(f"hash {name} is not supported with keys on tokens")
-        info = _DIGEST_INFO[name] + digest
-        (raw,) = self._token.run(
-            command("sign", label=self._label, key_id=self._id, mechanism=_CKM_RSA_PKCS, data=info.hex())
-        )
-        return bytes.fromhex(raw)
+        return self._use("sign", mechanism=_CKM_RSA_PKCS, data=(_DIGEST_INFO[name] + digest).hex())
 
     def decrypt(self, ciphertext: bytes, padding: Any) -> bytes:
         """Plain text, PKCS#1 v1.5 or OAEP with one hash for both uses."""
         mechanism, parameter = _decryption(padding)
-        (raw,) = self._token.run(
-            command(
-                "decrypt",
-                label=self._label,
-                key_id=self._id,
-                mechanism=mechanism,
-                parameter=parameter,
-                data=ciphertext.hex(),
-            )
-        )
-        return bytes.fromhex(raw)
-
-    def public_key(self) -> rsa.RSAPublicKey:
-        """The public half."""
-        return self._public_key
-
-    @property
-    def key_size(self) -> int:
-        """Bits."""
-        return self._public_key.key_size
-
-    def private_numbers(self) -> rsa.RSAPrivateNumbers:
-        """The key stays on the token."""
-        _refuse_export()
-
-    def private_bytes(self, encoding: Any, format: Any, encryption_algorithm: Any) -> bytes:
-        """The key stays on the token."""
-        _refuse_export()
-
-    def __copy__(self) -> "TokenRsaKey":
-        return self
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> "TokenRsaKey":
-        return self
+        return self._use("decrypt", mechanism=mechanism, parameter=parameter, data=ciphertext.hex())
 
 
 def _decryption(how: Any) -> tuple[int, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from aoscore.common.aio import log_and_continue
-from aoscore.common.files import write_atomic
+from aoscore.common.files import fsync_dir, write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class PendingKeys:
         with self._lock:
             if self._ids.get(cert_type, []) == ids:
                 return
-            wanted = {**self._ids, cert_type: ids}
-            write_atomic(self._path, msgspec.json.encode({name: keys for name, keys in wanted.items() if keys}))
+            wanted = {name: keys for name, keys in {**self._ids, cert_type: ids}.items() if keys}
+            if wanted:
+                write_atomic(self._path, msgspec.json.encode(wanted))
+            else:
+                self._path.unlink(missing_ok=True)
+                fsync_dir(self._path.parent)
             self._ids = wanted

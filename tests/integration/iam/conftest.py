@@ -20,10 +20,10 @@ def make_iam(tmp_path: Path, authority: TestCa) -> Iterator[Callable[..., Iam]]:
     """Makes Units; their processes end with the test, whatever happens."""
     made: list[Iam] = []
 
-    def make(**config: Any) -> Iam:
+    def make(kind: type[Iam] = Iam, **config: Any) -> Iam:
         root = tmp_path / f"unit{len(made)}"
         root.mkdir()
-        made.append(Iam(root, authority, **config))
+        made.append(kind(root, authority, **config))
         return made[-1]
 
     yield make

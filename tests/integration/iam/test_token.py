@@ -1,10 +1,13 @@
 """The IAM process with its keys on tokens of SoftHSM: the whole life of a Node."""
 
 import queue
+import socket
+import ssl
+import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -13,34 +16,16 @@ from cryptography import x509
 from google.protobuf.empty_pb2 import Empty
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
-from tests.support.iam import TYPES
-from tests.support.pki import TestCa
+from tests.support.iam import TYPES, Iam
 from tests.support.tokeniam import DISK, TokenIam, token_of
 
 pytestmark = pytest.mark.timeout(180)
 
-MakeTokenIam = Callable[..., TokenIam]
-
 
 @pytest.fixture
-def make_token_iam(tmp_path: Path, authority: TestCa) -> Iterator[MakeTokenIam]:
-    made: list[TokenIam] = []
-
-    def make(**options: Any) -> TokenIam:
-        root = tmp_path / f"node{len(made)}"
-        root.mkdir()
-        made.append(TokenIam(root, authority, **options))
-        return made[-1]
-
-    yield make
-    for iam in made:
-        iam.kill()
-
-
-@pytest.fixture
-def node(make_token_iam: MakeTokenIam) -> TokenIam:
+def node(make_iam: Callable[..., TokenIam]) -> TokenIam:
     """A provisioned Node in normal mode."""
-    node = make_token_iam()
+    node = make_iam(TokenIam)
     node.provision()
     node.start()
     return node
@@ -64,7 +49,6 @@ def test_life_of_a_node(node: TokenIam) -> None:
     with node.secure() as client, node.secure() as bystander:
         changes: queue.Queue[Any] = queue.Queue()
         stream = bystander.certs.SubscribeCertChanged(pb.SubscribeCertChangedRequest(type="iam"))
-        import threading
 
         def read() -> None:
             try:
@@ -93,9 +77,6 @@ def test_life_of_a_node(node: TokenIam) -> None:
 
 def served_serial(node: TokenIam) -> int:
     """Of the certificate that the protected port shows."""
-    import socket
-    import ssl
-
     context = ssl.create_default_context(cafile=str(node.ca_file))
     host, port = node.public.split(":")
     with socket.create_connection((host, int(port))) as plain:
@@ -123,11 +104,9 @@ def test_callers_are_known_behind_the_relay(node: TokenIam) -> None:
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_second_process_can_not_take_the_ports(node: TokenIam, make_token_iam: MakeTokenIam) -> None:
+def test_second_process_can_not_take_the_ports(node: TokenIam, make_iam: Callable[..., Iam]) -> None:
     """observed.md, defect 7."""
-    import subprocess
-
-    rival = make_token_iam(iamPublicServerUrl=node.public)
+    rival = make_iam(iamPublicServerUrl=node.public)
     ended = subprocess.run(rival.command(provisioning=True), capture_output=True, text=True, timeout=30)
     assert ended.returncode == 70 and f"can't listen on {node.public}" in ended.stdout
     assert "is ready" not in ended.stdout

@@ -163,6 +163,23 @@ async def test_renewal_cuts_nobody_off(ca: TestCa, tmp_path: Path) -> None:
         await channel.close()
 
 
+async def test_server_survives_that_its_certificate_is_gone_for_a_while(ca: TestCa, tmp_path: Path) -> None:
+    client = relayed(ca.identity(tmp_path, "client"))
+    known: list[TlsIdentity] = [relayed(ca.identity(tmp_path, "server"))]
+
+    def identity() -> TlsIdentity:
+        if not known:
+            raise NotFoundError("there is no certificate")
+        return known[0]
+
+    async with running(one := make_server(identity)):
+        kept = known.pop()
+        with pytest.raises(FailedError):
+            await ask_once(f"127.0.0.1:{one.port}", client)
+        known.append(kept)
+        assert (await ask_once(f"127.0.0.1:{one.port}", client)).type == "CN=client"
+
+
 async def test_server_whose_certificate_can_not_be_used_does_not_start(ca: TestCa, tmp_path: Path) -> None:
     broken = relayed(TlsIdentity(ca.write_root(tmp_path), "file:///nowhere", "file:///nowhere"))
     with pytest.raises(FailedError, match="can't use certificate file:///nowhere"):

@@ -87,6 +87,22 @@ async def test_oldest_goes_when_the_new_one_is_in_use(
     assert handler.get_cert("iam", last.issuer, last.serial) == last
 
 
+async def test_the_one_in_use_stays_until_a_new_one_was_asked_for(handler: CertHandler, authority: TestCa) -> None:
+    """Two renewals in a row that nobody has tried yet must not cost the certificate that works."""
+    working = await renew(handler, authority, "iam", 10)
+    assert handler.get_cert("iam") == working
+    untried = await renew(handler, authority, "iam", 20)
+    newest = await renew(handler, authority, "iam", 30)
+    assert handler.get_cert("iam", working.issuer, working.serial) == working
+    with pytest.raises(NotFoundError):
+        handler.get_cert("iam", untried.issuer, untried.serial)
+    assert handler.get_cert("iam") == newest
+    last = await renew(handler, authority, "iam", 40)
+    with pytest.raises(NotFoundError):
+        handler.get_cert("iam", working.issuer, working.serial)
+    assert handler.get_cert("iam") == last
+
+
 async def test_look_up_by_serial_over_all_types(handler: CertHandler, authority: TestCa) -> None:
     info = await renew(handler, authority, "iam", 100)
     found = handler.get_cert("online", info.issuer, info.serial)

@@ -35,3 +35,6 @@ def test_nothing_is_written_when_nothing_changes(tmp_path: Path) -> None:
     pending.remove("iam", "a")
     pending.clear("iam")
     assert not (tmp_path / FILE_NAME).exists()
+    pending.add("iam", "a")
+    pending.remove("iam", "a")
+    assert not list(tmp_path.iterdir()), "nothing is left when nobody waits"
