@@ -85,7 +85,9 @@ def load(path: Path) -> Setup:
 async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> list[Service]:
     """All services of an SM with container runtimes, in start order."""
     core = await build_core(setup.config, stack)
-    networks = NetworkManager(NetworkStore(core.database), core.client.networks)
+    networks = NetworkManager(
+        NetworkStore(core.database), core.client.networks, traffic_period=setup.config.network.traffic_period
+    )
     layout = await core.worker.run(cgroups.probe)
     history = RunHistory(setup.config.working_dir / "instancelogs")
     runtimes: list[ContainerRuntime] = []

@@ -12,6 +12,7 @@ import msgspec
 
 from aoscore.common.config import Duration, load_config
 from aoscore.common.errors import ConfigError
+from aoscore.sm.networkmanager.traffic import Period
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,12 @@ class MigrationConfig(_Section, frozen=True):
     merged_migration_path: Path | None = None
 
 
+class NetworkConfig(_Section, frozen=True):
+    """Networks of instances (own section). `traffic_period`: after it, UTC, the traffic of instances counts anew."""
+
+    traffic_period: Period = "day"
+
+
 class RuntimeConfig(_Section, frozen=True):
     """One runtime: `plugin` selects the implementation, `type` names it towards CM, `config` is the plugin's own."""
 
@@ -94,6 +101,7 @@ class Config(_Section, frozen=True):
     logging: LoggingConfig = LoggingConfig()
     journal_alerts: JournalAlertsConfig = JournalAlertsConfig()
     migration: MigrationConfig = MigrationConfig()
+    network: NetworkConfig = NetworkConfig()
     runtimes: tuple[RuntimeConfig, ...] = ()
 
     @property
