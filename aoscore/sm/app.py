@@ -38,6 +38,7 @@ from aoscore.sm.launcher.store import LauncherStore
 from aoscore.sm.logprovider.provider import LogProvider
 from aoscore.sm.logprovider.source import FileSource, JournalSource, LogSource
 from aoscore.sm.monitoring.monitor import Monitoring
+from aoscore.sm.networkmanager.cni import DEFAULT, CniSettings, load_config_list
 from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.store import NetworkStore
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
@@ -59,6 +60,8 @@ class Setup:
     containers: tuple[tuple[str, ContainerConfig], ...]
     """Type and section of each container runtime."""
     alert_rules: AlertRules
+    cni: CniSettings | None
+    """Set when CNI plugins connect the instances."""
 
 
 def load(path: Path) -> Setup:
@@ -79,14 +82,24 @@ def load(path: Path) -> Setup:
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: 'journalAlerts.filter': {error}") from error
-    return Setup(loaded, tuple(containers), rules)
+    return Setup(loaded, tuple(containers), rules, _cni_settings(loaded.network))
+
+
+def _cni_settings(network: config.NetworkConfig) -> CniSettings | None:
+    if network.backend != "cni":
+        return None
+    template = load_config_list(network.cni.config_file) if network.cni.config_file else DEFAULT
+    return CniSettings(template, network.cni.bin_dirs, network.cni.state_dir)
 
 
 async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> list[Service]:
     """All services of an SM with container runtimes, in start order."""
     core = await build_core(setup.config, stack)
     networks = NetworkManager(
-        NetworkStore(core.database), core.client.networks, traffic_period=setup.config.network.traffic_period
+        NetworkStore(core.database),
+        core.client.networks,
+        cni=setup.cni,
+        traffic_period=setup.config.network.traffic_period,
     )
     layout = await core.worker.run(cgroups.probe)
     history = RunHistory(setup.config.working_dir / "instancelogs")

@@ -12,9 +12,11 @@ has the capability to change it.
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import socket
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,12 @@ from aoscore.sm.networkmanager.model import (
 )
 
 ALIAS = "aos"
-_INSIDE = "eth0"
+INSIDE = "eth0"
+"""Name of the link inside an instance."""
 _HAIRPIN = 1
 _UP = 0x1
 """IFF_UP."""
+_SIOCSIFFLAGS = 0x8914
 _MAIN_TABLE = 254
 _ROOT, _ROOT_HANDLE = 0xFFFFFFFF, 0x10000
 """TC_H_ROOT, and 1: as AosCore 9.1 numbers its queue."""
@@ -86,7 +90,7 @@ class Links:
         done = []
         # A fixed address: otherwise it changes with every link that joins, and instances lose their gateway. Bridges
         # of one network on several nodes are in one Ethernet, so each node has its own.
-        mac = _mac(f"{network.network_id} {network.ip}")
+        mac = mac_address(f"{network.network_id} {network.ip}")
         subnet = parse_subnet(network.subnet)
         with _netlink_errors(f"bridge {network.bridge}"):
             link = self._link(network.bridge)
@@ -126,7 +130,7 @@ class Links:
                 link = None
             done = []
             if link is None:
-                mac = _mac(f"{name} {network.ip}")
+                mac = mac_address(f"{name} {network.ip}")
                 try:
                     self._ip.link("add", ifname=name, kind="vlan", link=parent, vlan_id=network.vlan_id, address=mac)
                 except Exception as error:
@@ -156,13 +160,8 @@ class Links:
         name, namespace = veth_name(instance_id), netns_path(instance_id)
         done = []
         with _netlink_errors(f"network of instance {instance_id}"):
-            if not os.path.ismount(namespace):
-                self.detach(instance_id)
-                _make_namespace(namespace)
-                inside = None
-                done.append("namespace")
-            else:
-                inside = linux.in_own_thread(_index_inside, namespace)
+            done += self.ensure_namespace(instance_id)
+            inside = None if done else linux.in_own_thread(_index_inside, namespace)
             link = self._link(name)
             if link is not None and (inside is None or link.get_attr("IFLA_LINK") != inside):
                 self._ip.link("del", index=link["index"])
@@ -183,6 +182,16 @@ class Links:
             done += linux.in_own_thread(_configure_inside, namespace, address, network.ip, config.upload_speed_kbit)
         return done
 
+    def ensure_namespace(self, instance_id: str) -> list[str]:
+        """Namespace of an instance, empty but for a loopback link, which is up."""
+        namespace = netns_path(instance_id)
+        if os.path.ismount(namespace):
+            return []
+        self.detach(instance_id)
+        with _netlink_errors(f"network namespace of instance {instance_id}"):
+            _make_namespace(namespace)
+        return ["namespace"]
+
     def detach(self, instance_id: str) -> None:
         """Remove link and namespace of an instance; repeatable."""
         self.remove_link(veth_name(instance_id))
@@ -202,7 +211,7 @@ class Links:
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # The same address at every start: neighbours remember it.
-            peer = {"ifname": _INSIDE, "net_ns_fd": fd, "address": _mac(instance_id)}
+            peer = {"ifname": INSIDE, "net_ns_fd": fd, "address": mac_address(instance_id)}
             self._ip.link("add", ifname=veth_name(instance_id), kind="veth", peer=peer)
         finally:
             os.close(fd)
@@ -290,7 +299,7 @@ def _is_ours(link: Any) -> bool:
     return is_former or link.get_attr("IFLA_IFALIAS") == ALIAS
 
 
-def _mac(text: str) -> str:
+def mac_address(text: str) -> str:
     """A locally administered address out of a name."""
     digits = fnv1a(text)
     return ":".join(["02", "a0", *(digits[index : index + 2] for index in range(0, 8, 2))])
@@ -312,13 +321,20 @@ def _ensure_address(route: Any, index: int, wanted: tuple[str, int], **members: 
     return ["address"]
 
 
+def _rate_bytes(kbit: int) -> int:
+    return min(kbit * 1000 // 8 or 1, _MAX_RATE_BYTES)
+
+
+def burst_bytes(kbit: int) -> int:
+    """What may go at once at a speed: fast links send more in one turn of the timer than the least burst."""
+    return max(_MIN_BURST_BYTES, _rate_bytes(kbit) // 250)
+
+
 def _ensure_rate(route: Any, link: Any, kbit: int) -> None:
     """Limit what a link sends, or see that nothing limits it."""
     index = link["index"]
     if kbit > 0:
-        rate = min(kbit * 1000 // 8 or 1, _MAX_RATE_BYTES)
-        # Fast links send more in one turn of the timer than the least burst.
-        burst = max(_MIN_BURST_BYTES, rate // 250)
+        rate, burst = _rate_bytes(kbit), burst_bytes(kbit)
         # Replaced without a look at what is there: the kernel keeps a queue of the same kind and its packets.
         route.tc("replace", "tbf", index, handle=_ROOT_HANDLE, rate=rate, burst=burst, limit=4 * burst)
     elif link.get_attr("IFLA_QDISC") == "tbf":
@@ -352,6 +368,8 @@ def _share_directory() -> None:
 
 def _bind_new_namespace(path: Path) -> None:
     linux.unshare(linux.CLONE_NEWNET)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        fcntl.ioctl(handle, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _UP))
     linux.mount("/proc/thread-self/ns/net", path, "", linux.MS_BIND)
 
 
@@ -370,7 +388,7 @@ def _remove_namespace(path: Path) -> None:
 def _index_inside(namespace: Path) -> int | None:
     """In a thread of its own."""
     linux.setns(namespace, linux.CLONE_NEWNET)
-    return _index(_INSIDE)
+    return _index(INSIDE)
 
 
 def _configure_inside(namespace: Path, address: tuple[str, int], gateway: str, upload_kbit: int) -> list[str]:
@@ -379,7 +397,7 @@ def _configure_inside(namespace: Path, address: tuple[str, int], gateway: str, u
     done = []
     with contextlib.closing(_open_route()) as route:
         links = {link.get_attr("IFLA_IFNAME"): link for link in route.get_links()}
-        inner = links[_INSIDE]
+        inner = links[INSIDE]
         index = inner["index"]
         done += _ensure_address(route, index, address)
         for link in (links["lo"], inner):

@@ -30,6 +30,8 @@ from aoscore.common.types import (
 )
 from aoscore.sm.launcher.runtimes.base import instance_id as id_of
 from aoscore.sm.networkmanager import nft
+from aoscore.sm.networkmanager.backend import Backend, BuiltinBackend
+from aoscore.sm.networkmanager.cni import CniBackend, CniSettings
 from aoscore.sm.networkmanager.dns import DNS_DIR, DnsServer, Records, stop_unknown
 from aoscore.sm.networkmanager.firewall import instance_rules, ruleset
 from aoscore.sm.networkmanager.links import Links
@@ -44,7 +46,6 @@ from aoscore.sm.networkmanager.model import (
     netns_path,
     node_network,
     resolv_conf,
-    veth_name,
     wishes,
 )
 from aoscore.sm.networkmanager.routes import RouteChanges
@@ -86,8 +87,15 @@ class NetworkManager:
     """See the module text. A Service; the calls work after `started()`."""
 
     def __init__(
-        self, store: NetworkStore, cm: CmNetworks, *, traffic_period: Period = "day", dns_dir: Path = DNS_DIR
+        self,
+        store: NetworkStore,
+        cm: CmNetworks,
+        *,
+        cni: CniSettings | None = None,
+        traffic_period: Period = "day",
+        dns_dir: Path = DNS_DIR,
     ) -> None:
+        """With `cni` instances are connected by CNI plugins, otherwise by ourselves."""
         self._store = store
         self._cm = cm
         self._dns_dir = dns_dir
@@ -95,6 +103,9 @@ class NetworkManager:
         # Netlink in one thread, since its socket is not to be shared; files in another.
         self._netlink = Worker("netlink")
         self._files = Worker("network-files")
+        self._backend: Backend = BuiltinBackend(self._links, self._netlink)
+        if cni is not None:
+            self._backend = CniBackend(self._links, self._netlink, self._files, cni)
         self._traffic = Traffic(store, traffic_period)
         self._networks: dict[str, Network] = {}
         self._instances: dict[str, StoredInstance] = {}
@@ -157,22 +168,25 @@ class NetworkManager:
             _log.warning(kv("Network mended", network=network.network_id, what=", ".join(mended)))
         await self._join_nodes(network)
         for instance in self._attached(network.network_id):
-            name, mended = instance.instance_id, []
+            name = instance.instance_id
             try:
-                mended = await self._netlink.run(
-                    self._links.attach, name, network, instance.allocated.ip, instance.config
-                )
+                attached = await self._backend.attach(name, network, instance.allocated.ip, instance.config)
             except AosError as error:
                 _log.warning(kv("Network of instance can't be mended and is removed", id=name, error=error))
-                await self._netlink.run(self._links.detach, name)
+                await self._backend.detach(name)
                 self._instances[name] = msgspec.structs.replace(instance, host_if_name="")
-            if mended:
-                _log.warning(kv("Network of instance mended", id=name, what=", ".join(mended)))
+                continue
+            if attached.done:
+                _log.warning(kv("Network of instance mended", id=name, what=", ".join(attached.done)))
+            if attached.host_if_name != instance.host_if_name:
+                instance = msgspec.structs.replace(instance, host_if_name=attached.host_if_name)
+                await self._store.save(network, instance)
+                self._instances[name] = instance
 
     async def _remove_leftovers(self, up: dict[str, StoredInstance]) -> None:
         found = await self._netlink.run(self._links.inventory)
-        for name in found.namespaces - up.keys():
-            await self._netlink.run(self._links.detach, name)
+        for name in (found.namespaces | await self._backend.known()) - up.keys():
+            await self._backend.detach(name)
         used = {instance.host_if_name for instance in up.values()}
         networks = [self._networks[instance.network_id] for instance in up.values()]
         used |= {name for network in networks for name in (network.bridge, network.vlan_if_name)}
@@ -193,8 +207,8 @@ class NetworkManager:
             async with self._network_lock(network_id):
                 await self._netlink.run(self._links.ensure_bridge, network)
                 await self._join_nodes(network)
-                await self._netlink.run(self._links.attach, instance_id, network, rules.ip, config)
-                instance = msgspec.structs.replace(instance, host_if_name=veth_name(instance_id))
+                attached = await self._backend.attach(instance_id, network, rules.ip, config)
+                instance = msgspec.structs.replace(instance, host_if_name=attached.host_if_name)
                 await self._store.save(network, instance)
                 self._instances[instance_id] = instance
                 await self._update_dns(network_id)
@@ -215,14 +229,14 @@ class NetworkManager:
         """Take an instance's network down and keep its allocation; repeatable."""
         instance = self._instances.get(instance_id)
         if instance is None:
-            await self._netlink.run(self._links.detach, instance_id)
+            await self._backend.detach(instance_id)
             return
         network = self._networks[instance.network_id]
         async with self._traffic_lock:
             with log_and_continue(_log, f"Can't keep traffic totals of instance {instance_id}"):
                 await self._traffic.remove(instance_id)
         async with self._network_lock(network.network_id):
-            await self._netlink.run(self._links.detach, instance_id)
+            await self._backend.detach(instance_id)
             if instance.host_if_name:
                 instance = msgspec.structs.replace(instance, host_if_name="")
                 self._instances[instance_id] = instance
