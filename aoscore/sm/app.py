@@ -41,6 +41,7 @@ from aoscore.sm.monitoring.monitor import Monitoring
 from aoscore.sm.networkmanager.cni import DEFAULT, CniSettings, load_config_list
 from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.store import NetworkStore
+from aoscore.sm.resourcemanager.devices import DeviceWatch
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
 from aoscore.sm.resourcemanager.resources import Resources, load_resources
 from aoscore.sm.smclient import client
@@ -252,7 +253,8 @@ def assemble(
             request_log=request_log,
         )
     )
-    return [core.certificates, *before, *runtimes, core.images, instances, *after, core.client]
+    devices = DeviceWatch(core.resources, core.worker, core.client.send, instances.resources_changed)
+    return [core.certificates, *before, *runtimes, core.images, instances, devices, *after, core.client]
 
 
 async def _node_info(iam: IamPublicClient) -> NodeInfo:

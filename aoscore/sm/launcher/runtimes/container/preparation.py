@@ -64,6 +64,7 @@ class Preparation:
             registered=bool(secret),
             overlays=bundle.plan_overlays(layers, binds),
             run_parameters=item.run_parameters,
+            resources=tuple(resource.name for resource in item.resources),
         )
         bundle.write_record(record)
         bundle.write_spec(spec)

@@ -174,6 +174,7 @@ class ContainerRuntime:
             if record.info == info:
                 container = Container(self._tools, bundle, record, adopted_pid=state.pid)
                 await self._worker.run(self._tools.history.note_start, name, info.ident, info.version)
+                self._resources.adopt(name, info.ident, record.resources)
                 self._keep(container)
                 return
         if record is not None and (code := read_exit_code(bundle.path, name)) is not None:
@@ -251,6 +252,7 @@ class ContainerRuntime:
 
     async def _bring_up(self, name: str, info: InstanceInfo, image: InstalledImage, item: ItemConfig) -> Container:
         bundle = self._bundle(name)
+        self._resources.allocate(name, info.ident, [resource.name for resource in item.resources])
         await self._delete_leftover(bundle)
         await self._worker.run(bundle.create)
         wishes = network_config(info.ident, image.image_config, item, self._resources.hosts(item.resources))
@@ -300,7 +302,7 @@ class ContainerRuntime:
                 tasks.create_task(terminate(pid, float(self._config.stop_timeout_s)))
 
     async def _clean(self, name: str, record: BundleRecord | None) -> None:
-        """Remove container, network, secret, mounts and bundle; repeatable."""
+        """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""
         bundle = self._bundle(name)
         await self._delete_leftover(bundle)
         await self._networks.detach(name)
@@ -308,6 +310,7 @@ class ContainerRuntime:
             with log_and_continue(_log, f"Can't take back the secret of instance {name}"):
                 await self._permissions.unregister_instance(record.info.ident)
         await self._worker.run(bundle.remove)
+        self._resources.release(name)
 
     async def _delete_leftover(self, bundle: Bundle) -> None:
         # A container never exists without its bundle, and asking crun costs a process.
