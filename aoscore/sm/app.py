@@ -43,6 +43,7 @@ from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.store import NetworkStore
 from aoscore.sm.resourcemanager.devices import DeviceWatch
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import Resources, load_resources
 from aoscore.sm.smclient import client
 
@@ -102,6 +103,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         cni=setup.cni,
         traffic_period=setup.config.network.traffic_period,
     )
+    disk_quotas = DiskQuotas()
     layout = await core.worker.run(cgroups.probe)
     history = RunHistory(setup.config.working_dir / "instancelogs")
     runtimes: list[ContainerRuntime] = []
@@ -120,6 +122,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
                 networks=networks,
                 permissions=core.permissions,
                 resources=core.resources,
+                disk_quotas=disk_quotas,
                 output=output,
                 history=history,
                 send_alert=core.client.send,
@@ -131,6 +134,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         networks,
         core.node_config,
         core.client.send,
+        disk_quotas=disk_quotas,
         period_s=setup.config.monitoring.poll_period_s,
         window_s=setup.config.monitoring.average_window_s,
     )

@@ -48,6 +48,7 @@ from aoscore.sm.launcher.runtimes.container.preparation import Preparation
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path, network_config
 from aoscore.sm.processes import catches_sigterm, terminate
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import ResourceError, Resources
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class ContainerRuntime:
         networks: Networks,
         permissions: Permissions,
         resources: Resources,
+        disk_quotas: DiskQuotas,
         output: ContainerOutput,
         history: RunHistory,
         send_alert: Callable[[ResourceAllocateAlert], Awaitable[None]],
@@ -111,7 +113,7 @@ class ContainerRuntime:
         self._permissions = permissions
         self._resources = resources
         self._send_alert = send_alert
-        self._preparation = Preparation(config, cpu, resources)
+        self._preparation = Preparation(config, cpu, resources, disk_quotas)
         self.info = RuntimeInfo(
             runtime_id=runtime_id(runtime_type, node.node_id),
             type=runtime_type,
