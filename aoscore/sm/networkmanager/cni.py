@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from aoscore.common.aio import Worker
+from aoscore.common.aio import Worker, log_and_continue
 from aoscore.common.config import from_json, to_json
 from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
 from aoscore.common.files import write_atomic
@@ -274,8 +274,11 @@ class CniBackend:
         return self._records / f"{instance_id}.json"
 
     def _read(self, instance_id: str) -> Record | None:
+        """None for one that can't be read, too: then nobody knows what is to be undone."""
         path = self._path(instance_id)
-        return from_json(path.read_bytes(), Record, what=str(path)) if path.exists() else None
+        with log_and_continue(_log, f"Can't read what CNI plugins did for instance {instance_id}"):
+            return from_json(path.read_bytes(), Record, what=str(path)) if path.exists() else None
+        return None
 
     def _write(self, instance_id: str, record: Record) -> None:
         self._records.mkdir(mode=0o700, parents=True, exist_ok=True)

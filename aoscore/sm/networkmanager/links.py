@@ -113,7 +113,7 @@ class Links:
     def ensure_vlan(self, network: Network) -> list[str]:
         """The VLAN that joins an owner's bridges of all nodes, on the link that has the default route.
 
-        Raises NotFoundError while there is no default route, NotSupportedError when the kernel has no VLANs.
+        Raises NotFoundError while there is no default route, NotSupportedError where there can be no VLAN on its link.
         """
         name = network.vlan_if_name
         with _netlink_errors(f"VLAN {network.vlan_id} of network {network.network_id}"):
@@ -135,7 +135,10 @@ class Links:
                     self._ip.link("add", ifname=name, kind="vlan", link=parent, vlan_id=network.vlan_id, address=mac)
                 except Exception as error:
                     if getattr(error, "code", None) == errno.EOPNOTSUPP:
-                        raise NotSupportedError("this kernel has no VLANs (8021q)") from error
+                        where = socket.if_indextoname(parent)
+                        raise NotSupportedError(
+                            f"link {where} can carry no VLAN, or the kernel has none (8021q)"
+                        ) from error
                     raise
                 link = self._need(name)
                 done.append(f"VLAN {network.vlan_id}")

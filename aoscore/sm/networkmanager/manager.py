@@ -163,7 +163,12 @@ class NetworkManager:
 
     async def _mend(self, network: Network) -> None:
         """See that bridge and links of a network are complete; what can't be mended counts as not there."""
-        mended = await self._netlink.run(self._links.ensure_bridge, network)
+        try:
+            mended = await self._netlink.run(self._links.ensure_bridge, network)
+        except AosError as error:
+            for instance in self._attached(network.network_id):
+                await self._give_up(instance, error)
+            return
         if mended:
             _log.warning(kv("Network mended", network=network.network_id, what=", ".join(mended)))
         await self._join_nodes(network)
@@ -172,9 +177,7 @@ class NetworkManager:
             try:
                 attached = await self._backend.attach(name, network, instance.allocated.ip, instance.config)
             except AosError as error:
-                _log.warning(kv("Network of instance can't be mended and is removed", id=name, error=error))
-                await self._backend.detach(name)
-                self._instances[name] = msgspec.structs.replace(instance, host_if_name="")
+                await self._give_up(instance, error)
                 continue
             if attached.done:
                 _log.warning(kv("Network of instance mended", id=name, what=", ".join(attached.done)))
@@ -183,15 +186,25 @@ class NetworkManager:
                 await self._store.save(network, instance)
                 self._instances[name] = instance
 
+    async def _give_up(self, instance: StoredInstance, reason: AosError) -> None:
+        """Remove what can't be mended: the runtime then finds no namespace and starts the instance anew."""
+        name = instance.instance_id
+        _log.warning(kv("Network of instance can't be mended and is removed", id=name, reason=reason))
+        self._instances[name] = msgspec.structs.replace(instance, host_if_name="")
+        with log_and_continue(_log, f"Can't remove network of instance {name}"):
+            await self._backend.detach(name)
+
     async def _remove_leftovers(self, up: dict[str, StoredInstance]) -> None:
         found = await self._netlink.run(self._links.inventory)
         for name in (found.namespaces | await self._backend.known()) - up.keys():
-            await self._backend.detach(name)
+            with log_and_continue(_log, f"Can't remove leftover network of instance {name}"):
+                await self._backend.detach(name)
         used = {instance.host_if_name for instance in up.values()}
         networks = [self._networks[instance.network_id] for instance in up.values()]
         used |= {name for network in networks for name in (network.bridge, network.vlan_if_name)}
         for link in found.links - used:
-            await self._netlink.run(self._links.remove_link, link)
+            with log_and_continue(_log, f"Can't remove leftover link {link}"):
+                await self._netlink.run(self._links.remove_link, link)
         await stop_unknown({instance.network_id for instance in up.values()}, root=self._dns_dir)
 
     # For the runtime

@@ -67,11 +67,15 @@ class DeviceWatch:
 
     async def run(self, started: Callable[[], None]) -> None:
         """Watch until cancelled."""
-        if not self._resources.have_devices():
+        monitor = None
+        if self._resources.have_devices():
+            with log_and_continue(_log, "Devices that come and go are not noticed"):
+                monitor = await self._worker.run(_open_monitor)
+        if monitor is None:
             started()
             await asyncio.Event().wait()
+            return
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
-        monitor = await self._worker.run(_open_monitor)
         loop.add_reader(monitor.fileno(), woken.set)
         try:
             started()

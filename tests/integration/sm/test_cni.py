@@ -87,7 +87,7 @@ async def test_adoption_and_faults(tmp_path: Path, caplog: pytest.LogCaptureFixt
     before, namespace = link_names(), netns_path(name(1)).stat().st_ino
     subprocess.run(["ip", "-n", name(1), "addr", "flush", "dev", "eth0"], check=True)
     subprocess.run(["iptables", "-F", "CNI-FORWARD"], check=True)
-    (STATE_DIR / "results" / f"{name(2)}.json").unlink()
+    (STATE_DIR / "results" / f"{name(2)}.json").write_text("damaged")
     caplog.set_level("INFO")
     async with manager(tmp_path, FakeCm(), SETTINGS) as networks:
         faults = [record.message for record in caplog.records if "find fault" in record.message]

@@ -347,16 +347,35 @@ async def test_everything_broken_is_mended(tmp_path: Path, caplog: pytest.LogCap
             await networks.detach(name(number))
 
 
+async def test_what_can_not_be_mended_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SM comes up all the same, and the instance can be attached again."""
+    async with manager(tmp_path, FakeCm()) as networks:
+        await networks.attach(name(0), "owner", NetworkConfig(ident(0)))
+    bridge = next(link for link in link_names() if link.startswith("br-"))
+    run(f"""
+        ip link del {bridge}
+        ip link add {bridge} type ifb
+    """)
+    async with manager(tmp_path, FakeCm()) as networks:
+        assert f"link {bridge} is in the way, it is no bridge" in caplog.text
+        assert not netns_path(name(0)).exists()
+        with pytest.raises(AosError, match="is in the way"):
+            await networks.attach(name(0), "owner", NetworkConfig(ident(0)))
+        # The failed attempt has taken down all of the network, and with it what was in the way.
+        await networks.attach(name(0), "owner", NetworkConfig(ident(0)))
+        assert inside(0, "ping", "-c1", "-W5", "172.31.1.1").returncode == 0
+        await networks.detach(name(0))
+
+
 def kernel_has_vlans() -> bool:
-    """Whether the kernel can make one."""
-    command = ["ip", "link", "add", "link", "lo", "name", "probe", "type", "vlan", "id", "5"]
+    """Whether the kernel can make one on the test's uplink."""
+    command = ["ip", "link", "add", "link", "up0", "name", "probe", "type", "vlan", "id", "5"]
     return subprocess.run(command, check=False).returncode == 0
 
 
 async def test_nodes_are_joined_by_a_vlan_as_soon_as_there_is_a_default_route(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    has_vlans = kernel_has_vlans()
     run("""
         ip netns add far
         ip link add up0 type veth peer name eth0 netns far
@@ -364,6 +383,7 @@ async def test_nodes_are_joined_by_a_vlan_as_soon_as_there_is_a_default_route(
         ip link set up0 up
         ip -n far link set eth0 up
     """)
+    has_vlans = kernel_has_vlans()
     if has_vlans:
         run("""
             ip link del probe
@@ -387,7 +407,7 @@ async def test_nodes_are_joined_by_a_vlan_as_soon_as_there_is_a_default_route(
             while len(reasons()) < 2:
                 await asyncio.sleep(0.02)
         if not has_vlans:
-            assert reasons()[1:] == ["reason=this kernel has no VLANs (8021q)"]
+            assert reasons()[1:] == ["reason=link up0 can carry no VLAN, or the kernel has none (8021q)"]
         else:
             assert reasons()[1:] == ["vlan=1001"]
             assert inside(0, "ping", "-c1", "-W5", "172.31.1.200").returncode == 0
