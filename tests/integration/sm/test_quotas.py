@@ -40,11 +40,12 @@ def mounted(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def filled(path: Path, uid: int) -> tuple[int, int]:
-    """Bytes that a user could write until it failed, and the errno."""
+    """Bytes that a user could write until it failed, and the errno; root would not be limited."""
     script = (
         "import os, sys\n"
-        "os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))\n"
-        "fd, total = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_APPEND), 0\n"
+        "uid, total = int(sys.argv[2]), 0\n"
+        "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_APPEND)\n"
+        "os.fchown(fd, uid, uid); os.setgid(uid); os.setuid(uid)\n"
         "try:\n"
         "    while total < 16 << 20:\n"
         "        total += os.write(fd, bytes(65536)); os.fsync(fd)\n"
