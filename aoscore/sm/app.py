@@ -45,9 +45,12 @@ from aoscore.sm.launcher.store import LauncherStore
 from aoscore.sm.logprovider.provider import LogProvider
 from aoscore.sm.logprovider.source import FileSource, JournalSource, LogSource
 from aoscore.sm.monitoring.monitor import Monitoring
+from aoscore.sm.networkmanager.cni import DEFAULT, CniSettings, load_config_list
 from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.store import NetworkStore
+from aoscore.sm.resourcemanager.devices import DeviceWatch
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import Resources, load_resources
 from aoscore.sm.smclient import client
 from aoscore.sm.systemd import Systemd
@@ -77,6 +80,8 @@ class Setup:
     runtimes: tuple[tuple[str, RuntimeSection], ...]
     """Type and section of each runtime."""
     alert_rules: AlertRules
+    cni: CniSettings | None
+    """Set when CNI plugins connect the instances."""
 
 
 def load(path: Path) -> Setup:
@@ -98,13 +103,26 @@ def load(path: Path) -> Setup:
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: 'journalAlerts.filter': {error}") from error
-    return Setup(loaded, tuple(runtimes), rules)
+    return Setup(loaded, tuple(runtimes), rules, _cni_settings(loaded.network))
+
+
+def _cni_settings(network: config.NetworkConfig) -> CniSettings | None:
+    if network.backend != "cni":
+        return None
+    template = load_config_list(network.cni.config_file) if network.cni.config_file else DEFAULT
+    return CniSettings(template, network.cni.bin_dirs, network.cni.state_dir)
 
 
 async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> list[Service]:
     """All services of an SM, in start order."""
     core = await build_core(setup.config, stack)
-    networks = NetworkManager(NetworkStore(core.database), core.client.networks)
+    networks = NetworkManager(
+        NetworkStore(core.database),
+        core.client.networks,
+        cni=setup.cni,
+        traffic_period=setup.config.network.traffic_period,
+    )
+    disk_quotas = DiskQuotas()
     layout = await core.worker.run(cgroups.probe)
     history = RunHistory(setup.config.working_dir / "instancelogs")
     runtimes: list[Runtime] = []
@@ -132,6 +150,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
                 networks=networks,
                 permissions=core.permissions,
                 resources=core.resources,
+                disk_quotas=disk_quotas,
                 output=output,
                 history=history,
                 send_alert=core.client.send,
@@ -144,6 +163,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         networks,
         core.node_config,
         core.client.send,
+        disk_quotas=disk_quotas,
         period_s=setup.config.monitoring.poll_period_s,
         window_s=setup.config.monitoring.average_window_s,
     )
@@ -266,7 +286,8 @@ def assemble(
             request_log=request_log,
         )
     )
-    return [core.certificates, *before, *runtimes, core.images, instances, *after, core.client]
+    devices = DeviceWatch(core.resources, core.worker, core.client.send, instances.resources_changed)
+    return [core.certificates, *before, *runtimes, core.images, instances, devices, *after, core.client]
 
 
 async def _node_info(iam: IamPublicClient) -> NodeInfo:

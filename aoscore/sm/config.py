@@ -6,12 +6,14 @@ never becomes a silent default.
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from aoscore.common.config import Duration, load_config
 from aoscore.common.errors import ConfigError
+from aoscore.sm.networkmanager import cni
+from aoscore.sm.networkmanager.traffic import Period
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +70,26 @@ class MigrationConfig(_Section, frozen=True):
     merged_migration_path: Path | None = None
 
 
+class CniConfig(_Section, frozen=True):
+    """CNI plugins: configuration list (a ``.conflist``; none means bridge, firewall and bandwidth) and folders."""
+
+    config_file: Path | None = None
+    bin_dirs: tuple[Path, ...] = cni.BIN_DIRS
+    state_dir: Path = cni.STATE_DIR
+
+
+class NetworkConfig(_Section, frozen=True):
+    """Networks of instances (own section).
+
+    `backend`: who connects instances with their bridge, SM itself or CNI plugins. `traffic_period`: after it, UTC, the
+    traffic of instances counts anew.
+    """
+
+    backend: Literal["builtin", "cni"] = "builtin"
+    cni: CniConfig = CniConfig()
+    traffic_period: Period = "day"
+
+
 class RuntimeConfig(_Section, frozen=True):
     """One runtime: `plugin` selects the implementation, `type` names it towards CM, `config` is the plugin's own."""
 
@@ -94,6 +116,7 @@ class Config(_Section, frozen=True):
     logging: LoggingConfig = LoggingConfig()
     journal_alerts: JournalAlertsConfig = JournalAlertsConfig()
     migration: MigrationConfig = MigrationConfig()
+    network: NetworkConfig = NetworkConfig()
     runtimes: tuple[RuntimeConfig, ...] = ()
 
     @property

@@ -35,6 +35,7 @@ from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import choose_output
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import ResourceConfig, Resources
 from tests.support import bed
 from tests.support.running import running
@@ -121,6 +122,7 @@ def runtime(
         networks=PlainNetworks(),
         permissions=Secrets(),
         resources=Resources(resources),
+        disk_quotas=DiskQuotas(),
         output=choose_output(settings.output, settings.output_dir, settings.output_max_size_bytes),
         history=RunHistory(settings.output_dir),
         send_alert=(alerts or Alerts()).send,

@@ -2,6 +2,7 @@
 
 Also a program, so that a test can kill the process that manages networks:
 ``python -m tests.support.networks DIR ID...`` attaches instances of network "owner", prints "ready" and waits.
+AOSCORE_TEST_CNI holds CniSettings as JSON for the CNI backend.
 """
 
 import asyncio
@@ -11,10 +12,12 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from aoscore.common.config import from_json
 from aoscore.common.db import Database
 from aoscore.common.types import FirewallRule, InstanceIdent, InstanceNetwork, NetworkWishes, NodeNetwork
 from aoscore.sm.database import open_database
 from aoscore.sm.launcher.runtimes.base import instance_id
+from aoscore.sm.networkmanager.cni import CniSettings
 from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.model import NetworkConfig
 from aoscore.sm.networkmanager.store import NetworkStore
@@ -65,17 +68,17 @@ def name(number: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def manager(directory: Path, cm: FakeCm) -> AsyncIterator[NetworkManager]:
+async def manager(directory: Path, cm: FakeCm, cni: CniSettings | None = None) -> AsyncIterator[NetworkManager]:
     """A running network manager with a database in `directory`."""
     database: Database = open_database(directory / "servicemanager.db", MIGRATIONS, directory / "merged")
     async with database:
-        made = NetworkManager(NetworkStore(database), cm, dns_dir=Path("/run/aos/dns"))
+        made = NetworkManager(NetworkStore(database), cm, cni=cni, dns_dir=Path("/run/aos/dns"))
         async with running(made):
             yield made
 
 
-async def _main(directory: Path, numbers: list[int]) -> None:
-    async with manager(directory, FakeCm()) as networks:
+async def _main(directory: Path, numbers: list[int], cni: CniSettings | None) -> None:
+    async with manager(directory, FakeCm(), cni) as networks:
         for number in numbers:
             await networks.attach(name(number), "owner", NetworkConfig(ident(number), hostname="svc"))
         os.write(1, b"ready\n")
@@ -83,4 +86,6 @@ async def _main(directory: Path, numbers: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), [int(number) for number in sys.argv[2:]]))
+    with_cni = os.environ.get("AOSCORE_TEST_CNI")
+    settings = from_json(with_cni, CniSettings, what="AOSCORE_TEST_CNI") if with_cni else None
+    asyncio.run(_main(Path(sys.argv[1]), [int(number) for number in sys.argv[2:]], settings))

@@ -11,12 +11,12 @@ import msgspec
 from aoscore.cm.communication import messages
 from aoscore.cm.communication.messages import StateResult, instance_members
 from aoscore.cm.storagestate import files
-from aoscore.cm.storagestate.quota import set_user_quota
 from aoscore.cm.storagestate.store import StateRow, StateStore
 from aoscore.cm.storagestate.watch import DirectoryWatch
 from aoscore.common.aio import Broadcast, Worker, comes_within, log_and_continue
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError, NotSupportedError, OutOfRangeError
 from aoscore.common.log import kv
+from aoscore.common.quota import set_user_quota
 from aoscore.common.types import InstanceIdent
 
 _log = logging.getLogger(__name__)

@@ -145,6 +145,11 @@ class Launcher:
             self._install_retries.hurry()
         self._wake.set()
 
+    def resources_changed(self) -> None:
+        """Something that the node offers is there again: what may have failed without it is tried again at once."""
+        self._retries.hurry()
+        self._wake.set()
+
     def cloud_connected(self, connected: bool) -> None:
         """CM told whether it has the cloud."""
         self._offline.cloud(connected, datetime.now(UTC), self._clock())

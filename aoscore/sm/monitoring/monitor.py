@@ -32,6 +32,7 @@ from aoscore.sm.monitoring.figures import CpuMark, cpu_mark, instance_cpu, node_
 from aoscore.sm.monitoring.quotas import Capacity, QuotaWatch
 from aoscore.sm.networkmanager.traffic import Totals
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigs
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Monitoring:
         node_configs: NodeConfigs,
         send_alert: Callable[[SystemQuotaAlert | InstanceQuotaAlert], Awaitable[None]],
         *,
+        disk_quotas: DiskQuotas,
         period_s: float,
         window_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -84,6 +86,7 @@ class Monitoring:
         self._traffic = traffic
         self._node_configs = node_configs
         self._send_alert = send_alert
+        self._disk_quotas = disk_quotas
         self._period_s = period_s
         self._clock = clock
         self._cpus = os.cpu_count() or 1
@@ -149,10 +152,17 @@ class Monitoring:
             self._sampler.add(name, targets[name].cgroup.lstrip("/"))
         self._watched = targets
         usages = {
-            name: tuple(PartitionUsage(label, tree_bytes(path)) for label, path in target.partitions)
+            name: tuple(
+                PartitionUsage(label, self._stored_bytes(target.info.uid, label, path))
+                for label, path in target.partitions
+            )
             for name, target in targets.items()
         }
         return Measured(self._sampler.sample(), usages)
+
+    def _stored_bytes(self, uid: int, label: str, path: Path) -> int:
+        known = self._disk_quotas.used_bytes(uid, label, path)
+        return tree_bytes(path) if known is None else known
 
     def _instance(self, target: SampleTarget, measured: Measured) -> InstanceMonitoring:
         sample = measured.sample.instances[target.instance_id]

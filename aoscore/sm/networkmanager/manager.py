@@ -1,10 +1,11 @@
 """Network manager: gives each instance the network that CM allocated, and keeps kernel and database in step.
 
 The database says which networks and instances there are; an allocation is stored before anything is made of it. At
-start everything is compared with the kernel: what is complete is adopted, what is broken or unknown is removed, the
+start everything is compared with the kernel: what is there is adopted and mended, what is unknown is removed, the
 firewall is written anew as a whole. So SM may be killed at any moment (sm-runtime.md §6.10).
 
-What is not there yet, and refused or said so: bandwidth limits, joining networks of several nodes (VLAN), CNI.
+A network is joined with the other nodes by a VLAN on the link of the default route. Where that is impossible for now,
+or the kernel cannot do it, instances of this node still have their network, and the log says what is missing (D41).
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from aoscore.common.aio import Worker, log_and_continue
-from aoscore.common.errors import FailedError, NotSupportedError
+from aoscore.common.errors import AosError, FailedError
 from aoscore.common.log import kv
 from aoscore.common.types import (
     InstanceIdent,
@@ -29,6 +30,8 @@ from aoscore.common.types import (
 )
 from aoscore.sm.launcher.runtimes.base import instance_id as id_of
 from aoscore.sm.networkmanager import nft
+from aoscore.sm.networkmanager.backend import Backend, BuiltinBackend
+from aoscore.sm.networkmanager.cni import CniBackend, CniSettings
 from aoscore.sm.networkmanager.dns import DNS_DIR, DnsServer, Records, stop_unknown
 from aoscore.sm.networkmanager.firewall import instance_rules, ruleset
 from aoscore.sm.networkmanager.links import Links
@@ -37,16 +40,17 @@ from aoscore.sm.networkmanager.model import (
     Network,
     NetworkConfig,
     StoredInstance,
-    bridge_name,
     check_network_id,
     host_names,
     hosts_file,
     netns_path,
+    node_network,
     resolv_conf,
     wishes,
 )
+from aoscore.sm.networkmanager.routes import RouteChanges
 from aoscore.sm.networkmanager.store import NetworkStore
-from aoscore.sm.networkmanager.traffic import SYSTEM, Counted, Totals, Traffic
+from aoscore.sm.networkmanager.traffic import SYSTEM, Counted, Period, Totals, Traffic
 
 if TYPE_CHECKING:
     from aoscore.sm.smclient.network import FirewallUpdate
@@ -82,7 +86,16 @@ class CmNetworks(Protocol):
 class NetworkManager:
     """See the module text. A Service; the calls work after `started()`."""
 
-    def __init__(self, store: NetworkStore, cm: CmNetworks, *, dns_dir: Path = DNS_DIR) -> None:
+    def __init__(
+        self,
+        store: NetworkStore,
+        cm: CmNetworks,
+        *,
+        cni: CniSettings | None = None,
+        traffic_period: Period = "day",
+        dns_dir: Path = DNS_DIR,
+    ) -> None:
+        """With `cni` instances are connected by CNI plugins, otherwise by ourselves."""
         self._store = store
         self._cm = cm
         self._dns_dir = dns_dir
@@ -90,10 +103,15 @@ class NetworkManager:
         # Netlink in one thread, since its socket is not to be shared; files in another.
         self._netlink = Worker("netlink")
         self._files = Worker("network-files")
-        self._traffic = Traffic(store)
+        self._backend: Backend = BuiltinBackend(self._links, self._netlink)
+        if cni is not None:
+            self._backend = CniBackend(self._links, self._netlink, self._files, cni)
+        self._traffic = Traffic(store, traffic_period)
         self._networks: dict[str, Network] = {}
         self._instances: dict[str, StoredInstance] = {}
         self._dns: dict[str, DnsServer] = {}
+        self._alone: dict[str, str] = {}
+        """Networks that should be joined with other nodes and are not, and why."""
         self._network_locks: dict[str, asyncio.Lock] = {}
         self._firewall_lock = asyncio.Lock()
         self._firewall_wanted = 0
@@ -108,6 +126,7 @@ class NetworkManager:
         async with self._files, self._netlink, asyncio.TaskGroup() as self._tasks:
             try:
                 await self._restore()
+                self._tasks.create_task(self._follow_routes(), name="routes")
                 started()
                 while True:
                     await asyncio.sleep(_TRAFFIC_PERIOD_S)
@@ -128,30 +147,64 @@ class NetworkManager:
                 _log.warning(kv("Instance of an unknown network forgotten", id=instance.instance_id))
                 await self._store.remove_instance(instance.instance_id, None)
                 continue
-            attached = bool(instance.host_if_name) and await self._netlink.run(
-                self._links.is_attached, instance.instance_id, network, instance.allocated.ip
-            )
-            self._instances[instance.instance_id] = msgspec.structs.replace(
-                instance, host_if_name=instance.host_if_name if attached else ""
-            )
-        up = {name: instance for name, instance in self._instances.items() if instance.host_if_name}
-        await self._remove_leftovers(up)
+            if instance.host_if_name and not netns_path(instance.instance_id).exists():
+                instance = msgspec.structs.replace(instance, host_if_name="")
+            self._instances[instance.instance_id] = instance
+        await self._remove_leftovers({name: one for name, one in self._instances.items() if one.host_if_name})
+        for network_id in {instance.network_id for instance in self._instances.values() if instance.host_if_name}:
+            await self._mend(self._networks[network_id])
+        up = [instance for instance in self._instances.values() if instance.host_if_name]
         await self._apply_firewall()
-        await self._traffic.start([_counted(instance) for instance in up.values()], datetime.now(UTC))
-        for network_id in {instance.network_id for instance in up.values()}:
-            await self._netlink.run(self._links.ensure_bridge, self._networks[network_id])
+        await self._traffic.start([_counted(instance) for instance in up], datetime.now(UTC))
+        for network_id in {instance.network_id for instance in up}:
             await self._update_dns(network_id)
-        for name in up:
-            _log.info(kv("Network of instance adopted", id=name))
+        for instance in up:
+            _log.info(kv("Network of instance adopted", id=instance.instance_id))
+
+    async def _mend(self, network: Network) -> None:
+        """See that bridge and links of a network are complete; what can't be mended counts as not there."""
+        try:
+            mended = await self._netlink.run(self._links.ensure_bridge, network)
+        except AosError as error:
+            for instance in self._attached(network.network_id):
+                await self._give_up(instance, error)
+            return
+        if mended:
+            _log.warning(kv("Network mended", network=network.network_id, what=", ".join(mended)))
+        await self._join_nodes(network)
+        for instance in self._attached(network.network_id):
+            name = instance.instance_id
+            try:
+                attached = await self._backend.attach(name, network, instance.allocated.ip, instance.config)
+            except AosError as error:
+                await self._give_up(instance, error)
+                continue
+            if attached.done:
+                _log.warning(kv("Network of instance mended", id=name, what=", ".join(attached.done)))
+            if attached.host_if_name != instance.host_if_name:
+                instance = msgspec.structs.replace(instance, host_if_name=attached.host_if_name)
+                await self._store.save(network, instance)
+                self._instances[name] = instance
+
+    async def _give_up(self, instance: StoredInstance, reason: AosError) -> None:
+        """Remove what can't be mended: the runtime then finds no namespace and starts the instance anew."""
+        name = instance.instance_id
+        _log.warning(kv("Network of instance can't be mended and is removed", id=name, reason=reason))
+        self._instances[name] = msgspec.structs.replace(instance, host_if_name="")
+        with log_and_continue(_log, f"Can't remove network of instance {name}"):
+            await self._backend.detach(name)
 
     async def _remove_leftovers(self, up: dict[str, StoredInstance]) -> None:
         found = await self._netlink.run(self._links.inventory)
-        for name in found.namespaces - up.keys():
-            await self._netlink.run(self._links.detach, name)
+        for name in (found.namespaces | await self._backend.known()) - up.keys():
+            with log_and_continue(_log, f"Can't remove leftover network of instance {name}"):
+                await self._backend.detach(name)
         used = {instance.host_if_name for instance in up.values()}
-        used |= {self._networks[instance.network_id].bridge for instance in up.values()}
+        networks = [self._networks[instance.network_id] for instance in up.values()]
+        used |= {name for network in networks for name in (network.bridge, network.vlan_if_name)}
         for link in found.links - used:
-            await self._netlink.run(self._links.remove_link, link)
+            with log_and_continue(_log, f"Can't remove leftover link {link}"):
+                await self._netlink.run(self._links.remove_link, link)
         await stop_unknown({instance.network_id for instance in up.values()}, root=self._dns_dir)
 
     # For the runtime
@@ -161,15 +214,14 @@ class NetworkManager:
 
         Raises AosError; then nothing is up, and an allocation stays stored for the next attempt.
         """
-        if config.download_speed_kbit or config.upload_speed_kbit:
-            raise NotSupportedError(f"item {config.ident.item_id} limits its bandwidth, which is not supported yet")
         network, instance = await self._allocate(instance_id, check_network_id(network_id), config)
         rules = instance_rules(instance)
         try:
             async with self._network_lock(network_id):
                 await self._netlink.run(self._links.ensure_bridge, network)
-                link = await self._netlink.run(self._links.attach, instance_id, network, rules.ip)
-                instance = msgspec.structs.replace(instance, host_if_name=link)
+                await self._join_nodes(network)
+                attached = await self._backend.attach(instance_id, network, rules.ip, config)
+                instance = msgspec.structs.replace(instance, host_if_name=attached.host_if_name)
                 await self._store.save(network, instance)
                 self._instances[instance_id] = instance
                 await self._update_dns(network_id)
@@ -190,22 +242,23 @@ class NetworkManager:
         """Take an instance's network down and keep its allocation; repeatable."""
         instance = self._instances.get(instance_id)
         if instance is None:
-            await self._netlink.run(self._links.detach, instance_id)
+            await self._backend.detach(instance_id)
             return
         network = self._networks[instance.network_id]
         async with self._traffic_lock:
             with log_and_continue(_log, f"Can't keep traffic totals of instance {instance_id}"):
                 await self._traffic.remove(instance_id)
         async with self._network_lock(network.network_id):
-            await self._netlink.run(self._links.detach, instance_id)
+            await self._backend.detach(instance_id)
             if instance.host_if_name:
                 instance = msgspec.structs.replace(instance, host_if_name="")
                 self._instances[instance_id] = instance
                 await self._store.save(network, instance)
             await self._update_dns(network.network_id)
             if not self._attached(network.network_id):
-                for link in filter(None, (network.bridge, network.vlan_if_name)):
+                for link in filter(None, (network.vlan_if_name, network.bridge)):
                     await self._netlink.run(self._links.remove_link, link)
+                self._alone.pop(network.network_id, None)
         await self._apply_firewall()
 
     # For the launcher and the link to CM
@@ -281,9 +334,7 @@ class NetworkManager:
             network = self._networks.get(network_id)
             if network is None:
                 node = await self._cm.get_node_network_params(network_id)
-                network = Network(network_id, node.subnet, node.ip, bridge_name(network_id), node.vlan_id)
-                if node.vlan_id:
-                    _log.info(kv("Network is not joined with other nodes yet", network=network_id, vlan=node.vlan_id))
+                network = node_network(network_id, node)
         allocated = await self._cm.allocate_instance_network(config.ident, network_id, wishes(config, network_id))
         instance = StoredInstance(instance_id, network_id, config, allocated)
         instance_rules(instance)
@@ -291,6 +342,29 @@ class NetworkManager:
         self._networks[network_id] = network
         self._instances[instance_id] = instance
         return network, instance
+
+    async def _join_nodes(self, network: Network) -> None:
+        """Join a network with the other nodes, or say once why that can't be."""
+        if not network.vlan_id:
+            return
+        name, before = network.network_id, self._alone.pop(network.network_id, None)
+        try:
+            if await self._netlink.run(self._links.ensure_vlan, network):
+                _log.info(kv("Network joined with other nodes", network=name, vlan=network.vlan_id))
+        except AosError as error:
+            self._alone[name] = reason = str(error)
+            if reason != before:
+                _log.warning(kv("Network is not joined with other nodes", network=name, reason=reason))
+
+    async def _follow_routes(self) -> None:
+        """The default route may come late, or move to another link."""
+        with RouteChanges() as changes:
+            while True:
+                await changes.wait()
+                for name in sorted({instance.network_id for instance in self._instances.values()}):
+                    async with self._network_lock(name):
+                        if self._attached(name):
+                            await self._join_nodes(self._networks[name])
 
     async def _update_dns(self, network_id: str) -> None:
         records = {

@@ -9,10 +9,11 @@ import msgspec
 
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.oci import ImageConfig, ItemConfig
-from aoscore.common.types import InstanceIdent, InstanceNetwork, NetworkWishes
+from aoscore.common.types import InstanceIdent, InstanceNetwork, NetworkWishes, NodeNetwork
 from aoscore.sm.resourcemanager.resources import HostConfig
 
 NETNS_DIR = Path("/run/netns")
+_MAX_VLAN_ID = 4094
 _NETWORK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _PORT = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(tcp|udp))?")
 
@@ -40,6 +41,7 @@ class Network(msgspec.Struct, frozen=True):
     """Address of the bridge: gateway and DNS server of the instances."""
     bridge: str
     vlan_id: int = 0
+    """VLAN of this network between the nodes; 0 means it stays on this one."""
     vlan_if_name: str = ""
 
 
@@ -118,6 +120,11 @@ def bridge_name(network_id: str) -> str:
     return f"br-{fnv1a(network_id)}"
 
 
+def vlan_name(network_id: str) -> str:
+    """Link that joins an owner's bridges of all nodes; as with bridges, AosCore 9.1 draws the digits by lot."""
+    return f"vlan-{fnv1a(network_id)}"
+
+
 def veth_name(instance_id: str) -> str:
     """Host end of an instance's link."""
     return f"veth{fnv1a(instance_id)}"
@@ -150,6 +157,20 @@ def wishes(config: NetworkConfig, network_id: str) -> NetworkWishes:
         hosts=tuple(host_names(config, network_id)),
         allowed_connections=config.allowed_connections,
         exposed_ports=config.exposed_ports,
+    )
+
+
+def node_network(network_id: str, node: NodeNetwork) -> Network:
+    """The network as CM gave it to this node. Raises InvalidArgumentError naming the wrong part."""
+    if not 0 <= node.vlan_id <= _MAX_VLAN_ID:
+        raise InvalidArgumentError(f"network {network_id}: {node.vlan_id} is no VLAN id")
+    return Network(
+        network_id=network_id,
+        subnet=str(parse_subnet(node.subnet)),
+        ip=str(parse_address(node.ip)),
+        bridge=bridge_name(network_id),
+        vlan_id=node.vlan_id,
+        vlan_if_name=vlan_name(network_id) if node.vlan_id else "",
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from aoscore.common.config import from_json, to_json
 from aoscore.common.db import Database
 from aoscore.common.types import FirewallRule, InstanceIdent, InstanceNetwork
-from aoscore.sm.networkmanager.model import Network, NetworkConfig, StoredInstance, bridge_name, host_names
+from aoscore.sm.networkmanager.model import Network, NetworkConfig, StoredInstance, bridge_name, host_names, vlan_name
 from aoscore.sm.networkmanager.traffic import StoredTraffic
 from aoscore.sm.resourcemanager.resources import HostConfig
 
@@ -67,7 +67,14 @@ class NetworkStore:
             "SELECT networkID, ip, subnet, vlanID, vlanIfName, bridgeIfName FROM network"
         )
         return [
-            Network(row[0], row[2] or "", row[1] or "", row[5] or bridge_name(row[0]), row[3] or 0, row[4] or "")
+            Network(
+                network_id=row[0],
+                subnet=row[2] or "",
+                ip=row[1] or "",
+                bridge=row[5] or bridge_name(row[0]),
+                vlan_id=row[3] or 0,
+                vlan_if_name=(row[4] or vlan_name(row[0])) if row[3] else "",
+            )
             for row in rows
         ]
 

@@ -1,14 +1,15 @@
 """Traffic of the node and of each instance with public networks: table ``inet aos-traffic`` (sm-runtime.md §6.8).
 
 The kernel's named counters hold the totals of the present period themselves: a counter begins with the stored value and
-is set to zero when a new day (UTC) begins. So nothing is lost while SM is away, and SM writes to the database seldom.
+is set to zero when a new period begins. So nothing is lost while SM is away, and SM writes to the database seldom.
+Periods are those of the calendar in UTC; AosCore 9.1 knows days only (sm-runtime.md §7, D38).
 An instance over its limit is put into a set whose members lose all their traffic in that direction.
 """
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import msgspec
 
@@ -19,8 +20,13 @@ from aoscore.sm.networkmanager.nft import Command, Expression, Table, ip, match,
 
 _log = logging.getLogger(__name__)
 
+Period = Literal["year", "month", "day", "hour", "minute"]
+
 TABLE = Table("aos-traffic")
 SYSTEM = "system"
+_PERIODS = get_args(Period)
+_FIRST = (1, 1, 1, 0, 0)
+"""Where each field of a moment begins, in the order of the periods."""
 _DIRECTIONS = ("in", "out")
 _PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12")
 # How often totals go to the database. The kernel has them in any case; this is for a reboot.
@@ -52,7 +58,7 @@ class TrafficStore(Protocol):
 
 
 class Counted(msgspec.Struct, frozen=True):
-    """An instance whose traffic is counted; a limit of 0 means none. Bytes per day."""
+    """An instance whose traffic is counted; a limit of 0 means none. Bytes per period."""
 
     name: str
     ip: str
@@ -70,24 +76,26 @@ class Totals(msgspec.Struct, frozen=True):
 class Traffic:
     """The counters and their limits."""
 
-    def __init__(self, store: TrafficStore) -> None:
+    def __init__(self, store: TrafficStore, period: Period = "day") -> None:
         self._store = store
+        self._period = period
         self._stored: dict[str, StoredTraffic] = {}
         self._counted: dict[str, Counted] = {}
         self._blocked: dict[str, set[str]] = {"in": set(), "out": set()}
         self._values: dict[str, int] = {}
-        self._day = datetime.now(UTC).date()
+        self._since = datetime.min.replace(tzinfo=UTC)
+        """Begin of the present period."""
         self._saved_s = 0.0
 
     async def start(self, adopted: Iterable[Counted], now: datetime) -> None:
         """Make the table for the instances that are up, with the totals that the kernel or the database still has."""
         self._stored = {total.chain: total for total in await self._store.load_traffic()}
         self._counted = {counted.name: counted for counted in adopted}
-        self._day = now.date()
+        self._since = self._start_of_period(now)
         kernel = await nft.counters(TABLE) or {}
         last = max((total.time for total in self._stored.values()), default=now)
-        # Counters that went on over the end of a day are of no use; the day of the last save is all that is known.
-        self._values = kernel if last.date() == self._day else {}
+        # Counters that went on over the end of a period are of no use; the last save tells which one they are of.
+        self._values = kernel if self._start_of_period(last) == self._since else {}
         await nft.apply(table(self._counted.values(), {name: self._initial(name) for name in self._names()}))
         self._blocked = {"in": set(), "out": set()}
         await self.refresh(now)
@@ -102,7 +110,7 @@ class Traffic:
         self._counted[counted.name] = counted
 
     async def remove(self, name: str) -> None:
-        """Stop counting; the total is kept for the rest of the day."""
+        """Stop counting; the total is kept for the rest of the period."""
         counted = self._counted.get(name)
         if counted is None:
             return
@@ -124,14 +132,18 @@ class Traffic:
     async def refresh(self, now: datetime) -> None:
         """Read the counters, begin a new period when it is due, block and unblock by the limits."""
         kernel = await nft.counters(TABLE) or {}
-        if now.date() != self._day:
-            _log.info(kv("New traffic period", day=now.date()))
+        is_new = self._start_of_period(now) != self._since
+        if is_new:
+            self._since = self._start_of_period(now)
+            _log.info(kv("New traffic period", since=self._since))
             await nft.apply([TABLE.reset(name) for name in kernel])
             kernel = dict.fromkeys(kernel, 0)
-            self._day = now.date()
             self._stored.clear()
             self._values.clear()
         self._values |= kernel
+        if is_new:
+            # At once: after a crash it tells which period the kernel's counters are of.
+            await self._save(self._names(), now)
         for direction in _DIRECTIONS:
             await self._enforce(direction)
 
@@ -177,10 +189,23 @@ class Traffic:
         if name in self._values:
             return self._values[name]
         stored = self._stored.get(name)
-        return stored.value if stored is not None and stored.time.date() == self._day else 0
+        is_present = stored is not None and self._start_of_period(stored.time) == self._since
+        return stored.value if stored is not None and is_present else 0
+
+    def _start_of_period(self, time: datetime) -> datetime:
+        return start_of_period(time, self._period)
 
     def _names(self) -> list[str]:
         return [chain for name in (SYSTEM, *self._counted) for chain in _names(name)]
+
+
+def start_of_period(time: datetime, period: Period) -> datetime:
+    """When the period began that a moment is in. Pure."""
+    moment = time.astimezone(UTC)
+    kept = _PERIODS.index(period) + 1
+    fields = (moment.year, moment.month, moment.day, moment.hour, moment.minute)
+    year, month, day, hour, minute = (*fields[:kept], *_FIRST[kept:])
+    return datetime(year, month, day, hour, minute, tzinfo=UTC)
 
 
 def table(counted: Iterable[Counted], initial: Mapping[str, int]) -> list[Command]:

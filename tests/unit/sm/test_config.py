@@ -12,6 +12,7 @@ from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.sm import app
 from aoscore.sm.config import load
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
+from aoscore.sm.networkmanager.cni import CniSettings
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "sm.cfg"
 MINIMAL: dict[str, Any] = {
@@ -47,7 +48,7 @@ def test_the_example_shows_every_key() -> None:
         return {name.lower() for name in struct.__struct_encode_fields__}
 
     assert keys(config) == {name.lower() for name in document}
-    for name in ("monitoring", "image_manager", "logging", "journal_alerts", "migration"):
+    for name in ("monitoring", "image_manager", "logging", "journal_alerts", "network", "migration"):
         encoded = dict(zip(config.__struct_fields__, config.__struct_encode_fields__, strict=True))[name]
         assert keys(getattr(config, name)) == {key.lower() for key in document[encoded]}
 
@@ -141,3 +142,19 @@ def test_program_ends_with_a_clear_error(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 78
     assert "unknown key 'workngDir'" in done.stdout + done.stderr
+
+
+def test_cni_plugins_are_chosen_with_their_list(tmp_path: Path) -> None:
+    document = json.loads(EXAMPLE.read_text())
+    assert app.load(EXAMPLE).cni is None
+    document["network"] = {"backend": "cni", "cni": {"binDirs": ["/opt/cni/bin"]}}
+    assert app.load(write(tmp_path, document)).cni == CniSettings(bin_dirs=(Path("/opt/cni/bin"),))
+    document["network"]["cni"]["configFile"] = str(tmp_path / "aos.conflist")
+    with pytest.raises(NotFoundError, match=r"there is no CNI configuration list .*aos\.conflist"):
+        app.load(write(tmp_path, document))
+    (tmp_path / "aos.conflist").write_text('{"cniVersion": "1.0.0", "plugins": [{"type": "bridge"}]}')
+    loaded = app.load(write(tmp_path, document)).cni
+    assert loaded is not None and loaded.template.plugins == ({"type": "bridge"},)
+    document["network"]["backend"] = "docker"
+    with pytest.raises(ConfigError, match=r"network\.backend"):
+        app.load(write(tmp_path, document))

@@ -21,10 +21,10 @@ from aoscore.cm.communication.messages import (
 )
 from aoscore.cm.storagestate import files
 from aoscore.cm.storagestate.manager import Paths, StorageState
-from aoscore.cm.storagestate.quota import device_of
 from aoscore.cm.storagestate.store import StateStore
 from aoscore.common.db import Database, Schema
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError, NotSupportedError
+from aoscore.common.quota import device_of
 from aoscore.common.types import InstanceIdent
 from tests.support.running import running
 from tests.unit.cm.fakes import FakeLink

@@ -438,6 +438,16 @@ async def test_cm_coming_back_hurries_retries(bed: Bed) -> None:
         await until(lambda: bool(bed.runtime.instances))
 
 
+async def test_a_device_that_is_back_hurries_retries(bed: Bed) -> None:
+    bed.pause_s = 1000.0
+    bed.runtime.start_errors["1.0.0"] = FailedError("no such device")
+    async with bed.launcher() as launcher:
+        assert (await update(launcher, A))["a"].state is InstanceState.FAILED
+        bed.runtime.start_errors.clear()
+        launcher.resources_changed()
+        await until(lambda: bool(bed.runtime.instances))
+
+
 async def test_offline_time_stops_and_a_restart_does_not_forget(bed: Bed) -> None:
     bed.images.offline_ttl_s = 30.0
     now_s = 1000.0

@@ -34,6 +34,7 @@ from aoscore.sm.monitoring.monitor import Monitoring, tree_bytes
 from aoscore.sm.monitoring.quotas import Capacity, QuotaWatch, Thresholds, thresholds
 from aoscore.sm.networkmanager.traffic import Totals
 from aoscore.sm.resourcemanager.nodeconfig import Codename, NodeConfig
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from tests.support.running import running
 
 IDENT = InstanceIdent("item", "subject", 0)
@@ -212,7 +213,9 @@ async def test_service_samples_averages_and_alerts(tmp_path: Path) -> None:
     async def send(alert: SystemQuotaAlert | InstanceQuotaAlert) -> None:
         sent.append(alert)
 
-    monitoring = Monitoring(node, [runtime], Traffic(), configs, send, period_s=0.05, window_s=0.2)
+    monitoring = Monitoring(
+        node, [runtime], Traffic(), configs, send, disk_quotas=DiskQuotas(), period_s=0.05, window_s=0.2
+    )
     with monitoring.samples.subscribe() as samples:
         async with running(monitoring):
             sample = await samples.get()

@@ -1,7 +1,7 @@
 """Names, firewall rules, DNS files, traffic rules and rows of the network manager: the pure parts."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.oci import ImageConfig, ItemConfig, ProcessConfig, Quotas
-from aoscore.common.types import FirewallRule, InstanceIdent, InstanceNetwork
+from aoscore.common.types import FirewallRule, InstanceIdent, InstanceNetwork, NodeNetwork
 from aoscore.sm.database import open_database
 from aoscore.sm.networkmanager.dns import Records, hosts_text, servers_text
 from aoscore.sm.networkmanager.firewall import instance_rules, ruleset
@@ -26,17 +26,19 @@ from aoscore.sm.networkmanager.model import (
     host_names,
     hosts_file,
     network_config,
+    node_network,
     parse_ports,
     resolv_conf,
     veth_name,
+    vlan_name,
     wishes,
 )
 from aoscore.sm.networkmanager.store import NetworkStore
-from aoscore.sm.networkmanager.traffic import Counted, StoredTraffic, remove_commands, table
+from aoscore.sm.networkmanager.traffic import Counted, Period, StoredTraffic, remove_commands, start_of_period, table
 from aoscore.sm.resourcemanager.resources import HostConfig
 
 IDENT = InstanceIdent("item", "subject", 0)
-NETWORK = Network("owner", "172.17.0.0/16", "172.17.0.1", "br-00000001", 7)
+NETWORK = Network("owner", "172.17.0.0/16", "172.17.0.1", "br-00000001", 7, "vlan-00000001")
 RULE = FirewallRule("172.18.0.5", "8087-8088", "udp", "172.17.0.2")
 CONFIG = NetworkConfig(IDENT, hostname="svc", exposed_ports=("9000", "53/udp"), hosts=(HostConfig("10.0.0.9", "db"),))
 ALLOCATED = InstanceNetwork("172.17.0.0/16", "172.17.0.2", ("10.0.0.1",), (RULE,))
@@ -221,6 +223,36 @@ def test_traffic_table_starts_with_given_totals() -> None:
     assert [next(iter(command["delete"])) for command in removal] == [
         "element", "element", "counter", "element", "counter"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("period", "begin"),
+    [
+        ("minute", datetime(2026, 5, 17, 13, 45, tzinfo=UTC)),
+        ("hour", datetime(2026, 5, 17, 13, tzinfo=UTC)),
+        ("day", datetime(2026, 5, 17, tzinfo=UTC)),
+        ("month", datetime(2026, 5, 1, tzinfo=UTC)),
+        ("year", datetime(2026, 1, 1, tzinfo=UTC)),
+    ],
+)
+def test_periods_are_those_of_the_calendar_in_utc(period: Period, begin: datetime) -> None:
+    moment = datetime(2026, 5, 17, 15, 45, 30, 7, tzinfo=timezone(timedelta(hours=2)))
+    assert start_of_period(moment, period) == begin
+    assert start_of_period(begin, period) == begin
+    assert start_of_period(begin - timedelta(microseconds=1), period) < begin
+
+
+def test_a_network_from_cm_is_checked() -> None:
+    network = node_network("owner", NodeNetwork("172.17.0.0/16", "172.17.0.1", 7))
+    assert (network.bridge, network.vlan_if_name) == (bridge_name("owner"), vlan_name("owner"))
+    assert node_network("owner", NodeNetwork("172.17.0.0/16", "172.17.0.1", 0)).vlan_if_name == ""
+    for node in (
+        NodeNetwork("172.17.0.0/16", "172.17.0.1", 4095),
+        NodeNetwork("172.17.0.0/16", "::1", 7),
+        NodeNetwork("all", "172.17.0.1", 7),
+    ):
+        with pytest.raises(InvalidArgumentError):
+            node_network("owner", node)
 
 
 MIGRATIONS = Path(__file__).parents[4] / "aoscore" / "sm" / "migration"

@@ -49,6 +49,8 @@ class BundleRecord(msgspec.Struct, frozen=True, rename="camel"):
     overlays: tuple["Overlay", ...] = ()
     """The root file system, outer mounts first."""
     run_parameters: RunParameters = RunParameters()
+    resources: tuple[str, ...] = ()
+    """Names of the node's resources that it uses."""
 
 
 class Bundle:

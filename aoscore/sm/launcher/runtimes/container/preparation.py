@@ -13,13 +13,16 @@ from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.seccomp import default_profile
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec
 from aoscore.sm.networkmanager.model import AttachedNetwork
+from aoscore.sm.resourcemanager.quotas import STATES, STORAGES, Claim, DiskQuotas
 from aoscore.sm.resourcemanager.resources import Resources
 
 
 class Preparation:
     """Fills bundles. Blocking; called from worker threads."""
 
-    def __init__(self, config: ContainerConfig, cpu: CpuCapacity, resources: Resources) -> None:
+    def __init__(
+        self, config: ContainerConfig, cpu: CpuCapacity, resources: Resources, disk_quotas: DiskQuotas
+    ) -> None:
         if config.state_dir is None or config.storage_dir is None:
             raise InvalidArgumentError("paths of the container runtime are not filled, load_container_config does it")
         self._config = config
@@ -27,11 +30,12 @@ class Preparation:
         self._storage_dir = config.storage_dir
         self._cpu = cpu
         self._resources = resources
+        self._disk_quotas = disk_quotas
 
     def partitions(self, info: InstanceInfo) -> tuple[tuple[str, Path], ...]:
         """Name and path of what the instance fills."""
-        storages = (("storages", self._storage_dir / info.storage_path),) if info.storage_path else ()
-        states = (("states", self._state_dir / info.state_path),) if info.state_path else ()
+        storages = ((STORAGES, self._storage_dir / info.storage_path),) if info.storage_path else ()
+        states = ((STATES, self._state_dir / info.state_path),) if info.state_path else ()
         return (*storages, *states)
 
     def fill(
@@ -40,6 +44,10 @@ class Preparation:
         """Write spec, record and files, mount the root file system. Raises AosError or OSError naming the thing."""
         item = image.item_config or ItemConfig()
         binds = self._config.host_binds if item.base_layer_is_node_rootfs else ()
+        state = prepare_state(self._state_dir, info.state_path, info.uid, info.gid)
+        storage = prepare_storage(self._storage_dir, info.storage_path, info.uid, info.gid)
+        limits = {STATES: item.quotas.state_limit or 0, STORAGES: item.quotas.storage_limit or 0}
+        self._disk_quotas.limit(info.uid, [Claim(name, path, limits[name]) for name, path in self.partitions(info)])
         spec = build_spec(
             SpecInput(
                 info=info,
@@ -52,8 +60,8 @@ class Preparation:
                 secret=secret,
                 resources=self._resources.grant(item.resources),
                 host_files=[path for path in self._config.host_files if path.exists()],
-                state=prepare_state(self._state_dir, info.state_path, info.uid, info.gid),
-                storage=prepare_storage(self._storage_dir, info.storage_path, info.uid, info.gid),
+                state=state,
+                storage=storage,
                 seccomp=default_profile(platform.machine()) if self._config.seccomp else None,
             )
         )
@@ -64,6 +72,7 @@ class Preparation:
             registered=bool(secret),
             overlays=bundle.plan_overlays(layers, binds),
             run_parameters=item.run_parameters,
+            resources=tuple(resource.name for resource in item.resources),
         )
         bundle.write_record(record)
         bundle.write_spec(spec)

@@ -42,6 +42,7 @@ from aoscore.sm.launcher.runtimes.container.preparation import Preparation
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path, network_config
 from aoscore.sm.processes import catches_sigterm, terminate
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import ResourceError, Resources
 
 _log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class ContainerRuntime:
         networks: Networks,
         permissions: Permissions,
         resources: Resources,
+        disk_quotas: DiskQuotas,
         output: ContainerOutput,
         history: RunHistory,
         send_alert: Callable[[ResourceAllocateAlert], Awaitable[None]],
@@ -106,7 +108,7 @@ class ContainerRuntime:
         self._permissions = permissions
         self._resources = resources
         self._send_alert = send_alert
-        self._preparation = Preparation(config, cpu, resources)
+        self._preparation = Preparation(config, cpu, resources, disk_quotas)
         self.changed: Broadcast[InstanceStatus] = Broadcast(f"statuses of runtime {runtime_type}")
         self.reboot_due = asyncio.Event()
         self._worker = Worker("container", _THREADS)
@@ -164,6 +166,7 @@ class ContainerRuntime:
             if record.info == info:
                 container = Container(self._tools, bundle, record, adopted_pid=state.pid)
                 await self._worker.run(self._tools.history.note_start, name, info.ident, info.version)
+                self._resources.adopt(name, info.ident, record.resources)
                 self._keep(container)
                 return
         if record is not None and (state is None or not state.is_running):
@@ -248,6 +251,7 @@ class ContainerRuntime:
 
     async def _bring_up(self, name: str, info: InstanceInfo, image: InstalledImage, item: ItemConfig) -> Container:
         bundle = self._bundle(name)
+        self._resources.allocate(name, info.ident, [resource.name for resource in item.resources])
         await self._delete_leftover(bundle)
         await self._worker.run(bundle.create)
         wishes = network_config(info.ident, image.image_config, item, self._resources.hosts(item.resources))
@@ -297,7 +301,7 @@ class ContainerRuntime:
                 tasks.create_task(terminate(pid, float(self._config.stop_timeout_s)))
 
     async def _clean(self, name: str, record: BundleRecord | None) -> None:
-        """Remove container, network, secret, mounts and bundle; repeatable."""
+        """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""
         bundle = self._bundle(name)
         await self._delete_leftover(bundle)
         await self._networks.detach(name)
@@ -305,6 +309,7 @@ class ContainerRuntime:
             with log_and_continue(_log, f"Can't take back the secret of instance {name}"):
                 await self._permissions.unregister_instance(record.info.ident)
         await self._worker.run(bundle.remove)
+        self._resources.release(name)
 
     async def _delete_leftover(self, bundle: Bundle) -> None:
         # A container never exists without its bundle, and asking crun costs a process.
