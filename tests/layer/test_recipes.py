@@ -267,8 +267,13 @@ def test_shell_scripts_are_clean(tmp_path: Path) -> None:
         write(tree(node_from({"kind": kind})), tmp_path / kind)
         scripts += sorted((tmp_path / kind / "opt").rglob("*.sh"))
     assert scripts
-    done = subprocess.run(["shellcheck", "-s", "sh", *map(str, scripts)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    # The framework of the initramfs gives its modules the kernel's arguments as variables: assigned elsewhere.
+    modules = [path for path in scripts if "initrdscripts" in path.parts]
+    for files, options in ((set(scripts) - set(modules), []), (modules, ["--exclude=SC2154"])):
+        if files:
+            command = ["shellcheck", "-s", "sh", *options, *map(str, sorted(files))]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
 
 
 def test_oelint() -> None:
