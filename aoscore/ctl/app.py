@@ -1,12 +1,13 @@
 """`aosctl`: looks at and drives a Unit from the command line."""
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aoscore.common.errors import AosError
-from aoscore.ctl.demo import Demo
+from aoscore.common.errors import AosError, InvalidArgumentError
+from aoscore.ctl import nodestate, target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,10 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--dir", type=Path, default=Path(".state/demo"), help="where it lives (%(default)s)")
     demo.add_argument("--tools", type=Path, default=Path(".venv-tools"), help="environment of aos-prov (%(default)s)")
     demo.set_defaults(run=_demo)
+    files = commands.add_parser("target", help="write the files of a node below a root directory")
+    files.add_argument("root", type=Path, help="root directory to write below")
+    files.add_argument("--node", type=Path, help="JSON file with settings of the node, by name")
+    files.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
+    files.add_argument("--parts", default=" ".join(target.PARTS), help="which parts to write (all: %(default)s)")
+    files.set_defaults(run=_target)
+    node = commands.add_parser("node", help="what follows a change of this node's provisioning state")
+    node.add_argument("action", choices=tuple(_NODE_ACTIONS))
+    node.add_argument("--config", type=Path, default=Path("/etc/aos/iam.cfg"), help="IAM's file (%(default)s)")
+    node.set_defaults(run=lambda given: _NODE_ACTIONS[given.action](nodestate.read_place(given.config)))
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except AosError as error:
+    except (AosError, OSError) as error:
         print(f"aosctl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -29,7 +40,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_NODE_ACTIONS: dict[str, Callable[[nodestate.Place], None]] = {
+    "finish": nodestate.finish,
+    "deprovision": nodestate.deprovision,
+    "wipe": nodestate.wipe,
+    "clear-keys": nodestate.clear_keys,
+}
+
+
+def _target(arguments: argparse.Namespace) -> None:
+    try:
+        settings = json.loads(arguments.node.read_bytes()) if arguments.node else {}
+        for setting in arguments.set:
+            name, equals, value = setting.partition("=")
+            if not equals:
+                raise InvalidArgumentError(f"--set {setting}: write NAME=VALUE")
+            settings[name] = value
+        entries = target.tree(target.node_from(settings), tuple(arguments.parts.split()))
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
+    for path in target.write(entries, arguments.root):
+        print(path)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
+    # Only where it is used: a device has no part in it.
+    from aoscore.ctl.demo import Demo
+
     demo = Demo(arguments.dir, arguments.tools)
     if arguments.action == "up":
         demo.up()

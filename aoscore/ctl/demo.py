@@ -19,10 +19,10 @@ from typing import Any
 
 from aoscore.common.errors import AosError, FailedError, NotFoundError
 from aoscore.common.files import remove_tree
+from aoscore.ctl import target
 from aoscore.ctl.host import run, wait
 from aoscore.ctl.localcloud import LocalCloud
 from aoscore.ctl.machine import Machine, last_lines, remove_cgroups
-from aoscore.ctl.nodefiles import MainNode
 from aoscore.ctl.sandbox import Layout, Program
 
 _DOMAIN = "aoscloud.demo"
@@ -54,21 +54,30 @@ class Demo:
         # Control groups are the host's, so each demo has its own.
         self.cgroup = f"aos-demo-{zlib.crc32(bytes(self._dir)):08x}"
         scripts = Path(sysconfig.get_path("scripts"))
-        self._node = MainNode(
-            etc=self._dir / "unit" / "etc",
-            var=self._dir / "unit" / "var",
-            run=Path("/run/aos"),
+        unit = self._dir / "unit"
+        self._node = target.Node(
+            etc=str(unit / "etc"),
+            var=str(unit / "var"),
+            run="/run/aos",
+            ca_file=str(unit / "etc" / "AosRootCA.crt"),
+            hostname="localhost",
             system_id=_SYSTEM_ID,
+            node_id="main",
             discovery_url=f"https://{_DOMAIN}:9000/sd/v7/",
+            keys="file",
+            data_disk=False,
+            runtimes=("container",),
             # Nothing to do: the machine itself watches the state file, as systemd's conditions do on a device.
-            finish_provisioning=(),
-            deprovision=(),
+            hooks=False,
             dns_ip=_DNS_IP,
+            dns_by_cm=True,
             status_period="100ms",
             monitoring_period="5s",
             cgroup_parent=f"/{self.cgroup}",
+            crun_state_root="/run/aos/crun",
             output="files",
         )
+        self._state_file = Path(self._node.state_file)
         self._scripts = scripts
 
     def up(self) -> None:
@@ -111,10 +120,14 @@ class Demo:
     def _start_machine(self) -> None:
         if self._machine.pid is not None:
             return
-        self._node.write(self._cloud.root_file().read_bytes())
+        # Of the node's files those that lie in its own directories: everything else is this machine's.
+        parts = ("iam", "cm", "sm", "network", "data")
+        own = [entry for entry in target.tree(self._node, parts) if Path(entry.path).is_relative_to(self._dir)]
+        target.write(own, Path("/"))
+        Path(self._node.ca_file).write_bytes(self._cloud.root_file().read_bytes())
         daemons = {"iam": "aos_iamanager", "cm": "aos_communicationmanager", "sm": "aos_servicemanager"}
         command = {
-            name: (str(self._scripts / program), "-c", str(self._node.etc / f"{name}.cfg"), "-v", "debug")
+            name: (str(self._scripts / program), "-c", f"{self._node.etc}/{name}.cfg", "-v", "debug")
             for name, program in daemons.items()
         }
         self._machine.start(
@@ -125,17 +138,17 @@ class Demo:
                     *(Program(name, command[name], when="provisioned") for name in ("iam", "cm", "sm")),
                 ),
                 hosts={"localhost": "127.0.0.1", "main": "127.0.0.1", _DOMAIN: "127.0.0.1"},
-                state_file=self._node.state_file,
+                state_file=self._state_file,
                 setup=(("ip", "address", "add", f"{_DNS_IP}/32", "dev", "lo"),),
             )
         )
         self._wait(lambda: self._cloud.call("units") is not None, 30, "the cloud to answer")
 
     def _provision(self) -> None:
-        if self._node.state_file.exists():
+        if self._state_file.exists():
             return
         self._cloud.provision(self._machine, "localhost:8089", wait_s=20)
-        self._wait(self._node.state_file.exists, 10, "the node to be provisioned")
+        self._wait(self._state_file.exists, 10, "the node to be provisioned")
 
     def _upload(self) -> None:
         if any(item["codename"] == _ITEM and item["version"] == _VERSION for item in self._cloud.call("items")):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from aoscore.ctl import target
 from aoscore.ctl.machine import Machine, remove_cgroups
-from aoscore.ctl.nodefiles import MainNode
 from aoscore.ctl.sandbox import Layout, Program
 from tests.system import guest
 
@@ -74,32 +74,30 @@ class Bed:
         for name in ("upper", "work", "root"):
             (self.guest / name).mkdir(parents=True)
         upper = self.guest / "upper"
-        shutil.copytree(HERE / "rootfs", upper, dirs_exist_ok=True)
-        MainNode(
-            etc=Path("/etc/aos"),
-            var=Path("/var/aos"),
-            run=Path("/run/aos"),
-            system_id=SYSTEM_ID,
-            discovery_url=f"https://{DOMAIN}:9000/sd/v7/",
-            finish_provisioning=("/opt/aos/provfinish.sh",),
-            deprovision=(),
+        node = target.Node(
+            ip=f"{GUEST_IP}/24",
+            gateway=BRIDGE_IP,
             dns_ip=DNS_IP,
+            system_id=SYSTEM_ID,
+            node_id="main",
+            discovery_url=f"https://{DOMAIN}:9000/sd/v7/",
+            keys="file",
+            data_disk=False,
+            nfs=False,
+            runtimes=("container",),
             status_period="1s",
             monitoring_period="5s",
-        ).write(root_ca, into=upper)
-        (upper / "etc" / "hosts").write_text(f"127.0.0.1 localhost\n{BRIDGE_IP} {DOMAIN}\n")
-        (upper / "etc" / "hostname").write_text("main\n")
+            log_level="debug",
+            bin="/opt/aoscore/bin",
+            root_ca=root_ca.decode(),
+        )
+        target.write(target.tree(node), upper)
+        with (upper / "etc" / "hosts").open("a") as hosts:
+            hosts.write(f"{BRIDGE_IP} {DOMAIN}\n")
         units = upper / "etc" / "systemd" / "system"
-        for target, names in {
-            "multi-user.target.wants": [
-                "/etc/systemd/system/aos.target",
-                "/usr/lib/systemd/system/systemd-networkd.service",
-            ],
-            "sysinit.target.wants": [],
-        }.items():
-            (units / target).mkdir(exist_ok=True)
-            for name in names:
-                (units / target / Path(name).name).symlink_to(name)
+        (units / "multi-user.target.wants").mkdir(parents=True)
+        networkd = "/usr/lib/systemd/system/systemd-networkd.service"
+        (units / "multi-user.target.wants" / "systemd-networkd.service").symlink_to(networkd)
         for name in (
             "apt-daily.timer",
             "apt-daily-upgrade.timer",
@@ -152,7 +150,7 @@ class Bed:
 
     def container_pids(self) -> dict[str, int]:
         """Running containers of the node with the process IDs of their first processes."""
-        listed = json.loads(self.node("crun", "--root", "/run/aos/crun", "list", "-f", "json") or "[]") or []
+        listed = json.loads(self.node("crun", "--root", "/run/crun", "list", "-f", "json") or "[]") or []
         return {entry["id"]: entry["pid"] for entry in listed if entry["status"] == "running"}
 
 
