@@ -1,4 +1,5 @@
 # make demo: a whole Unit with its cloud, on this machine.   make test: everything that CI checks.
+# make qemu: a Unit of two guests, from disk images to a service that survives a power cut without its cloud.
 # Both set up what they need, as root on Debian 12/13 or Ubuntu 24.04. `make help` lists the rest.
 
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
-.PHONY: help demo demo-down test lint unit integration pins system bench setup packages clean
+.PHONY: help demo demo-down qemu guests test lint unit integration pins system bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -22,6 +23,14 @@ demo: setup $(TOOLS)/.done
 
 demo-down:
 	@if [ -x $(BIN)/aosctl ]; then $(BIN)/aosctl demo down; else echo "nothing to end: the demo was never set up"; fi
+
+# REPORT=FILE writes the figures to a file, too.
+qemu: setup $(TOOLS)/.done
+	$(BIN)/python -m qemu show $(if $(REPORT),--report $(REPORT))
+
+# Disk images and saved states, which take long the first time.
+guests: setup
+	$(BIN)/python -m qemu save
 
 test: lint unit integration pins system
 

@@ -5,10 +5,8 @@ What the user of an AosEdge cloud does by hand is done by the same public tools:
 `aos-signer` packs, signs and uploads the service.
 """
 
-import contextlib
 import json
 import os
-import shutil
 import sysconfig
 import textwrap
 import time
@@ -17,20 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aoscore.common.errors import AosError, FailedError, NotFoundError
+from aoscore.common.errors import FailedError, NotFoundError
 from aoscore.common.files import remove_tree
 from aoscore.ctl import target
-from aoscore.ctl.host import run, wait
+from aoscore.ctl.host import run, step, wait, which
 from aoscore.ctl.localcloud import LocalCloud
 from aoscore.ctl.machine import Machine, last_lines, remove_cgroups
 from aoscore.ctl.sandbox import Layout, Program
+from aoscore.ctl.webservice import ITEM, PORT, VERSION, make_project
 
 _DOMAIN = "aoscloud.demo"
 _SYSTEM_ID = "demo-unit"
-_ITEM = "demo-web"
-_VERSION = "1.0.0"
 _DNS_IP = "10.0.0.100"
-_PORT = 8080
 _DEPLOY_TIMEOUT_S = 120.0
 _HOST_PROGRAMS = {
     "nsenter": "util-linux",
@@ -84,13 +80,13 @@ class Demo:
         """Bring everything up and end with a page of the service; Ctrl-C takes all of it down again."""
         self._check_host()
         try:
-            with _step("Cloud and Unit"):
+            with step("Cloud and Unit"):
                 self._start_machine()
-            with _step("Provision the Unit with aos-prov"):
+            with step("Provision the Unit with aos-prov"):
                 self._provision()
-            with _step("Unit online"):
+            with step("Unit online"):
                 self._wait(lambda: self._cloud.call("unit", unit=_SYSTEM_ID)["online"], 60, "the Unit to come online")
-            with _step(f"Service {_ITEM} {_VERSION}: image by umoci, bundle by aos-signer"):
+            with step(f"Service {ITEM} {VERSION}: image by umoci, bundle by aos-signer"):
                 self._upload()
             self._deploy()
             page = self._fetch()
@@ -110,7 +106,7 @@ class Demo:
     # Steps
 
     def _check_host(self) -> None:
-        missing = [f"{name} (package {package})" for name, package in _HOST_PROGRAMS.items() if not _which(name)]
+        missing = [f"{name} (package {package})" for name, package in _HOST_PROGRAMS.items() if not which(name)]
         if missing:
             raise NotFoundError(f"not installed: {', '.join(missing)}; run make packages")
         self._cloud.check_tools()
@@ -151,47 +147,16 @@ class Demo:
         self._wait(self._state_file.exists, 10, "the node to be provisioned")
 
     def _upload(self) -> None:
-        if any(item["codename"] == _ITEM and item["version"] == _VERSION for item in self._cloud.call("items")):
+        if any(item["codename"] == ITEM and item["version"] == VERSION for item in self._cloud.call("items")):
             return
-        project = self._dir / "service"
-        remove_tree(project)
-        rootfs = self._make_image(project)
-        (project / "config.yaml").write_text(_config_yaml(self._cloud.user("sp"), rootfs.name))
+        project = make_project(self._dir / "service", user=self._cloud.user("sp"), domain=_DOMAIN)
         self._cloud.sign_and_upload(self._machine, project)
 
-    def _make_image(self, project: Path) -> Path:
-        """A busybox root file system as an OCI image by umoci, unpacked again by umoci as the signer wants it."""
-        content = project / "content"
-        for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "www"):
-            (content / name).mkdir(parents=True)
-        shutil.copy(_which("busybox") or "busybox", content / "bin" / "busybox")
-        for applet in ("sh", "httpd", "echo", "cat", "sleep", "date"):
-            (content / "bin" / applet).symlink_to("busybox")
-        (content / "www" / "index.html").write_text(
-            "<html><body>Hello from a service on an AosEdge Unit</body></html>\n"
-        )
-        start = content / "bin" / "web"
-        start.write_text(
-            f'#!/bin/sh\necho "web service starts on port {_PORT}"\nexec httpd -f -vv -p {_PORT} -h /www\n'
-        )
-        start.chmod(0o755)
-        layout = project / "oci"
-        for args in (
-            ["init", "--layout", layout],
-            ["new", "--image", f"{layout}:web"],
-            ["insert", "--image", f"{layout}:web", content, "/"],
-            ["config", "--image", f"{layout}:web", "--config.cmd", "/bin/web"],
-            ["unpack", "--image", f"{layout}:web", project / "bundle"],
-        ):
-            run(["umoci", *args])
-        (project / _ITEM).mkdir()
-        return (project / "bundle" / "rootfs").rename(project / _ITEM / "rootfs")
-
     def _deploy(self) -> None:
-        with _step("Assign the service to the Unit"):
+        with step("Assign the service to the Unit"):
             heard = self._cloud.call("messages", unit=_SYSTEM_ID, message_type="unitStatus")
             after = max((message["number"] for message in heard), default=0)
-            self._cloud.call("assign", item=_ITEM, target=_SYSTEM_ID)
+            self._cloud.call("assign", item=ITEM, target=_SYSTEM_ID)
         began = time.monotonic()
         names = self._names()
         shown: set[str] = set()
@@ -215,15 +180,15 @@ class Demo:
         """A page from the service, found by its name in the Unit's DNS."""
 
         def answer() -> str:
-            looked_up = self._inside(["busybox", "nslookup", _ITEM, _DNS_IP], timeout_s=10)
+            looked_up = self._inside(["busybox", "nslookup", ITEM, _DNS_IP], timeout_s=10)
             addresses = [line.split()[-1] for line in looked_up.splitlines() if line.startswith("Address")]
             found = [address for address in addresses if not address.startswith(_DNS_IP)]
             if not found:
-                raise FailedError(f"{_ITEM} has no address in the Unit's DNS: {looked_up}")
-            url = f"http://{found[0]}:{_PORT}/"
+                raise FailedError(f"{ITEM} has no address in the Unit's DNS: {looked_up}")
+            url = f"http://{found[0]}:{PORT}/"
             return f"{url} answers: {self._inside(['busybox', 'wget', '-q', '-O', '-', url], timeout_s=10).strip()}"
 
-        with _step("Fetch a page from the service"):
+        with step("Fetch a page from the service"):
             deadline = time.monotonic() + 20
             while True:
                 try:
@@ -241,7 +206,7 @@ class Demo:
         print("\nA monitoring sample")
         print(textwrap.indent(json.dumps(self._samples()[0]), "    "))
         print("\nLast log lines of the service")
-        for node, answer in self._cloud.call("logs", unit=_SYSTEM_ID, log_type="instanceLog", item=_ITEM).items():
+        for node, answer in self._cloud.call("logs", unit=_SYSTEM_ID, log_type="instanceLog", item=ITEM).items():
             for line in answer["text"].splitlines()[-5:]:
                 print(f"    {node}: {line}")
         watch = f"aos-devcloud watch {_SYSTEM_ID} --dir {self._cloud.directory}"
@@ -269,22 +234,6 @@ class Demo:
         wait(done, timeout_s, f"{what}; log files: {self._dir / 'log'}", on_poll=check_machine)
 
 
-def _which(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
-
-
-@contextlib.contextmanager
-def _step(what: str) -> Iterator[None]:
-    print(f"==> {what} ... ", end="", flush=True)
-    began = time.monotonic()
-    try:
-        yield
-    except AosError:
-        print("failed")
-        raise
-    print(f"{time.monotonic() - began:.1f} s", flush=True)
-
-
 def _lines(status: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
     """A unit status in lines; `names` are the items' names for people, by their ids."""
 
@@ -302,49 +251,3 @@ def _lines(status: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
         for one in group["instances"]:
             number = f"instance {name(group['item'])}/{one['instance']} {group['version']}"
             yield f"{number}: {one['state']}{error(one)}"
-
-
-def _config_yaml(user: Path, source: str) -> str:
-    return textwrap.dedent(f"""\
-        schemaVersion: 2
-        publisher:
-          author: demo
-          company: aoscore
-        publish:
-          tlsKey: {user}
-          signKey: {user}
-          domain: {_DOMAIN}
-        items:
-          - identity:
-              type: service
-              codename: {_ITEM}
-              title: Demo web service
-            version: {_VERSION}
-            sourceFolder: {_ITEM}
-            images:
-              - sourceFolder: {source}
-                osInfo:
-                  os: linux
-                archInfo:
-                  architecture: {_architecture()}
-                workingDir: /
-                cmd: /bin/web
-            configuration:
-              instances:
-                minInstances: 1
-                priority: 10
-              baseLayerIsNodeRootfs: false
-              hostname: {_ITEM}
-              exposedPorts:
-                - {_PORT}/tcp
-              # No CPU limit: this machine may be too busy to promise any CPU to anybody.
-              quotas:
-                ramLimit: 64MiB
-                tmpLimit: 1MiB
-                pidsLimit: 20
-        """)
-
-
-def _architecture() -> str:
-    """This machine in the words of OCI images."""
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)

@@ -1,9 +1,12 @@
 """Programs and waiting, for tools and tests that drive a Unit from outside. Blocking."""
 
+import contextlib
 import os
+import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aoscore.common.errors import AosError, DeadlineError, FailedError, NotFoundError
@@ -51,7 +54,7 @@ def wait(
 ) -> None:
     """Ask until the answer is true; an AosError while asking counts as "not yet".
 
-    `on_poll` is called between: what it raises ends the wait. Raises DeadlineError that names `what` and the last error.
+    `on_poll` is called between: what it raises ends the wait. Raises DeadlineError with `what` and the last error.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -66,3 +69,28 @@ def wait(
         if time.monotonic() > deadline:
             raise DeadlineError(f"waited {timeout_s:g} s for {what}{last}")
         time.sleep(_POLL_S)
+
+
+def which(name: str) -> str | None:
+    """Path of a program, also where PATH lacks the folders of the system's own."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Tell the user what is being done, and how long it took."""
+    print(f"==> {what} ... ", end="", flush=True)
+    began = time.monotonic()
+    try:
+        yield
+    except AosError:
+        print("failed")
+        raise
+    print(f"{time.monotonic() - began:.1f} s", flush=True)
+
+
+def describe() -> str:
+    """This machine in one line, for reports with figures: processors and kernel."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    return f"{os.cpu_count()} cores {model}, Linux {platform.release()}"
