@@ -10,11 +10,13 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
-.PHONY: help demo demo-down qemu guests test lint unit integration pins system bench setup packages clean
+.PHONY: help demo demo-down qemu guests test lint unit integration pins system vm beds bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
-	@echo "make lint | unit | integration | pins | system: parts of make test"
+	@echo "make lint | unit | integration | pins | system | vm: parts of make test"
+	@echo "make beds: which kinds of tests this machine can run"
+	@echo "make guests: disk images and saved states of guests, for make qemu and make vm"
 	@echo "make bench: speed and memory figures into docs/"
 	@echo "make demo-down: end the demo and remove all of it"
 
@@ -32,7 +34,9 @@ qemu: setup $(TOOLS)/.done
 guests: setup
 	$(BIN)/python -m qemu save
 
-test: lint unit integration pins system
+# Each step below with a time limit of its own, and a table at the end.
+test:
+	$(PYTHON) tests/steps.py --jobs $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -50,8 +54,13 @@ integration: setup $(TOOLS)/.done
 pins: packages
 	$(PYTHON) tests/pins.py --jobs $(JOBS)
 
+# Whole Units: the demo, and beds of systemd-nspawn.
 system: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system -q
+	$(BIN)/pytest tests/system -q -m "not vm"
+
+# Units of QEMU guests.
+vm: setup $(TOOLS)/.done
+	$(BIN)/pytest tests/system -q -m vm
 
 bench: setup $(TOOLS)/.done
 	$(BIN)/python -m tests.benchmarks.run

@@ -70,7 +70,9 @@ def _replaced(images: Images, arguments: argparse.Namespace) -> Images:
     for name in NODES:
         disk = getattr(arguments, f"{name}_disk")
         if disk is not None:
-            boots[name] = Boot((disk,), arguments.kernel, arguments.initrd, arguments.append, arguments.firmware)
+            boots[name] = Boot(
+                (disk,), arguments.kernel, arguments.initrd, arguments.append, arguments.firmware, agent=False
+            )
     return msgspec.structs.replace(images, boots=boots, cloud=arguments.cloud or images.cloud)
 
 

@@ -9,13 +9,14 @@ import base64
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -23,10 +24,12 @@ from aoscore.common.errors import DeadlineError, FailedError, NotFoundError
 from aoscore.ctl.machine import last_lines
 
 # A guest of an emulated processor on a machine that does other things too: these are for what never comes.
-BOOT_S = 600.0
+BOOT_S = 1200.0
 ANSWER_S = 120.0
 SAVE_S = 300.0
 _END_S = 60.0
+_AGENT = Path(__file__).with_name("agent.py")
+_CONSOLE_WIDTH = 200
 # Always the emulator: where /dev/kvm exists it does not mean that a guest runs (testbed.md §2). Saved states need the
 # same processor everywhere. x86-64-v2 is what Python wheels expect.
 _PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"
@@ -35,7 +38,9 @@ _PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"
 class Boot(msgspec.Struct, frozen=True):
     """What a guest boots. Without `kernel` its first disk has a boot loader, for the BIOS or for `firmware`.
 
-    `disks` are backing files, the first with the root file system; the guest writes to overlays of them.
+    `disks` are backing files, the first with the root file system; the guest writes to overlays of them. A guest that
+    does not start the agent by itself gets it over its serial console, where root must be able to log in without a
+    password, and needs Python.
     """
 
     disks: tuple[Path, ...]
@@ -43,6 +48,8 @@ class Boot(msgspec.Struct, frozen=True):
     initrd: Path | None = None
     append: str = "root=/dev/vda rw console=ttyS0 quiet"
     firmware: Path | None = None
+    agent: bool = True
+    """Whether the guest starts the agent by itself."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -113,7 +120,7 @@ class Guest:
         for path in self.directory.glob(f"{self.name}.*.sock"):
             path.unlink()
         # The guest ends with the program that entered on its behalf.
-        command = [*self._enter(), f"--wdns={self.directory}", "setpriv", "--pdeathsig", "KILL", *self._command(resume)]
+        command = [*self._enter(), f"--wdns={self.directory}", "setpriv", "--pdeathsig", "KILL", *self.command(resume)]
         with (self.directory / f"{self.name}.qemu.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -128,7 +135,8 @@ class Guest:
             self._wait_migrated("resume")
             self.monitor("cont")
 
-    def _command(self, resume: Path | None) -> list[str]:
+    def command(self, resume: Path | None = None) -> list[str]:
+        """QEMU's command line, for the guest's directory as working directory."""
         boot = self._boot
         args = ["qemu-system-x86_64", "-name", self.name, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", _PROCESSOR]
         args += ["-smp", str(self._cpus), "-m", str(self._memory_mib), "-display", "none", "-nodefaults"]
@@ -239,6 +247,19 @@ class Guest:
 
     # ---- programs in the guest
 
+    def bring_agent(self, timeout_s: float = BOOT_S) -> None:
+        """Log in on the serial console and start the agent from there. Raises DeadlineError."""
+        program = base64.b64encode(_AGENT.read_bytes()).decode()
+        # Long lines lose characters on an emulated console.
+        parts = [program[start : start + _CONSOLE_WIDTH] for start in range(0, len(program), _CONSOLE_WIDTH)]
+        with _Console(self._connect("serial"), timeout_s) as console:
+            console.log_in()
+            console.run("stty -echo; rm -f /tmp/agent.*")
+            for part in parts:
+                console.run(f"printf %s {part} >> /tmp/agent.b64")
+            console.run("base64 -d /tmp/agent.b64 > /tmp/agent.py")
+            console.run("setsid python3 -I /tmp/agent.py < /dev/null > /dev/null 2>&1 &")
+
     def wait_agent(self, timeout_s: float = BOOT_S) -> None:
         """Until the agent answers."""
         deadline = time.monotonic() + timeout_s
@@ -296,6 +317,8 @@ class Guest:
     def wait_settled(self, timeout_s: float = BOOT_S) -> None:
         """Until systemd has started all that belongs to the boot."""
         deadline = time.monotonic() + timeout_s
+        if not self._boot.agent:
+            self.bring_agent(timeout_s)
         self.wait_agent(timeout_s)
         while True:
             state = self.execute("systemctl", "is-system-running").stdout.strip()
@@ -305,6 +328,57 @@ class Guest:
                 jobs = self.execute("systemctl", "list-jobs", "--no-pager").stdout
                 raise DeadlineError(f"guest {self.name} is {state or 'silent'} after {timeout_s:g} s:\n{jobs}")
             time.sleep(0.5)
+
+
+class _Console:
+    """A shell on a serial console: for a few short commands, until there is something better."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        self._connection = connection
+        self._deadline = time.monotonic() + timeout_s
+        self._seen = b""
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def log_in(self) -> None:
+        """As root, without a password, or go on where somebody is logged in."""
+        while not self._wait_for(rb"login: $|[#$] (\x1b\[[0-9;?]*[a-z])*$", 10):
+            # What was shown before we came is not shown again.
+            self._connection.sendall(b"\n")
+        if self._seen.endswith(b"login: "):
+            self._connection.sendall(b"root\n")
+            self._wait_for(rb"[#$] (\x1b\[[0-9;?]*[a-z])*$", 60)
+
+    def run(self, command: str) -> None:
+        """Run a command to its end."""
+        self._count += 1
+        # The echo of the command does not contain what the command prints.
+        self._connection.sendall(f"{command}\necho '@'{self._count}'@'\n".encode())
+        while not self._wait_for(rb"@%d@" % self._count, 60):
+            pass
+
+    def _wait_for(self, pattern: bytes, timeout_s: float) -> bool:
+        """Whether it came. Raises DeadlineError when the time for all is over."""
+        until = time.monotonic() + timeout_s
+        self._seen = b""
+        while not re.search(pattern, self._seen):
+            now = time.monotonic()
+            if now > self._deadline:
+                raise DeadlineError(f"nobody answers on the console; it shows {self._seen[-200:]!r}")
+            if now > until:
+                return False
+            self._connection.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                read = self._connection.recv(1 << 16)
+                if not read:
+                    raise FailedError("the guest has ended")
+                self._seen += read
+        return True
 
 
 class _Lines(Iterator[bytes]):

@@ -119,8 +119,9 @@ class Saved(msgspec.Struct, frozen=True):
 def saved_unit(images: Images) -> Saved:
     """Boot once, save, keep; the next time it is there."""
     version = run(["qemu-system-x86_64", "--version"]).splitlines()[0]
-    code = [(Path(__file__).with_name(name)).read_bytes() for name in ("guest.py", "unit.py")]
-    states = kept("qemu", [version, *images.key, *code], lambda target: _save(target, images))
+    # The guests that go on must have the same devices as those that were saved.
+    commands = [word for guest in QemuUnit(Path("/"), images).nodes.values() for word in guest.command()]
+    states = kept("qemu", [version, *images.key, *commands], lambda target: _save(target, images))
     boots = {
         name: msgspec.structs.replace(boot, disks=tuple(states / f"{name}.{n}.qcow2" for n, _ in enumerate(boot.disks)))
         for name, boot in images.boots.items()

@@ -5,15 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aoscore.ctl.host import wait
 from qemu.bed import MAIN_IP
-from qemu.images import SECONDARY_IP
+from qemu.images import SECONDARY_IP, Images, build_images
+from qemu.unit import QemuUnit
 from tests import beds
 from tests.conftest import ROOT
 from tests.support.nspawn import NspawnUnit
 from tests.support.traces import traces
+from tests.system.conftest import running
 
 # A test run, as far as the bed is concerned: boots it, says so, and would go on for ever.
 RUN = """
@@ -62,8 +65,8 @@ def test_a_killed_run_leaves_nothing(kind: str, tmp_path: Path) -> None:
     try:
         assert process.stdout.readline() == "up\n"
         # It is there, so that its absence means something.
-        running = {trace.split()[0] for trace in traces(directory, group) - before}
-        assert {"process", "files"} | ({"cgroup"} if kind == "nspawn" else set()) <= running
+        there = {trace.split()[0] for trace in traces(directory, group) - before}
+        assert {"process", "files"} | ({"cgroup"} if kind == "nspawn" else set()) <= there
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -87,3 +90,21 @@ def test_the_probe_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
         assert beds.lacking(["timeout"]) is None
     finally:
         beds.missing.cache_clear()
+
+
+@pytest.mark.vm
+@pytest.mark.timeout(1800)
+def test_a_disk_of_somebody_else_gets_the_agent_over_its_console(tmp_path: Path) -> None:
+    """Such as a Yocto-built one: nothing in it knows of us."""
+    images = build_images()
+    boot = msgspec.structs.replace(
+        images.boots["main"], append=f"{images.boots['main'].append} systemd.mask=aos-agent.service", agent=False
+    )
+    unit = QemuUnit(tmp_path / "unit", Images({"main": boot}, images.cloud), names=("main",))
+    with running(unit):
+        assert unit.main.execute("systemctl", "is-active", "aos-agent").stdout.strip() == "inactive"
+        assert unit.main.run("hostname").strip() == "main"
+        # And it ends as a guest does.
+        unit.main.run("systemctl", "poweroff", "--no-block")
+        unit.main.wait_ended(300)
+        assert "Power down" in unit.main.serial_log.read_text(errors="replace")
