@@ -29,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     node.add_argument("action", choices=tuple(_NODE_ACTIONS))
     node.add_argument("--config", type=Path, default=Path("/etc/aos/iam.cfg"), help="IAM's file (%(default)s)")
     node.set_defaults(run=lambda given: _NODE_ACTIONS[given.action](nodestate.read_place(given.config)))
+    disk = commands.add_parser("disk", help="the encrypted data disk of this node")
+    disk.add_argument("action", choices=("create", "open", "close", "delete"))
+    disk.add_argument("device", nargs="?", default="", help="block device (default: kernel argument opendisk.target)")
+    disk.add_argument("--config", type=Path, default=Path("/etc/aos/iam.cfg"), help="IAM's file (%(default)s)")
+    disk.add_argument("--layout", type=Path, default=Path("/opt/aos/aosdisk.cfg"), help="volumes (%(default)s)")
+    disk.set_defaults(run=_disk)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
@@ -46,6 +52,14 @@ _NODE_ACTIONS: dict[str, Callable[[nodestate.Place], None]] = {
     "wipe": nodestate.wipe,
     "clear-keys": nodestate.clear_keys,
 }
+
+
+def _disk(arguments: argparse.Namespace) -> None:
+    # cryptography takes a while to load, which the other commands do not need.
+    from aoscore.ctl import disk
+
+    actions = {"create": disk.create, "open": disk.open_disk, "close": disk.close, "delete": disk.delete}
+    actions[arguments.action](disk.read_disk(arguments.config, arguments.layout, arguments.device))
 
 
 def _target(arguments: argparse.Namespace) -> None:

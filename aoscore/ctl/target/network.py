@@ -83,8 +83,9 @@ def _dnsmasq(node: Node) -> str:
             f"addn-hosts={node.var}/dns/addnhosts",
             f"addn-hosts={node.etc}/addnhosts",
             "expand-hosts",
-            # Plain names are the Unit's alone.
-            "local=//",
+            # Plain names are the Unit's alone. Unlike local=// this holds without any other server too, when dnsmasq
+            # would refuse to say that a name has no address of another kind.
+            "domain-needed",
             "strict-order",
             "all-servers",
             f"pid-file={node.var}/dns/pidfile",
@@ -99,6 +100,7 @@ def _dns_unit(node: Node) -> str:
 Description=Name server of the Unit
 After=network.target
 RequiresMountsFor={node.var}
+StartLimitIntervalSec=0
 
 [Service]
 ExecStartPre=/usr/sbin/dnsmasq --test --conf-file={node.etc}/dnsmasq.conf

@@ -108,7 +108,7 @@ class Node:
 
     log_level: str = "info"
     environment: tuple[tuple[str, str], ...] = ()
-    """More variables for the daemons, such as GRPC_DNS_RESOLVER=native."""
+    """More variables for the daemons, as (name, value)."""
 
     etc: str = "/etc/aos"
     var: str = "/var/aos"

@@ -57,6 +57,8 @@ def _tmpfiles(node: Node) -> Iterator[str]:
     for path, mode in _directories(node):
         yield f"d {path} {mode:04o} root root -"
     if node.has("cm") and node.dns_ip and not node.dns_by_cm:
+        # Where the name server finds the system's servers; without the directory it does not start.
+        yield "d /run/systemd/resolve 0755 - - -"
         yield f"f {node.var}/dns/addnhosts 0644 root root -"
         yield f"L {node.var}/dns/dnsmasq.conf - - - - {node.etc}/dnsmasq.conf"
 

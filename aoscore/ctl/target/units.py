@@ -214,7 +214,9 @@ def _exists(node: Node, unit: str) -> bool:
 
 
 def _environment(node: Node) -> list[tuple[str, str]]:
-    variables = []
+    # Names of the Unit's nodes are in /etc/hosts: found there without asking a server, which is late or not there at a
+    # cold boot. gRPC's own resolver asks one all the same.
+    variables = [("GRPC_DNS_RESOLVER", "native")]
     if node.keys != "file":
         variables.append(("OPENSSL_CONF", "/etc/ssl/openssl-aos.cnf"))
     if node.keys == "optee":
