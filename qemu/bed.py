@@ -1,7 +1,7 @@
 """A Unit and its cloud in a machine of namespaces, whatever its nodes run in. See `unit.QemuUnit` for one of guests."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,11 +9,13 @@ from aoscore.common.errors import FailedError
 from aoscore.ctl.host import run, wait
 from aoscore.ctl.localcloud import LocalCloud
 from aoscore.ctl.machine import Machine
+from aoscore.ctl.sandbox import Layout, Program
 from aoscore.ctl.target import Node
 
 CRUN_STATE_ROOT = Node().crun_state_root
 # Of the Main Node, and of the Unit's name server, in the Unit's own network: the generator's default.
 MAIN_IP = Node().dns_ip
+BRIDGE = "aosbr"
 
 
 class BedNode(Protocol):
@@ -43,6 +45,32 @@ class Bed:
         self._main_address = main_address
         self.patience = patience
         self._system_id = ""
+
+    def _start_machine(
+        self,
+        cloud_ip: str,
+        *,
+        programs: Sequence[Program] = (),
+        setup: Sequence[tuple[str, ...]] = (),
+        cgroups: Sequence[str] = (),
+    ) -> None:
+        """Start the machine with the cloud on the bridge `BRIDGE`; it ends with our process. `setup`: more commands."""
+        self.machine.start(
+            Layout(
+                programs=(self.cloud.program(cloud_ip), *programs),
+                hosts={"localhost": "127.0.0.1", self.cloud.domain: cloud_ip},
+                state_file=self.directory / "never",
+                setup=(
+                    ("ip", "link", "add", BRIDGE, "type", "bridge"),
+                    ("ip", "address", "add", f"{cloud_ip}/24", "dev", BRIDGE),
+                    ("ip", "link", "set", BRIDGE, "up"),
+                    *setup,
+                ),
+            ),
+            bound=True,
+            cgroups=cgroups,
+        )
+        self.wait(lambda: self.call("units") is not None, 30, "the cloud to answer")
 
     def start(self) -> None:
         """Power on; returns when the cloud answers and all nodes have booted."""

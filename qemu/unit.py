@@ -14,14 +14,12 @@ from pathlib import Path
 
 import msgspec
 
-from aoscore.ctl.host import run, wait
-from aoscore.ctl.sandbox import Layout
-from qemu.bed import Bed
+from aoscore.ctl.host import run
+from qemu.bed import BRIDGE, Bed
 from qemu.cache import kept
 from qemu.guest import Boot, Guest
 from qemu.images import CLOUD_IP, DOMAIN, MAIN_UPLINK_IP, TOOLS, Images
 
-_BRIDGE = "aosbr"
 _TAP = "aostap"
 NODES = ("main", "secondary")
 # An emulated processor on a machine that does other things too.
@@ -67,22 +65,11 @@ class QemuUnit(Bed):
             shutil.copytree(self.images.cloud, self.cloud.directory)
         for path in self.directory.glob("lan.*.sock"):
             path.unlink()
-        self.machine.start(
-            Layout(
-                programs=(self.cloud.program(CLOUD_IP),),
-                hosts={"localhost": "127.0.0.1", DOMAIN: CLOUD_IP},
-                state_file=self.directory / "never",
-                setup=(
-                    ("ip", "link", "add", _BRIDGE, "type", "bridge"),
-                    ("ip", "address", "add", f"{CLOUD_IP}/24", "dev", _BRIDGE),
-                    ("ip", "link", "set", _BRIDGE, "up"),
-                    ("ip", "tuntap", "add", "dev", _TAP, "mode", "tap"),
-                    ("ip", "link", "set", _TAP, "master", _BRIDGE, "up"),
-                ),
-            ),
-            bound=True,
+        tap = (
+            ("ip", "tuntap", "add", "dev", _TAP, "mode", "tap"),
+            ("ip", "link", "set", _TAP, "master", BRIDGE, "up"),
         )
-        wait(lambda: self.call("units") is not None, 60, "the cloud to answer")
+        self._start_machine(CLOUD_IP, setup=tap)
         for guest in self.nodes.values():
             guest.make_disks()
 

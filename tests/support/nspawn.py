@@ -10,13 +10,12 @@ from pathlib import Path
 
 from aoscore.ctl.host import run, wait
 from aoscore.ctl.machine import Machine, remove_cgroups
-from aoscore.ctl.sandbox import Layout, Program
-from qemu.bed import MAIN_IP, Bed
+from aoscore.ctl.sandbox import Program
+from qemu.bed import BRIDGE, MAIN_IP, Bed
 from qemu.images import DOMAIN, TOOLS, guest_nodes, write_node
 from qemu.layers import lower_layers
 
 CLOUD_IP = "10.0.0.1"
-_BRIDGE = "aosbr"
 _BOOT_NODE = Path(__file__).with_name("boot-node.sh")
 _BOOT_S = 120.0
 
@@ -60,30 +59,16 @@ class NspawnUnit(Bed):
         """Boot; returns when the cloud answers and systemd runs in all nodes."""
         lower = lower_layers()
         nodes = guest_nodes(self.cloud.root_file().read_text(), interface="host0", cloud_ip=CLOUD_IP)
-        programs = [self.cloud.program(CLOUD_IP)]
+        programs = []
         for name, node in self.nodes.items():
             top = self.directory / "nodes" / name
             for part in ("upper", "work", "root"):
                 (top / part).mkdir(parents=True)
             write_node(nodes[name], top / "upper", CLOUD_IP)
             layers = ":".join(map(str, lower))
-            boot = (str(_BOOT_NODE), node.machine_name, str(top), _BRIDGE, layers, self.cgroups[name])
+            boot = (str(_BOOT_NODE), node.machine_name, str(top), BRIDGE, layers, self.cgroups[name])
             programs.append(Program(name, boot, notifies=False))
-        self.machine.start(
-            Layout(
-                programs=tuple(programs),
-                hosts={"localhost": "127.0.0.1", DOMAIN: CLOUD_IP},
-                state_file=self.directory / "never",
-                setup=(
-                    ("ip", "link", "add", _BRIDGE, "type", "bridge"),
-                    ("ip", "address", "add", f"{CLOUD_IP}/24", "dev", _BRIDGE),
-                    ("ip", "link", "set", _BRIDGE, "up"),
-                ),
-            ),
-            bound=True,
-            cgroups=tuple(self.cgroups.values()),
-        )
-        wait(lambda: self.call("units") is not None, 30, "the cloud to answer")
+        self._start_machine(CLOUD_IP, programs=programs, cgroups=tuple(self.cgroups.values()))
         for node in self.nodes.values():
             node.wait_settled()
 

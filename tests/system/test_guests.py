@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from aoscore.ctl.target import Node
 from qemu.bed import MAIN_IP
 from qemu.images import DOMAIN
 from qemu.unit import QemuUnit
@@ -32,6 +33,7 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
     unit = saved_qemu_unit(tmp_path_factory.mktemp("unit"))
     with running(unit):
         unit.provision()
+        reserve_next_to_nothing(unit)
         for name, (start, limit) in HUNGRY.items():
             user = unit.cloud.user("sp")
             quotas = f"quotas:\n  {limit}\n"
@@ -42,6 +44,14 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
             unit.call("assign", item=name, target=unit.system_id)
         unit.wait(lambda: unit.instance_states() == ["active"] * len(HUNGRY), 120, "all services to be active")
         yield unit
+
+
+def reserve_next_to_nothing(unit: QemuUnit) -> None:
+    """An emulated node may be too busy at any moment to promise half of a limit, which is the usual share."""
+    node = {"nodeGroupSubject": {"codename": Node().node_type}, "resourceRatios": {"cpu": 1, "ram": 1}}
+    unit.ask("unit_config", config={"formatVersion": "7", "version": "1.0.0", "nodes": [node]})
+    wanted = {"version": "1.0.0", "state": "installed"}
+    unit.wait(lambda: wanted in unit.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed")
 
 
 class Group:
