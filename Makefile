@@ -16,7 +16,7 @@ help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
 	@echo "make lint | unit | integration | pins | system | vm: parts of make test"
 	@echo "make beds: which kinds of tests this machine can run"
-	@echo "make guests: disk images and saved states of guests, for make qemu and make vm"
+	@echo "make guests: disk images of guests, for make qemu, make system and make vm"
 	@echo "make bench: speed and memory figures into docs/"
 	@echo "make demo-down: end the demo and remove all of it"
 
@@ -30,9 +30,9 @@ demo-down:
 qemu: setup $(TOOLS)/.done
 	$(BIN)/python -m qemu show $(if $(REPORT),--report $(REPORT))
 
-# Disk images and saved states, which take long the first time.
+# Disk images of guests, which take long the first time.
 guests: setup
-	$(BIN)/python -m qemu save
+	$(BIN)/python -m qemu images
 
 # Each step below with a time limit of its own, and a table at the end.
 test:

@@ -1,7 +1,7 @@
 """A Unit and its cloud in a machine of namespaces, whatever its nodes run in. See `unit.QemuUnit` for one of guests."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,7 +84,7 @@ class Bed:
         """Output of a program that runs beside the cloud."""
         return run(self.machine.enter(*args), timeout_s)
 
-    def wait(self, done: Any, timeout_s: float, what: str) -> None:
+    def wait(self, done: Callable[[], object], timeout_s: float, what: str) -> None:
         """Wait until something is so; see `aoscore.ctl.host.wait`."""
         wait(done, timeout_s * self.patience, what)
 

@@ -27,14 +27,16 @@ _ROOT_MIB = 1536
 _DATA_MIB = 1024
 _BUILD_TIMEOUT_S = 900.0
 _AGENT = Path(__file__).with_name("agent.py")
-# What Debian starts and a node has no use for.
+# What Debian starts and a node has no use for; the others only where the node has no such disks.
 _MASKED = (
     *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
     *("e2scrub_reap.service", "systemd-networkd-wait-online.service", "getty@tty1.service"),
     # The kernel has turned quotas on with the mount already.
     "quotaon@var-aos.service",
-    *("run-rpc_pipefs.mount", "nfs-blkmap.service", "nfs-server.service", "rpcbind.service", "rpcbind.socket"),
+    *("systemd-pstore.service", "modprobe@efi_pstore.service", "modprobe@drm.service", "nfs-blkmap.service"),
 )
+_OF_NFS = ("run-rpc_pipefs.mount", "nfs-server.service", "nfs-client.target", "rpcbind.service", "rpcbind.socket")
+_OF_VOLUMES = ("lvm2-monitor.service", "lvm2-lvmpolld.socket", "dm-event.socket", "blk-availability.service")
 
 
 def guest_nodes(root_ca: str, *, interface: str = "eth0", cloud_ip: str = CLOUD_IP) -> dict[str, Node]:
@@ -93,7 +95,8 @@ def build_images() -> Images:
             _write_guest(name, files)
             key = [*map(str, layers), tree_digest(files), str(_ROOT_MIB), str(_DATA_MIB)]
             disk = kept(f"disk-{name}", key, partial(_make_disks, layers=[files, *layers]))
-        append = "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet"
+        # The emulated processor has no faults to be protected from.
+        append = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off quiet"
         boots[name] = Boot((disk / "root.img", disk / "data.img"), vmlinuz, initrd, append)
     return Images(boots, cloud)
 
@@ -109,7 +112,8 @@ def write_node(node: Node, root: Path, cloud_ip: str = CLOUD_IP) -> None:
     write(tree(node), root)
     units = root / "etc" / "systemd" / "system"
     units.mkdir(parents=True, exist_ok=True)
-    for name in _MASKED:
+    unused = (*_MASKED, *(() if node.nfs else _OF_NFS), *(() if node.data_disk else _OF_VOLUMES))
+    for name in unused:
         (units / name).symlink_to("/dev/null")
     # Yocto's presets do this.
     wants = units / "multi-user.target.wants"
@@ -132,6 +136,10 @@ def _write_guest(name: str, root: Path) -> None:
     wants = units / "sysinit.target.wants"
     wants.mkdir(exist_ok=True)
     (wants / "aos-agent.service").symlink_to("../aos-agent.service")
+    # Nothing is given up because the emulated processor is slow.
+    settings = root / "etc" / "systemd" / "system.conf.d" / "slow.conf"
+    settings.parent.mkdir()
+    settings.write_text("[Manager]\nDefaultTimeoutStartSec=600s\nDefaultDeviceTimeoutSec=600s\n")
     console = units / "serial-getty@ttyS0.service.d"
     console.mkdir()
     (console / "autologin.conf").write_text(
