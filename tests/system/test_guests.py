@@ -23,7 +23,8 @@ HUNGRY = {
         "while :; do dd if=/dev/zero of=/dev/null bs=100M count=1; echo ended with $?; sleep 1; done",
         "ramLimit: 32MiB",
     ),
-    "breeder": ("while sleep 1; do (for i in 1 2 3 4 5 6 7 8 9; do sleep 500 & done); done", "pidsLimit: 16"),
+    # A shell that may not fork ends: it is another than the service's first.
+    "breeder": ("(for i in $(seq 40); do sleep 5000 & done); exec sleep 5000", "pidsLimit: 16"),
 }
 
 
