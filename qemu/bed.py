@@ -137,7 +137,7 @@ class Bed:
     def page(self, host: str, port: int = 8080) -> str:
         """What a service answers over HTTP, asked from the Main Node by the service's name in the Unit."""
         node = self.nodes["main"]
-        answer = node.run("busybox", "nslookup", "-type=a", host, MAIN_IP)
+        answer = node.run("busybox", "nslookup", host, MAIN_IP)
         found = [line.split()[-1] for line in answer.splitlines() if line.startswith("Address")]
         addresses = [address for address in found if not address.startswith(MAIN_IP)]
         if not addresses:

@@ -87,9 +87,11 @@ class QemuUnit(Bed):
 
     def stop(self) -> None:
         """Power off hard; everything ends with the machine."""
-        for guest in self.nodes.values():
-            guest.kill()
-        self.machine.stop()
+        try:
+            for guest in self.nodes.values():
+                guest.kill()
+        finally:
+            self.machine.stop()
 
     def cut_uplink(self, *, cut: bool = True) -> None:
         """Pull the cable between Main Node and cloud, or put it in again."""
