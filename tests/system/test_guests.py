@@ -20,7 +20,7 @@ MIB = 1 << 20
 HUNGRY = {
     "burner": ("while :; do :; done", "cpuLimit: 1000"),
     "eater": (
-        "while :; do dd if=/dev/zero of=/dev/null bs=100M count=1; echo ended with $?; sleep 1; done",
+        "while :; do dd if=/dev/zero of=/dev/null bs=100M count=1; echo ended with $?; sleep 10; done",
         "ramLimit: 32MiB",
     ),
     # A shell that may not fork ends: it is another than the service's first.
@@ -34,7 +34,7 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
     unit = saved_qemu_unit(tmp_path_factory.mktemp("unit"))
     with running(unit):
         unit.provision()
-        reserve_next_to_nothing(unit)
+        reserve_nothing(unit)
         for name, (start, limit) in HUNGRY.items():
             user = unit.cloud.user("sp")
             quotas = f"quotas:\n  {limit}\n"
@@ -47,9 +47,9 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
         yield unit
 
 
-def reserve_next_to_nothing(unit: QemuUnit) -> None:
+def reserve_nothing(unit: QemuUnit) -> None:
     """An emulated node may be too busy at any moment to promise half of a limit, which is the usual share."""
-    node = {"nodeGroupSubject": {"codename": Node().node_type}, "resourceRatios": {"cpu": 1, "ram": 1}}
+    node = {"nodeGroupSubject": {"codename": Node().node_type}, "resourceRatios": {"cpu": 0, "ram": 0}}
     unit.ask("unit_config", config={"formatVersion": "7", "version": "1.0.0", "nodes": [node]})
     wanted = {"version": "1.0.0", "state": "installed"}
     unit.wait(lambda: wanted in unit.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed")
