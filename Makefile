@@ -6,17 +6,20 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 TOOLS := .venv-tools
+LAYER := .venv-layer
 BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
-.PHONY: help demo demo-down qemu guests test lint unit integration pins system vm beds bench setup packages clean
+.PHONY: help demo demo-down qemu guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
-	@echo "make lint | unit | integration | pins | system | vm: parts of make test"
+	@echo "make lint | unit | integration | layer | pins | system | vm: parts of make test"
 	@echo "make beds: which kinds of tests this machine can run"
 	@echo "make guests: disk images of guests, for make qemu, make system and make vm"
+	@echo "make layer-check OE=PATH: the Yocto layer on a checkout of openembedded-core with bitbake and meta-openembedded"
+	@echo "make layer-size: what aoscore adds to an image, into docs/"
 	@echo "make bench: speed and memory figures into docs/"
 	@echo "make demo-down: end the demo and remove all of it"
 
@@ -49,6 +52,19 @@ unit: setup
 
 integration: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/integration -n $(JOBS) -q
+
+# The Yocto layer and the kas files, read by BitBake's parser, kas and oelint from the package registry.
+layer: setup $(LAYER)/.done
+	$(BIN)/python -m tests.layer.wheelfiles .cache/wheel-files.json
+	AOSCORE_WHEEL_FILES=$(CURDIR)/.cache/wheel-files.json \
+	    $(LAYER)/bin/pytest -c tests/layer/pytest.ini --confcutdir tests/layer tests/layer -q
+
+layer-check: layer
+	@[ -n "$(OE)" ] || { echo "name a checkout: make layer-check OE=PATH" >&2; exit 1; }
+	$(LAYER)/bin/python tests/layer/check_oe.py $(OE)
+
+layer-size: setup
+	$(BIN)/python -m tests.layer.size docs/footprint.md
 
 # Unit and wire tests on the library versions of each Yocto series, where an interpreter for it is found.
 pins: packages
@@ -96,5 +112,11 @@ $(TOOLS)/.done: tests/requirements-cloud-tools.txt | packages
 	$(TOOLS)/bin/python -m pip install -q -r tests/requirements-cloud-tools.txt
 	touch $@
 
+# BitBake's library, kas and oelint pin what they need: apart from ours.
+$(LAYER)/.done: tests/requirements-layer.txt | packages
+	$(LAYER)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(LAYER)
+	$(LAYER)/bin/python -m pip install -q -r tests/requirements-layer.txt
+	touch $@
+
 clean: demo-down
-	rm -rf $(VENV) $(VENV)-scarthgap $(VENV)-wrynose $(TOOLS) build .state .cache aoscore/_pb aoscore/_speedups/*.c aoscore/_speedups/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-scarthgap $(VENV)-wrynose $(TOOLS) $(LAYER) build .state .cache aoscore/_pb aoscore/_speedups/*.c aoscore/_speedups/*.so *.egg-info

@@ -37,6 +37,7 @@ STEPS = (
     Step("lint", 6),
     Step("guests", 30, background=True),
     Step("unit", 10),
+    Step("layer", 8),
     Step("integration", 12),
     Step("system", 15, needs_background=True),
     Step("pins", 14),

@@ -31,6 +31,12 @@ def check_components(kind: str, components: tuple[str, ...]) -> None:
         raise ValueError(f"no components; choose of: {' '.join(valid)}")
 
 
+def check_version(version: str) -> None:
+    """Raises ValueError for what is no version of an image."""
+    if not _VERSION.fullmatch(version):
+        raise ValueError(f"image_version {version!r} is not X.Y.Z")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """One Node. What is left empty follows from the rest; a wrong value raises ValueError that names it.
@@ -156,8 +162,7 @@ class Node:
         for name in ("hostname", "main_host"):
             if not _NAME.fullmatch(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)!r} is no host name")
-        if not _VERSION.fullmatch(self.image_version):
-            raise ValueError(f"image_version {self.image_version!r} is not X.Y.Z")
+        check_version(self.image_version)
         for name in ("unit_model", "unit_version"):
             value = getattr(self, name)
             if not value or ";" in value:

@@ -10,17 +10,26 @@ from aoscore.ctl.target.units import ENVIRONMENT_FILE
 _TMPFILES_DIR = "/usr/lib/tmpfiles.d"
 
 
+# Directories and who needs them. Instances reach their own directories below, nobody can list the others.
+_DIRECTORIES = (
+    ("", "base", 0o755),
+    ("workdirs", "base", 0o711),
+    ("storages", "base", 0o711),
+    ("states", "base", 0o711),
+    ("iam", "iam", 0o700),
+    ("downloads", "cm", 0o700),
+    ("dns", "cm", 0o755),
+)
+
+
 def entries(node: Node) -> Iterator[Entry]:
-    """Part base, and the shares of single components."""
+    """Part base, which is the same on all nodes of a product, and the shares of single components."""
     yield Entry(
         ENVIRONMENT_FILE,
         f"# Log level of the AosCore daemons: debug, info, warn or error.\nAOS_LOG_LEVEL={node.log_level}\n",
         "base",
     )
     yield Entry(f"{node.etc}/version", f'VERSION="{node.image_version}"\n', "base")
-    yield Entry(f"{_TMPFILES_DIR}/aoscore.conf", "".join(f"{line}\n" for line in _tmpfiles(node)), "base")
-    for path, mode in _directories(node):
-        yield Entry(path, "", "data", mode, kind="directory")
     if node.root_ca:
         yield Entry(node.ca_file, node.root_ca, "base")
     yield Entry(
@@ -31,36 +40,30 @@ def entries(node: Node) -> Iterator[Entry]:
         "net.ipv4.conf.all.rp_filter=1\nnet.ipv4.conf.default.rp_filter=1\n",
         "base",
     )
+    for part in ("base", "iam", "cm"):
+        if part == "base" or node.has(part):
+            yield from _directories(node, part)
     if node.has("iam"):
         yield from _provisioning(node)
 
 
-def _directories(node: Node) -> Iterator[tuple[str, int]]:
-    yield node.var, 0o755
-    yield node.run, 0o755
-    yield f"{node.var}/iam", 0o700
-    # Instances reach their own directories below, nobody can list the others.
-    yield f"{node.var}/workdirs", 0o711
-    if node.is_main or node.nfs:
-        yield f"{node.var}/storages", 0o711
-        yield f"{node.var}/states", 0o711
-    if node.has("cm"):
-        yield f"{node.var}/downloads", 0o700
-        yield f"{node.var}/dns", 0o755
-    if node.keys == "softhsm":
-        yield "/var/lib/softhsm", 0o700
-        yield "/var/lib/softhsm/tokens", 0o700
-
-
-def _tmpfiles(node: Node) -> Iterator[str]:
-    """Lines of tmpfiles.d(5)."""
-    for path, mode in _directories(node):
-        yield f"d {path} {mode:04o} root root -"
-    if node.has("cm") and node.dns_ip and not node.dns_by_cm:
+def _directories(node: Node, part: str) -> Iterator[Entry]:
+    """Lines of tmpfiles.d(5) for one part, and the same directories for where no systemd-tmpfiles runs."""
+    paths = [(f"{node.var}/{name}".rstrip("/"), mode) for name, owner, mode in _DIRECTORIES if owner == part]
+    if part == "base":
+        paths.append((node.run, 0o755))
+    if part == "iam" and node.keys == "softhsm":
+        paths += [("/var/lib/softhsm", 0o700), ("/var/lib/softhsm/tokens", 0o700)]
+    lines = [f"d {path} {mode:04o} root root -" for path, mode in paths]
+    if part == "cm" and node.dns_ip and not node.dns_by_cm:
         # Where the name server finds the system's servers; without the directory it does not start.
-        yield "d /run/systemd/resolve 0755 - - -"
-        yield f"f {node.var}/dns/addnhosts 0644 root root -"
-        yield f"L {node.var}/dns/dnsmasq.conf - - - - {node.etc}/dnsmasq.conf"
+        lines.append("d /run/systemd/resolve 0755 - - -")
+        lines.append(f"f {node.var}/dns/addnhosts 0644 root root -")
+        lines.append(f"L {node.var}/dns/dnsmasq.conf - - - - {node.etc}/dnsmasq.conf")
+    name = "aoscore" if part == "base" else f"aoscore-{part}"
+    yield Entry(f"{_TMPFILES_DIR}/{name}.conf", "".join(f"{line}\n" for line in lines), part)
+    for path, mode in paths:
+        yield Entry(path, "", "data", mode, kind="directory")
 
 
 def _provisioning(node: Node) -> Iterator[Entry]:

@@ -60,7 +60,7 @@ def entries(node: Node) -> Iterator[Entry]:
     yield _unit(
         "aos.target",
         "base",
-        [("Unit", [("Description", f"AosCore, {node.kind} node")]), ("Install", [("WantedBy", "multi-user.target")])],
+        [("Unit", [("Description", "AosCore")]), ("Install", [("WantedBy", "multi-user.target")])],
     )
     yield _unit("aos.slice", "base", [("Unit", [("Description", "AosCore daemons")])])
     yield _unit(

@@ -166,6 +166,11 @@ def test_write_replaces_and_adds(tmp_path: Path) -> None:
     assert (tmp_path / "etc" / "fstab").read_text() == "one\ntwo\nthree\n"
 
 
+def test_base_is_the_same_on_all_nodes() -> None:
+    """One package of it serves the images of both kinds."""
+    assert {tuple(tree(node, ("base",))) for node in NODES} == {tuple(tree(Node(), ("base",)))}
+
+
 def test_every_entry_has_a_known_part() -> None:
     assert {entry.part for node in NODES for entry in tree(node)} == set(PARTS)
 

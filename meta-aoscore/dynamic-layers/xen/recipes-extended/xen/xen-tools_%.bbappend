@@ -1,0 +1,2 @@
+# Nothing of this recipe changes where the distribution does not ask for it: its signatures stay.
+require ${@bb.utils.contains('DISTRO_FEATURES', 'aoscore xen', '${BPN}-aoscore.inc', '', d)}

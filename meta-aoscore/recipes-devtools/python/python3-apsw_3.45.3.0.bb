@@ -1,0 +1,4 @@
+require python3-apsw.inc
+
+LIC_FILES_CHKSUM = "file://LICENSE;md5=c161938e94bafe575595a07d1970541a"
+SRC_URI[sha256sum] = "e538e439b1bd0f4e8347db623d50c83f66c662432827a1113bfbad298764fbc5"
