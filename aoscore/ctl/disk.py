@@ -10,19 +10,18 @@ Secrets go through pipes: none is in a file or on a command line.
 import base64
 import contextlib
 import json
-import os
 import re
 import secrets
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from aoscore.common.errors import ConfigError, FailedError, InvalidArgumentError, NotFoundError, RuntimeFailure
+from aoscore.ctl.run import Run, run_program
 from aoscore.ctl.target.disks import GROUP, MAPPING, Volume, read_volumes
 from aoscore.ctl.target.units import mount_unit
 
@@ -30,28 +29,6 @@ KEY_LABEL = "diskencryption"
 TOKEN_TYPE = "aos-pkcs11"  # noqa: S105 - the name of a kind
 _PASS_CODE_BYTES = 128
 _DEVICE_ARGUMENT = re.compile(r"(?:^|\s)opendisk\.target=(\S+)")
-
-
-class Run(Protocol):
-    """Runs a program to its end and returns what it printed. Raises RuntimeFailure with what it said."""
-
-    def __call__(
-        self, args: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None
-    ) -> bytes: ...
-
-
-def run_program(args: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None) -> bytes:
-    """The real Run."""
-    try:
-        done = subprocess.run(
-            args, input=stdin or b"", capture_output=True, check=False, env={**os.environ, **(env or {})}
-        )
-    except FileNotFoundError:
-        raise NotFoundError(f"program {args[0]} is not installed") from None
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).decode(errors="replace").strip()
-        raise RuntimeFailure(f"{args[0]}: code {done.returncode}: {said}", done.returncode)
-    return done.stdout
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ IAM's hooks start these as transient units, so that they outlive IAM and their e
 
 import json
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aoscore.common.errors import ConfigError, DeadlineError, NotFoundError, RuntimeFailure
+from aoscore.common.errors import ConfigError, DeadlineError, NotFoundError
+from aoscore.ctl.run import Run, run_program
 
 # IAM changes the state right after its hook (iam.md §6.2).
 STATE_TIMEOUT_S = 60.0
@@ -23,16 +23,6 @@ _POLL_S = 0.1
 _TOKENS = {"libsofthsm2.so": Path("/var/lib/softhsm/tokens"), "libckteec.so.0": Path("/var/lib/tee")}
 _OPTEE = _TOKENS["libckteec.so.0"]
 
-Run = Callable[[Sequence[str]], None]
-
-
-def run_command(args: Sequence[str]) -> None:
-    """Run a program to its end. Raises RuntimeFailure with what it said."""
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
-        raise RuntimeFailure(f"{' '.join(args)}: code {done.returncode}: {said}", done.returncode)
-
 
 @dataclass(frozen=True)
 class Place:
@@ -42,6 +32,7 @@ class Place:
     iam_dir: Path
     key_dirs: tuple[Path, ...]
     encrypted_disk: bool
+    is_main: bool = False
 
     @property
     def marker(self) -> Path:
@@ -65,6 +56,7 @@ def read_place(config_file: Path) -> Place:
             iam_dir=Path(config["workingdir"]),
             key_dirs=tuple(dict.fromkeys(dirs)),
             encrypted_disk=bool(config.get("diskencryptioncmdargs")),
+            is_main="MainNode" in info.get("attrs", {}),
         )
     except FileNotFoundError:
         raise NotFoundError(f"configuration file {config_file} does not exist") from None
@@ -72,16 +64,21 @@ def read_place(config_file: Path) -> Place:
         raise ConfigError(f"{config_file}: {error}") from error
 
 
-def finish(place: Place, run: Run = run_command) -> None:
+def finish(place: Place, run: Run = run_program) -> None:
     """Provisioning is finished: give the node over to its daemons once the state says so."""
     _wait(place.state_file.exists, f"state file {place.state_file}")
     time.sleep(ANSWER_PAUSE_S)
     place.marker.unlink(missing_ok=True)
     run(["sync"])
+    if place.is_main:
+        # They look at their file systems when they start, and those have just been made; only where they run.
+        for unit in ("nfs-server.service", "rpc-rquotad.service"):
+            if run(["systemctl", "list-units", "--no-legend", "--state=active", unit]).strip():
+                run(["systemctl", "restart", unit])
     run(["systemctl", "restart", "aos.target"])
 
 
-def deprovision(place: Place, run: Run = run_command) -> None:
+def deprovision(place: Place, run: Run = run_program) -> None:
     """Deprovisioning was ordered: stop the daemons, wipe, and start as a new node. Can be repeated at any point.
 
     Raises DeadlineError when IAM keeps the node's state; nothing is wiped then, not later either.
@@ -99,7 +96,7 @@ def deprovision(place: Place, run: Run = run_command) -> None:
     run(["systemctl", "reboot"] if _OPTEE in place.key_dirs else ["systemctl", "start", "aos.target"])
 
 
-def wipe(place: Place, run: Run = run_command) -> None:
+def wipe(place: Place, run: Run = run_program) -> None:
     """Remove keys, certificates and data disk of a node that was ordered to be deprovisioned; else do nothing.
 
     A state file that is lost is no order: IAM restores it (iam.md §16).

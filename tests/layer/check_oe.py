@@ -27,10 +27,10 @@ IMAGES = ("aos-image-main", "aos-image-secondary")
 OPENEMBEDDED = ("meta-oe", "meta-python", "meta-networking")
 # Of those layers only what images need is read: the rest is 2000 recipes more.
 WANTED = """
-    abseil-cpp autoconf-archive c-ares ccid cryptsetup dnsmasq jansson jsoncpp libaio libdevmapper libmnl libnftnl libssh
-    lvm2 nftables opensc pcsc-lite pkcs11-provider protobuf python3-grpcio python3-grpcio-tools python3-h11
+    abseil-cpp autoconf-archive c-ares ccid cryptsetup dnsmasq jansson jsoncpp libaio libdevmapper libmnl libnftnl
+    libssh lvm2 nftables opensc pcsc-lite pkcs11-provider protobuf python3-grpcio python3-grpcio-tools python3-h11
     python3-protobuf python3-pyroute2 python3-systemd python3-zstandard re2 softhsm thin-provisioning-tools
-""".split()
+"""
 STANDINS = ("crun", "conmon", "xen-tools")
 # Hosts may lack the one locale that BitBake asks for.
 LOCALE = "en_US.UTF-8"
@@ -88,7 +88,7 @@ class Build:
             f'BBPATH = "${{TOPDIR}}"\nBBFILES ?= ""\nBBLAYERS = " \\\n{listed} \\\n"\n'
         )
         (directory / "conf" / "local.conf").write_text(
-            _LOCAL_CONF.format(distro=distro, more=more, wanted="|".join(WANTED))
+            _LOCAL_CONF.format(distro=distro, more=more, wanted="|".join(WANTED.split()))
         )
         (directory / "conf" / "templateconf.cfg").write_text("meta/conf/templates/default\n")
         self._become: list[str] = []

@@ -70,7 +70,9 @@ def entries(node: Node) -> Iterator[Entry]:
         yield Entry("/etc/fstab", "".join(f"{line}\n" for line in lines), "image", kind="lines")
     if node.is_main and node.nfs:
         yield Entry("/etc/exports.d/aos.exports", "".join(f"{line}\n" for line in exports(node)), "disks")
-        yield Entry(f"{UNIT_DIR}/rpc-rquotad.service", _RQUOTAD, "disks")
+        name = "rpc-rquotad.service"
+        yield Entry(f"{UNIT_DIR}/{name}", _RQUOTAD, "disks")
+        yield Entry(f"{UNIT_DIR}/multi-user.target.wants/{name}", f"../{name}", "disks", kind="link")
 
 
 def fstab_lines(node: Node, context: str = "") -> Iterator[str]:
@@ -110,7 +112,7 @@ _RQUOTAD = """[Unit]
 Description=Quotas over the network file system
 After=rpcbind.service network-online.target
 Wants=rpcbind.service network-online.target
-Before=rpc_pipefs.target
+ConditionFileIsExecutable=/usr/sbin/rpc.rquotad
 
 [Service]
 Type=forking

@@ -1,5 +1,6 @@
 """The encryption of the data disk with the real programs: SoftHSM, pkcs11-tool, cryptsetup; not the kernel's part."""
 
+import base64
 import os
 import shutil
 import subprocess
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from aoscore.common.errors import RuntimeFailure
 from aoscore.ctl import disk as disks
+from aoscore.ctl.run import run_program
 from aoscore.ctl.target.disks import Volume
 
 LIBRARY = "/usr/lib/softhsm/libsofthsm2.so"
@@ -43,21 +46,21 @@ def run(*args: str | Path) -> None:
 
 
 def test_only_the_key_in_the_token_opens_the_disk(disk: disks.Disk) -> None:
-    pass_code = disks.base64.b64encode(os.urandom(128))
+    pass_code = base64.b64encode(os.urandom(128))
     fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
     format_args = ["cryptsetup", "luksFormat", "--type", "luks2", "--batch-mode", *fast, "--key-file=-", disk.device]
-    disks.run_program(format_args, stdin=pass_code)
+    run_program(format_args, stdin=pass_code)
     token = disks.luks_token("aoscore", disks.wrap(pass_code, disks.read_public_key(disk.token)))
-    disks.run_program(["cryptsetup", "token", "import", "--token-id", "0", disk.device], stdin=token)
+    run_program(["cryptsetup", "token", "import", "--token-id", "0", disk.device], stdin=token)
 
     found = disks.read_pass_code(disk)
     assert found == pass_code
     test = ["cryptsetup", "open", "--test-passphrase", "--key-file=-", disk.device]
-    disks.run_program(test, stdin=found)
+    run_program(test, stdin=found)
     # As AosCore 9.1 gives it: a line through a pipe, whose end cryptsetup drops.
-    disks.run_program(["cryptsetup", "open", "--test-passphrase", disk.device], stdin=found + b"\n")
-    with pytest.raises(disks.RuntimeFailure):
-        disks.run_program(test, stdin=found[:-1])
-    disks.run_program(["cryptsetup", "erase", "--batch-mode", disk.device])
-    with pytest.raises(disks.RuntimeFailure):
-        disks.run_program(test, stdin=found)
+    run_program(["cryptsetup", "open", "--test-passphrase", disk.device], stdin=found + b"\n")
+    with pytest.raises(RuntimeFailure):
+        run_program(test, stdin=found[:-1])
+    run_program(["cryptsetup", "erase", "--batch-mode", disk.device])
+    with pytest.raises(RuntimeFailure):
+        run_program(test, stdin=found)

@@ -1,7 +1,8 @@
 """What follows a change of the provisioning state."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nodestate.Place:
 
 
 class Runs:
-    def __init__(self) -> None:
+    def __init__(self, active: str = "") -> None:
+        self.active = active
         self.commands: list[str] = []
 
-    def __call__(self, args: Sequence[str]) -> None:
+    def __call__(
+        self, args: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None
+    ) -> bytes:
         self.commands.append(" ".join(args))
+        return b"active" if args[-1] == self.active else b""
 
 
 @pytest.mark.parametrize("node", [Node(), Node(kind="secondary", keys="optee"), Node(keys="file", data_disk=False)])
@@ -39,6 +44,7 @@ def test_place_comes_from_the_generated_file(node: Node, tmp_path: Path) -> None
     keys = {"softhsm": "/var/lib/softhsm/tokens", "optee": "/var/lib/tee", "file": "/var/aos/iam/keys"}
     assert place.key_dirs == (Path(keys[node.keys]),)
     assert place.encrypted_disk == node.data_disk
+    assert place.is_main == node.is_main
 
 
 def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
@@ -58,6 +64,15 @@ def test_finish_waits_for_the_state(place: nodestate.Place) -> None:
     place.state_file.touch()
     nodestate.finish(place, runs)
     assert runs.commands == ["sync", "systemctl restart aos.target"]
+
+
+def test_finish_on_the_main_node_makes_the_shares_known(place: nodestate.Place) -> None:
+    place.state_file.touch()
+    runs = Runs("nfs-server.service")
+    nodestate.finish(dataclasses.replace(place, is_main=True), runs)
+    assert "systemctl restart nfs-server.service" in runs.commands
+    assert "systemctl restart rpc-rquotad.service" not in runs.commands, "it does not run"
+    assert runs.commands[-1] == "systemctl restart aos.target"
 
 
 def test_deprovision_wipes_and_starts_anew(place: nodestate.Place) -> None:
@@ -93,12 +108,13 @@ def test_a_lost_state_file_is_no_order_to_wipe(place: nodestate.Place) -> None:
 
 
 def test_a_wipe_that_was_broken_off_goes_on(place: nodestate.Place) -> None:
-    def fail(args: Sequence[str]) -> None:
-        raise RuntimeError(args[0])
+    class Fails(Runs):
+        def __call__(self, args: Sequence[str], **_: object) -> bytes:
+            raise RuntimeError(args[0])
 
     place.marker.touch()
     with pytest.raises(RuntimeError):
-        nodestate.wipe(place, fail)
+        nodestate.wipe(place, Fails())
     assert place.marker.exists() and (place.iam_dir / "keys" / "key").exists(), "the disk's key goes after the disk"
     nodestate.wipe(place, Runs())
     assert not place.marker.exists() and not list(place.iam_dir.iterdir())
