@@ -1,4 +1,5 @@
 # make demo: a whole Unit with its cloud, on this machine.   make test: everything that CI checks.
+# make qemu: a Unit of two guests, from disk images to a service that survives a power cut without its cloud.
 # Both set up what they need, as root on Debian 12/13 or Ubuntu 24.04. `make help` lists the rest.
 
 SHELL := /bin/bash
@@ -10,11 +11,13 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
-.PHONY: help demo demo-down test lint unit integration layer layer-check layer-size pins system bench setup packages clean
+.PHONY: help demo demo-down qemu guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
-	@echo "make lint | unit | integration | layer | pins | system: parts of make test"
+	@echo "make lint | unit | integration | layer | pins | system | vm: parts of make test"
+	@echo "make beds: which kinds of tests this machine can run"
+	@echo "make guests: disk images of guests, for make qemu, make system and make vm"
 	@echo "make layer-check OE=PATH: the Yocto layer on a checkout of openembedded-core with bitbake and meta-openembedded"
 	@echo "make layer-size: what aoscore adds to an image, into docs/"
 	@echo "make bench: speed and memory figures into docs/"
@@ -26,7 +29,17 @@ demo: setup $(TOOLS)/.done
 demo-down:
 	@if [ -x $(BIN)/aosctl ]; then $(BIN)/aosctl demo down; else echo "nothing to end: the demo was never set up"; fi
 
-test: lint unit layer integration pins system
+# REPORT=FILE writes the figures to a file, too.
+qemu: setup $(TOOLS)/.done
+	$(BIN)/python -m qemu show $(if $(REPORT),--report $(REPORT))
+
+# Disk images of guests, which take long the first time.
+guests: setup
+	$(BIN)/python -m qemu images
+
+# Each step below with a time limit of its own, and a table at the end.
+test:
+	$(PYTHON) tests/steps.py --jobs $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -57,8 +70,13 @@ layer-size: setup
 pins: packages
 	$(PYTHON) tests/pins.py --jobs $(JOBS)
 
+# Whole Units: the demo, and beds of systemd-nspawn.
 system: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system -q
+	$(BIN)/pytest tests/system -q -m "not vm"
+
+# Units of QEMU guests.
+vm: setup $(TOOLS)/.done
+	$(BIN)/pytest tests/system -q -m vm
 
 bench: setup $(TOOLS)/.done
 	$(BIN)/python -m tests.benchmarks.run

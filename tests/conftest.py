@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import beds
 from tests.support import bed
 
 # Some helpers fork in the test process; gRPC's fork handlers then crash the child when a server ran here before.
@@ -72,6 +73,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     # module when this one is of the same.
     item.session._setupstate.teardown_exact(nextitem)
     return True
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A bed that is not there is a skip at a desk, and a failure in CI."""
+    if reason := None if bed.is_inside() else beds.lacking(mark.name for mark in item.iter_markers()):
+        if "CI" in os.environ:
+            pytest.fail(f"this machine does not offer the bed: {reason}", pytrace=False)
+        pytest.skip(reason)
 
 
 def pytest_sessionstart() -> None:

@@ -5,11 +5,8 @@ What the user of an AosEdge cloud does by hand is done by the same public tools:
 `aos-signer` packs, signs and uploads the service.
 """
 
-import contextlib
 import json
 import os
-import shutil
-import subprocess
 import sysconfig
 import textwrap
 import time
@@ -18,18 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aoscore.common.errors import AosError, DeadlineError, FailedError, NotFoundError
+from aoscore.common.errors import FailedError, NotFoundError
 from aoscore.common.files import remove_tree
 from aoscore.ctl import target
+from aoscore.ctl.host import run, step, wait, which
+from aoscore.ctl.localcloud import LocalCloud
 from aoscore.ctl.machine import Machine, last_lines, remove_cgroups
 from aoscore.ctl.sandbox import Layout, Program
+from aoscore.ctl.webservice import ITEM, PORT, VERSION, make_project
 
 _DOMAIN = "aoscloud.demo"
 _SYSTEM_ID = "demo-unit"
-_ITEM = "demo-web"
-_VERSION = "1.0.0"
 _DNS_IP = "10.0.0.100"
-_PORT = 8080
 _DEPLOY_TIMEOUT_S = 120.0
 _HOST_PROGRAMS = {
     "nsenter": "util-linux",
@@ -48,9 +45,8 @@ class Demo:
 
     def __init__(self, directory: Path, tools: Path) -> None:
         self._dir = directory.absolute()
-        self._tools = tools.absolute()
         self._machine = Machine(self._dir)
-        self._cloud = self._dir / "cloud"
+        self._cloud = LocalCloud(self._dir / "cloud", _DOMAIN, tools)
         # Control groups are the host's, so each demo has its own.
         self.cgroup = f"aos-demo-{zlib.crc32(bytes(self._dir)):08x}"
         scripts = Path(sysconfig.get_path("scripts"))
@@ -84,13 +80,13 @@ class Demo:
         """Bring everything up and end with a page of the service; Ctrl-C takes all of it down again."""
         self._check_host()
         try:
-            with _step("Cloud and Unit"):
+            with step("Cloud and Unit"):
                 self._start_machine()
-            with _step("Provision the Unit with aos-prov"):
+            with step("Provision the Unit with aos-prov"):
                 self._provision()
-            with _step("Unit online"):
-                self._wait(lambda: self._call("unit", unit=_SYSTEM_ID)["online"], 60, "the Unit to come online")
-            with _step(f"Service {_ITEM} {_VERSION}: image by umoci, bundle by aos-signer"):
+            with step("Unit online"):
+                self._wait(lambda: self._cloud.call("unit", unit=_SYSTEM_ID)["online"], 60, "the Unit to come online")
+            with step(f"Service {ITEM} {VERSION}: image by umoci, bundle by aos-signer"):
                 self._upload()
             self._deploy()
             page = self._fetch()
@@ -110,39 +106,30 @@ class Demo:
     # Steps
 
     def _check_host(self) -> None:
-        missing = [f"{name} (package {package})" for name, package in _HOST_PROGRAMS.items() if not _which(name)]
+        missing = [f"{name} (package {package})" for name, package in _HOST_PROGRAMS.items() if not which(name)]
         if missing:
             raise NotFoundError(f"not installed: {', '.join(missing)}; run make packages")
-        for tool in ("aos-prov", "aos-signer"):
-            if not (self._tools / "bin" / tool).exists():
-                raise NotFoundError(f"{tool} is not in {self._tools}; run make demo")
+        self._cloud.check_tools()
         if os.geteuid() != 0:
             raise FailedError("the demo makes namespaces and containers: run it as root")
 
     def _start_machine(self) -> None:
         if self._machine.pid is not None:
             return
-        ca = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN])
-        root = Path(ca.strip().splitlines()[-1]).read_bytes()
-        for role in ("oem", "sp"):
-            if not self._user(role).exists():
-                args = ["user-cert", "--dir", self._cloud, "--domain", _DOMAIN, "--role", role]
-                self._run([self._scripts / "aos-devcloud", *args, "--output", self._user(role)])
         # Of the node's files those that lie in its own directories: everything else is this machine's.
         parts = ("iam", "cm", "sm", "network", "data")
         own = [entry for entry in target.tree(self._node, parts) if Path(entry.path).is_relative_to(self._dir)]
         target.write(own, Path("/"))
-        Path(self._node.ca_file).write_bytes(root)
+        Path(self._node.ca_file).write_bytes(self._cloud.root_file().read_bytes())
         daemons = {"iam": "aos_iamanager", "cm": "aos_communicationmanager", "sm": "aos_servicemanager"}
         command = {
             name: (str(self._scripts / program), "-c", f"{self._node.etc}/{name}.cfg", "-v", "debug")
             for name, program in daemons.items()
         }
-        cloud = (str(self._scripts / "aos-devcloud"), "serve", "--dir", str(self._cloud), "--domain", _DOMAIN)
         self._machine.start(
             Layout(
                 programs=(
-                    Program("cloud", cloud, notifies=False),
+                    self._cloud.program("127.0.0.1"),
                     Program("iam-prov", (*command["iam"], "--provisioning"), when="unprovisioned"),
                     *(Program(name, command[name], when="provisioned") for name in ("iam", "cm", "sm")),
                 ),
@@ -151,76 +138,38 @@ class Demo:
                 setup=(("ip", "address", "add", f"{_DNS_IP}/32", "dev", "lo"),),
             )
         )
-        self._wait(lambda: self._call("units") is not None, 30, "the cloud to answer")
+        self._wait(lambda: self._cloud.call("units") is not None, 30, "the cloud to answer")
 
     def _provision(self) -> None:
         if self._state_file.exists():
             return
-        root = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN]).strip()
-        # aos-prov trusts only the root certificate in its own package.
-        found = self._run([self._tools / "bin" / "python", "-c", "import aos_prov; print(aos_prov.__path__[0])"])
-        shutil.copyfile(Path(root.splitlines()[-1]), Path(found.strip()) / "files" / "1rootCA.crt")
-        args = ["provision", "-u", "localhost:8089", "--nodes", "1", "-w", "20", "--skip-check-version"]
-        self._inside([self._tools / "bin" / "aos-prov", *args, "-p", self._user("oem")], timeout_s=180)
+        self._cloud.provision(self._machine, "localhost:8089", wait_s=20)
         self._wait(self._state_file.exists, 10, "the node to be provisioned")
 
     def _upload(self) -> None:
-        if any(item["codename"] == _ITEM and item["version"] == _VERSION for item in self._call("items")):
+        if any(item["codename"] == ITEM and item["version"] == VERSION for item in self._cloud.call("items")):
             return
-        project = self._dir / "service"
-        remove_tree(project)
-        rootfs = self._make_image(project)
-        (project / "config.yaml").write_text(_config_yaml(self._user("sp"), rootfs.name))
-        args = [self._tools / "bin" / "aos-signer", "--skip-check-version", "go"]
-        root = self._run([self._scripts / "aos-devcloud", "ca", "--dir", self._cloud, "--domain", _DOMAIN]).strip()
-        self._inside(args, timeout_s=120, cwd=project, env={"REQUESTS_CA_BUNDLE": root.splitlines()[-1]})
-
-    def _make_image(self, project: Path) -> Path:
-        """A busybox root file system as an OCI image by umoci, unpacked again by umoci as the signer wants it."""
-        content = project / "content"
-        for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "www"):
-            (content / name).mkdir(parents=True)
-        shutil.copy(_which("busybox") or "busybox", content / "bin" / "busybox")
-        for applet in ("sh", "httpd", "echo", "cat", "sleep", "date"):
-            (content / "bin" / applet).symlink_to("busybox")
-        (content / "www" / "index.html").write_text(
-            "<html><body>Hello from a service on an AosEdge Unit</body></html>\n"
-        )
-        start = content / "bin" / "web"
-        start.write_text(
-            f'#!/bin/sh\necho "web service starts on port {_PORT}"\nexec httpd -f -vv -p {_PORT} -h /www\n'
-        )
-        start.chmod(0o755)
-        layout = project / "oci"
-        for args in (
-            ["init", "--layout", layout],
-            ["new", "--image", f"{layout}:web"],
-            ["insert", "--image", f"{layout}:web", content, "/"],
-            ["config", "--image", f"{layout}:web", "--config.cmd", "/bin/web"],
-            ["unpack", "--image", f"{layout}:web", project / "bundle"],
-        ):
-            self._run(["umoci", *args])
-        (project / _ITEM).mkdir()
-        return (project / "bundle" / "rootfs").rename(project / _ITEM / "rootfs")
+        project = make_project(self._dir / "service", user=self._cloud.user("sp"), domain=_DOMAIN)
+        self._cloud.sign_and_upload(self._machine, project)
 
     def _deploy(self) -> None:
-        with _step("Assign the service to the Unit"):
-            heard = self._call("messages", unit=_SYSTEM_ID, message_type="unitStatus")
+        with step("Assign the service to the Unit"):
+            heard = self._cloud.call("messages", unit=_SYSTEM_ID, message_type="unitStatus")
             after = max((message["number"] for message in heard), default=0)
-            self._call("assign", item=_ITEM, target=_SYSTEM_ID)
+            self._cloud.call("assign", item=ITEM, target=_SYSTEM_ID)
         began = time.monotonic()
         names = self._names()
         shown: set[str] = set()
 
         def active() -> bool:
             nonlocal after
-            for message in self._call("messages", unit=_SYSTEM_ID, message_type="unitStatus", after=after):
+            for message in self._cloud.call("messages", unit=_SYSTEM_ID, message_type="unitStatus", after=after):
                 after = message["number"]
                 for line in _lines(message["data"], names):
                     if line not in shown:
                         shown.add(line)
                         print(f"    {time.monotonic() - began:5.1f} s  {line}", flush=True)
-            status = self._call("unit", unit=_SYSTEM_ID)["status"]
+            status = self._cloud.call("unit", unit=_SYSTEM_ID)["status"]
             states = [one["state"] for group in status.get("instances", []) for one in group["instances"]]
             items = [item["state"] for item in status.get("items", [])]
             return bool(states) and set(states) == {"active"} and "installed" in items
@@ -231,15 +180,15 @@ class Demo:
         """A page from the service, found by its name in the Unit's DNS."""
 
         def answer() -> str:
-            looked_up = self._inside(["busybox", "nslookup", _ITEM, _DNS_IP], timeout_s=10)
+            looked_up = self._inside(["busybox", "nslookup", ITEM, _DNS_IP], timeout_s=10)
             addresses = [line.split()[-1] for line in looked_up.splitlines() if line.startswith("Address")]
             found = [address for address in addresses if not address.startswith(_DNS_IP)]
             if not found:
-                raise FailedError(f"{_ITEM} has no address in the Unit's DNS: {looked_up}")
-            url = f"http://{found[0]}:{_PORT}/"
+                raise FailedError(f"{ITEM} has no address in the Unit's DNS: {looked_up}")
+            url = f"http://{found[0]}:{PORT}/"
             return f"{url} answers: {self._inside(['busybox', 'wget', '-q', '-O', '-', url], timeout_s=10).strip()}"
 
-        with _step("Fetch a page from the service"):
+        with step("Fetch a page from the service"):
             deadline = time.monotonic() + 20
             while True:
                 try:
@@ -251,86 +200,38 @@ class Demo:
 
     def _report(self, page: str) -> None:
         print(f"\n{page}\n\nStatus of the Unit")
-        for line in _lines(self._call("unit", unit=_SYSTEM_ID)["status"], self._names()):
+        for line in _lines(self._cloud.call("unit", unit=_SYSTEM_ID)["status"], self._names()):
             print(f"    {line}")
         self._wait(lambda: bool(self._samples()), _DEPLOY_TIMEOUT_S, "a monitoring sample")
         print("\nA monitoring sample")
         print(textwrap.indent(json.dumps(self._samples()[0]), "    "))
         print("\nLast log lines of the service")
-        for node, answer in self._call("logs", unit=_SYSTEM_ID, log_type="instanceLog", item=_ITEM).items():
+        for node, answer in self._cloud.call("logs", unit=_SYSTEM_ID, log_type="instanceLog", item=ITEM).items():
             for line in answer["text"].splitlines()[-5:]:
                 print(f"    {node}: {line}")
-        print(f"\nThe Unit goes on running. Look at it with:  aos-devcloud watch {_SYSTEM_ID} --dir {self._cloud}")
+        watch = f"aos-devcloud watch {_SYSTEM_ID} --dir {self._cloud.directory}"
+        print(f"\nThe Unit goes on running. Look at it with:  {watch}")
         print(f"Log files: {self._dir / 'log'}.  End it with:  make demo-down")
 
     # What the steps are made of
 
     def _names(self) -> dict[str, str]:
-        return {item["id"]: item["codename"] for item in self._call("items")}
+        return {item["id"]: item["codename"] for item in self._cloud.call("items")}
 
     def _samples(self) -> list[dict[str, Any]]:
-        newest: list[dict[str, Any]] = self._call("monitoring", unit=_SYSTEM_ID, limit=1)
+        newest: list[dict[str, Any]] = self._cloud.call("monitoring", unit=_SYSTEM_ID, limit=1)
         return newest
 
-    def _user(self, role: str) -> Path:
-        return self._cloud / "users" / f"{role}.p12"
-
-    def _call(self, operation: str, **arguments: Any) -> Any:
-        args = ["call", "--dir", self._cloud, operation, json.dumps(arguments)]
-        answer = self._run([self._scripts / "aos-devcloud", *args])
-        return json.loads(answer) if answer.strip() else None
-
-    def _run(self, args: list[Any], timeout_s: float = 60, **more: Any) -> str:
-        command = [str(arg) for arg in args]
-        try:
-            done: subprocess.CompletedProcess[str] = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, **more
-            )
-        except subprocess.TimeoutExpired:
-            raise DeadlineError(f"{' '.join(command)} did not end within {timeout_s:g} s") from None
-        if done.returncode != 0:
-            raise FailedError(f"{Path(args[0]).name} failed with code {done.returncode}:\n{done.stdout}{done.stderr}")
-        return done.stdout
-
-    def _inside(
-        self, args: list[Any], *, timeout_s: float, cwd: Path | None = None, env: dict[str, str] | None = None
-    ) -> str:
-        prefix = self._machine.enter()
-        if cwd is not None:
-            prefix += [f"--wdns={cwd}"]
-        return self._run([*prefix, *args], timeout_s, env={**os.environ, **(env or {})})
+    def _inside(self, args: list[str], timeout_s: float) -> str:
+        return run(self._machine.enter(*args), timeout_s)
 
     def _wait(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                if done():
-                    return
-            except FailedError as error:
-                if time.monotonic() > deadline:
-                    raise DeadlineError(f"waited {timeout_s:g} s for {what}: {error}") from error
+        def check_machine() -> None:
             if self._machine.pid is None:
                 last = "\n".join(last_lines(self._dir / "log" / "sandbox.log", 5))
                 raise FailedError(f"the machine has ended while waiting for {what}:\n{last}")
-            if time.monotonic() > deadline:
-                raise DeadlineError(f"waited {timeout_s:g} s for {what}; log files: {self._dir / 'log'}")
-            time.sleep(0.3)
 
-
-def _which(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
-
-
-@contextlib.contextmanager
-def _step(what: str) -> Iterator[None]:
-    print(f"==> {what} ... ", end="", flush=True)
-    began = time.monotonic()
-    try:
-        yield
-    except AosError:
-        print("failed")
-        raise
-    print(f"{time.monotonic() - began:.1f} s", flush=True)
+        wait(done, timeout_s, f"{what}; log files: {self._dir / 'log'}", on_poll=check_machine)
 
 
 def _lines(status: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
@@ -350,49 +251,3 @@ def _lines(status: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
         for one in group["instances"]:
             number = f"instance {name(group['item'])}/{one['instance']} {group['version']}"
             yield f"{number}: {one['state']}{error(one)}"
-
-
-def _config_yaml(user: Path, source: str) -> str:
-    return textwrap.dedent(f"""\
-        schemaVersion: 2
-        publisher:
-          author: demo
-          company: aoscore
-        publish:
-          tlsKey: {user}
-          signKey: {user}
-          domain: {_DOMAIN}
-        items:
-          - identity:
-              type: service
-              codename: {_ITEM}
-              title: Demo web service
-            version: {_VERSION}
-            sourceFolder: {_ITEM}
-            images:
-              - sourceFolder: {source}
-                osInfo:
-                  os: linux
-                archInfo:
-                  architecture: {_architecture()}
-                workingDir: /
-                cmd: /bin/web
-            configuration:
-              instances:
-                minInstances: 1
-                priority: 10
-              baseLayerIsNodeRootfs: false
-              hostname: {_ITEM}
-              exposedPorts:
-                - {_PORT}/tcp
-              # No CPU limit: this machine may be too busy to promise any CPU to anybody.
-              quotas:
-                ramLimit: 64MiB
-                tmpLimit: 1MiB
-                pidsLimit: 20
-        """)
-
-
-def _architecture() -> str:
-    """This machine in the words of OCI images."""
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)

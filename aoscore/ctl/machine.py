@@ -31,6 +31,7 @@ class Machine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self._pid_file = self.directory / "sandbox.pid"
+        self._keeper: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -41,8 +42,12 @@ class Machine:
             return None
         return pid if _begun(pid) == begun else None
 
-    def start(self, layout: Layout) -> None:
-        """Start it and wait until it can be entered. Raises FailedError with its last words."""
+    def start(self, layout: Layout, *, bound: bool = False, cgroups: Sequence[str] = ()) -> None:
+        """Start it and wait until it can be entered. Raises FailedError with its last words.
+
+        A `bound` machine ends with the thread that calls this, even when that is killed; the host's control groups
+        that its programs make, by name, are removed then.
+        """
         if os.geteuid() != 0:
             raise RuntimeFailure("namespaces need root: run as root", 1)
         if shutil.which("unshare") is None:
@@ -52,9 +57,20 @@ class Machine:
         (self.directory / "run" / "prepared").unlink(missing_ok=True)
         (self.directory / "layout.json").write_bytes(msgspec.json.encode(layout, enc_hook=str))
         namespaces = ("--pid", "--fork", "--kill-child", "--net", "--mount", "--uts", "--ipc")
+        leash = ("setpriv", "--pdeathsig", "KILL") if bound else ()
         with (self.directory / "log" / "sandbox.log").open("ab") as output:
+            if bound:
+                # Its input ends when we do.
+                self._keeper = subprocess.Popen(
+                    [sys.executable, "-m", "aoscore.ctl.keeper", *cgroups],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    cwd="/",
+                )
             outer = subprocess.Popen(
-                ["unshare", *namespaces, sys.executable, "-m", "aoscore.ctl.sandbox", str(self.directory)],
+                [*leash, "unshare", *namespaces, sys.executable, "-m", "aoscore.ctl.sandbox", str(self.directory)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -83,6 +99,13 @@ class Machine:
 
     def stop(self) -> bool:
         """End it with all that runs inside; False when it did not run."""
+        ran = self._end()
+        if self._keeper is not None:
+            self._keeper.communicate()
+            self._keeper = None
+        return ran
+
+    def _end(self) -> bool:
         pid = self.pid
         if pid is None:
             return False

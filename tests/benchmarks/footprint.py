@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aoscore.ctl.demo import Demo
+from aoscore.ctl.host import describe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DAEMONS = ("iam", "cm", "sm")
@@ -128,12 +129,8 @@ def idle_modules() -> dict[str, int]:
 
 def machine() -> str:
     """The machine and the versions in one line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "protobuf", "cryptography", "msgspec"))
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return (
-        f"{os.cpu_count()} cores {model}, Linux {platform.release()}, Python {platform.python_version()}, {libraries}"
-    )
+    return f"{describe()}, Python {platform.python_version()}, {libraries}"
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import beds
+
 MARKERS = frozenset(("net", "container"))
 _INSIDE = "AOSCORE_TEST_INSIDE"
 _TIMEOUT_S = 120.0
 _GRACE_S = 30.0
-_PROGRAMS = {"net": ("ip", "nft"), "container": ("crun", "conmon", "busybox")}
 
 
 def is_inside() -> bool:
@@ -32,20 +33,11 @@ def cgroup_parent() -> str:
     return f"/aoscore-test-{os.environ[_INSIDE]}"
 
 
-def missing(markers: frozenset[str]) -> str | None:
-    """What this machine lacks for such tests; None when nothing."""
-    if os.geteuid() != 0:
-        return "needs root"
-    for program in ("unshare", *(name for marker in sorted(markers) for name in _PROGRAMS.get(marker, ()))):
-        if shutil.which(program) is None:
-            return f"{program} is not installed"
-    return None
-
-
 def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     """Run one test in namespaces; its reports."""
-    lacks = missing(MARKERS & {mark.name for mark in item.iter_markers()})
-    if lacks and "CI" not in os.environ:
+    if lacks := beds.lacking(mark.name for mark in item.iter_markers()):
+        if "CI" in os.environ:
+            return [_report(item, "failed", lacks)]
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {lacks}"))]
     name = str(os.getpid())
     # A test with a time limit of its own is ended by that; here it is only made sure of.

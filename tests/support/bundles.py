@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from textwrap import dedent, indent
 
-APPLETS = ("sh", "httpd", "echo", "cat", "sleep", "date", "ls", "wget", "id", "ip", "nslookup")
+APPLETS = ("sh", "httpd", "echo", "cat", "sleep", "date", "ls", "wget", "id", "ip", "nslookup", "seq", "dd")
 
 
 def make_rootfs(rootfs: Path, start: str) -> None:

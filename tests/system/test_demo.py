@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from aoscore.ctl.demo import Demo
-from tests.system.guest import ROOT
+from tests.conftest import ROOT
+from tests.support.traces import traces
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -25,36 +26,14 @@ def command(directory: Path, action: str) -> list[str]:
     return [str(AOSCTL), "demo", action, "--dir", str(directory), "--tools", str(ROOT / ".venv-tools")]
 
 
-def traces(directory: Path) -> set[str]:
-    """What a demo could leave on the machine: processes, mounts, links, control groups, firewall tables, files."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and str(directory).encode() in (entry / "cmdline").read_bytes():
-                found.add(f"process {(entry / 'cmdline').read_bytes()!r}")
-        except OSError:
-            continue
-    mounts = Path("/proc/self/mountinfo").read_text()
-    found |= {f"mount {line}" for line in mounts.splitlines() if str(directory) in line}
-    found |= {f"link {path.name}" for path in Path("/sys/class/net").iterdir()}
-    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
-    found |= {f"nft {line}" for line in tables.splitlines()}
-    group = Demo(directory, ROOT).cgroup
-    found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{group}")}
-    found |= {f"netns {path}" for path in Path("/run/netns").glob("*")}
-    if directory.exists():
-        found.add(f"files {directory}")
-    return found
-
-
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
     """Where the demo lives; what is there before and after is the same."""
     path = tmp_path / "demo"
-    before = traces(path)
+    before = traces(path, Demo(path, ROOT).cgroup)
     yield path
     subprocess.run(command(path, "down"), check=True, capture_output=True)
-    assert traces(path) - before == set()
+    assert traces(path, Demo(path, ROOT).cgroup) - before == set()
 
 
 def up(directory: Path) -> str:

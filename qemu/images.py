@@ -1,0 +1,171 @@
+"""Disk images of guests: the layers of `layers.py` and the files of a Node from the one generator of them."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from aoscore.common.files import remove_tree
+from aoscore.ctl.localcloud import LocalCloud
+from aoscore.ctl.target import Node, tree, write
+from qemu.bed import MAIN_IP
+from qemu.cache import kept, run_builder, tree_digest
+from qemu.guest import Boot
+from qemu.layers import kernel, lower_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / ".venv-tools"
+DOMAIN = "aoscloud.test"
+# The cloud's network: the host's end and the Main Node's. The Unit's own network is the generator's default.
+CLOUD_IP = "172.31.9.1"
+MAIN_UPLINK_IP = "172.31.9.2"
+SECONDARY_IP = "10.0.0.101"
+
+_ROOT_MIB = 1536
+_DATA_MIB = 1024
+_BUILD_TIMEOUT_S = 900.0
+_AGENT = Path(__file__).with_name("agent.py")
+# What Debian starts and a node has no use for; the others only where the node has no such disks.
+_MASKED = (
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
+    *("e2scrub_reap.service", "systemd-networkd-wait-online.service", "getty@tty1.service"),
+    # The kernel has turned quotas on with the mount already.
+    "quotaon@var-aos.service",
+    *("systemd-pstore.service", "modprobe@efi_pstore.service", "modprobe@drm.service", "nfs-blkmap.service"),
+)
+_OF_NFS = ("run-rpc_pipefs.mount", "nfs-server.service", "nfs-client.target", "rpcbind.service", "rpcbind.socket")
+_OF_VOLUMES = ("lvm2-monitor.service", "lvm2-lvmpolld.socket", "dm-event.socket", "blk-availability.service")
+
+
+def guest_nodes(root_ca: str, *, interface: str = "eth0", cloud_ip: str = CLOUD_IP) -> dict[str, Node]:
+    """The two Nodes of a Unit by host name. `interface` leads to the Unit's network, `root_ca` is PEM text."""
+
+    def node(kind: Literal["main", "secondary"], components: tuple[str, ...], ip: str, gateway: str) -> Node:
+        return Node(
+            kind=kind,
+            components=components,
+            interface=interface,
+            ip=f"{ip}/24",
+            gateway=gateway,
+            dhcp=False,
+            provisioning_peers=(cloud_ip,),
+            keys="file",
+            data_disk=False,
+            nfs=False,
+            runtimes=("container",),
+            discovery_url=f"https://{DOMAIN}:9000/sd/v7/",
+            root_ca=root_ca,
+            bin="/opt/aoscore/bin",
+            log_level="debug",
+            status_period="1s",
+            monitoring_period="5s",
+        )
+
+    return {
+        "main": node("main", ("cm", "sm", "iam"), MAIN_IP, ""),
+        "secondary": node("secondary", ("sm", "iam"), SECONDARY_IP, MAIN_IP),
+    }
+
+
+class Images(msgspec.Struct, frozen=True):
+    """What a Unit of guests boots, by host name, and the cloud whose root certificate is in the images."""
+
+    boots: dict[str, Boot]
+    cloud: Path
+
+    @property
+    def key(self) -> list[str]:
+        """What tells these from other images."""
+        return [str(disk) for boot in self.boots.values() for disk in boot.disks] + [str(self.cloud)]
+
+
+def build_images() -> Images:
+    """Disk images of all guests; builds what is not there yet."""
+    layers = lower_layers()
+    vmlinuz, initrd = kernel(layers)
+    cloud = kept("cloud", [DOMAIN], _make_cloud)
+    root_ca = LocalCloud(cloud, DOMAIN, TOOLS).root_file().read_text()
+    boots = {}
+    for name, node in guest_nodes(root_ca).items():
+        with tempfile.TemporaryDirectory() as directory:
+            files = Path(directory)
+            write_node(node, files)
+            _write_guest(name, files)
+            key = [*map(str, layers), tree_digest(files), str(_ROOT_MIB), str(_DATA_MIB)]
+            disk = kept(f"disk-{name}", key, partial(_make_disks, layers=[files, *layers]))
+        # The emulated processor has no faults to be protected from.
+        append = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off quiet"
+        boots[name] = Boot((disk / "root.img", disk / "data.img"), vmlinuz, initrd, append)
+    return Images(boots, cloud)
+
+
+def _make_cloud(target: Path) -> None:
+    cloud = LocalCloud(target, DOMAIN, TOOLS)
+    for role in ("oem", "sp"):
+        cloud.user(role)
+
+
+def write_node(node: Node, root: Path, cloud_ip: str = CLOUD_IP) -> None:
+    """The files of a Node below `root`: the generator's, and what is different on Debian."""
+    write(tree(node), root)
+    units = root / "etc" / "systemd" / "system"
+    units.mkdir(parents=True, exist_ok=True)
+    unused = (*_MASKED, *(() if node.nfs else _OF_NFS), *(() if node.data_disk else _OF_VOLUMES))
+    for name in unused:
+        (units / name).symlink_to("/dev/null")
+    # Yocto's presets do this.
+    wants = units / "multi-user.target.wants"
+    wants.mkdir(exist_ok=True)
+    (wants / "systemd-networkd.service").symlink_to("/usr/lib/systemd/system/systemd-networkd.service")
+    with (root / "etc" / "hosts").open("a") as hosts:
+        hosts.write(f"{cloud_ip} {DOMAIN}\n")
+
+
+def _write_guest(name: str, root: Path) -> None:
+    """What makes it a guest of QEMU: the agent, a root shell on the console, the way to the cloud."""
+    units = root / "etc" / "systemd" / "system"
+    agent = root / "usr" / "local" / "lib" / "aos-agent.py"
+    agent.parent.mkdir(parents=True)
+    agent.write_bytes(_AGENT.read_bytes())
+    (units / "aos-agent.service").write_text(
+        "[Unit]\nDescription=Runs what the host asks for\nDefaultDependencies=no\n"
+        "[Service]\nExecStart=/usr/bin/python3 -I /usr/local/lib/aos-agent.py\nRestart=always\nRestartSec=1\n"
+    )
+    wants = units / "sysinit.target.wants"
+    wants.mkdir(exist_ok=True)
+    (wants / "aos-agent.service").symlink_to("../aos-agent.service")
+    # Nothing is given up because the emulated processor is slow.
+    settings = root / "etc" / "systemd" / "system.conf.d" / "slow.conf"
+    settings.parent.mkdir()
+    settings.write_text("[Manager]\nDefaultTimeoutStartSec=600s\nDefaultDeviceTimeoutSec=600s\n")
+    console = units / "serial-getty@ttyS0.service.d"
+    console.mkdir()
+    (console / "autologin.conf").write_text(
+        "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 %I $TERM\n"
+    )
+    # The initial RAM disk has no modules for quotas, so the root file system cannot have them.
+    (root / "etc" / "fstab").write_text("LABEL=aosdata /var/aos ext4 usrquota,grpquota,noatime,nofail 0 2\n")
+    if name == "main":
+        uplink = root / "etc" / "systemd" / "network" / "05-uplink.network"
+        uplink.parent.mkdir(parents=True, exist_ok=True)
+        uplink.write_text(f"[Match]\nName=eth1\n\n[Network]\nAddress={MAIN_UPLINK_IP}/24\nLinkLocalAddressing=no\n")
+
+
+def _make_disks(target: Path, layers: list[Path]) -> None:
+    """Root and data as ext4 file systems, made without mounting them or a loop device; the second has quotas."""
+    for name in ("upper", "work", "mount"):
+        (target / name).mkdir(parents=True)
+    mount = target / "mount"
+    options = f"lowerdir={':'.join(map(str, layers))},upperdir={target}/upper,workdir={target}/work"
+    make = "mke2fs -q -t ext4 -E lazy_itable_init=0,lazy_journal_init=0"
+    script = f"""set -e
+        mount -t overlay overlay -o {options} {mount}
+        {make} -L aosdata -O quota -d {mount}/var/aos {target}/data.img {_DATA_MIB}M
+        rm -rf {mount}/var/aos/*
+        {make} -L root -d {mount} {target}/root.img {_ROOT_MIB}M
+    """
+    run_builder(["sh", "-c", script], _BUILD_TIMEOUT_S)
+    for name in ("mount", "upper", "work"):
+        remove_tree(target / name)

@@ -1,0 +1,80 @@
+"""Bed C: a Unit of one or two nodes in systemd-nspawn with its cloud, in one machine of namespaces (testbed.md §6).
+
+cloud 10.0.0.1 ── bridge ─┬─ host0 main 10.0.0.100
+                          └─ host0 secondary 10.0.0.101
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from aoscore.ctl.host import run, wait
+from aoscore.ctl.machine import Machine, remove_cgroups
+from aoscore.ctl.sandbox import Program
+from qemu.bed import BRIDGE, MAIN_IP, Bed
+from qemu.images import DOMAIN, TOOLS, guest_nodes, write_node
+from qemu.layers import lower_layers
+
+CLOUD_IP = "10.0.0.1"
+_BOOT_NODE = Path(__file__).with_name("boot-node.sh")
+_BOOT_S = 120.0
+
+
+class NspawnNode:
+    """A node that systemd-nspawn boots. `machine_name` is the host's name for it."""
+
+    def __init__(self, name: str, machine_name: str, machine: Machine) -> None:
+        self.name = name
+        self.machine_name = machine_name
+        self._machine = machine
+
+    @property
+    def leader(self) -> str:
+        """Process ID of systemd in the node, as the bed's machine sees it."""
+        outer = run(self._machine.enter("pgrep", "-f", f"^systemd-nspawn .*--machine={self.machine_name} ")).split()
+        return run(self._machine.enter("pgrep", "-P", outer[0])).split()[0]
+
+    def run(self, *args: str | Path, timeout_s: float = 60) -> str:
+        """Output of a program in the node. Raises FailedError with all it said when it fails."""
+        return run(self._machine.enter("nsenter", "-t", self.leader, "-a", *args), timeout_s)
+
+    def wait_settled(self, timeout_s: float = _BOOT_S) -> None:
+        """Until systemd has started all that belongs to the boot."""
+        state = ("sh", "-c", "systemctl is-system-running || true")
+        wait(lambda: self.run(*state).strip() in ("running", "degraded"), timeout_s, f"systemd in {self.name} to run")
+
+
+class NspawnUnit(Bed):
+    """The Unit in `directory`."""
+
+    nodes: dict[str, NspawnNode]
+
+    def __init__(self, directory: Path, names: tuple[str, ...] = ("main",)) -> None:
+        super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_IP)
+        # Control groups are the host's.
+        self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in names}
+        self.nodes = {name: NspawnNode(name, f"{name}{os.getpid()}", self.machine) for name in names}
+
+    def start(self) -> None:
+        """Boot; returns when the cloud answers and systemd runs in all nodes."""
+        lower = lower_layers()
+        nodes = guest_nodes(self.cloud.root_file().read_text(), interface="host0", cloud_ip=CLOUD_IP)
+        programs = []
+        for name, node in self.nodes.items():
+            top = self.directory / "nodes" / name
+            for part in ("upper", "work", "root"):
+                (top / part).mkdir(parents=True)
+            write_node(nodes[name], top / "upper", CLOUD_IP)
+            layers = ":".join(map(str, lower))
+            boot = (str(_BOOT_NODE), node.machine_name, str(top), BRIDGE, layers, self.cgroups[name])
+            programs.append(Program(name, boot, notifies=False))
+        self._start_machine(CLOUD_IP, programs=programs, cgroups=tuple(self.cgroups.values()))
+        for node in self.nodes.values():
+            node.wait_settled()
+
+    def stop(self) -> None:
+        """Power off hard: everything of the bed ends with the machine."""
+        self.machine.stop()
+        for name in self.cgroups.values():
+            remove_cgroups(name)
+        shutil.rmtree(self.directory / "nodes", ignore_errors=True)
