@@ -8,16 +8,15 @@ import asyncio
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Self
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import msgspec
 
 import aoscore
 from aoscore._pb.transport.v1 import transport_pb2 as pb
-from aoscore.common.aio import comes_within
+from aoscore.common.aio import Broadcast, comes_within
 from aoscore.common.errors import (
-    AosError,
     ChecksumError,
     DeadlineError,
     FailedError,
@@ -26,6 +25,7 @@ from aoscore.common.errors import (
     first_cause,
 )
 from aoscore.common.log import kv
+from aoscore.common.tls import TlsIdentity
 from aoscore.mp.communication.channelcore import (
     ChannelCore,
     Closed,
@@ -62,6 +62,34 @@ _MAX_BAD_FRAMES = 3
 _CONTROL_LIMIT_BYTES = 64 * 1024
 # Little of a download waits here, so that what is more urgent does not wait behind it in the kernel either.
 _BULK_LIMIT_BYTES = 64 * 1024
+
+
+Contexts = Mapping[int, Callable[[], ssl.SSLContext]]
+"""TLS settings of a connection that begins now, by secure channel; may raise AosError without a certificate."""
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait for their end; their errors are not looked at."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all; when one ends, by success or failure, end the others. Raises the error of the one.
+
+    Not a task group: before Python 3.13 one that fails while it is cancelled hides the cancellation, and the loops that
+    relay one use of a channel after the other would go on for ever.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end_tasks(tasks)
+    for task in tasks:
+        if task in done:
+            task.result()
 
 
 class ChannelClosedError(FailedError):
@@ -134,6 +162,11 @@ class Stream:
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
         self._slot.core.send(message)
+
+    def send_soon(self, message: bytes) -> None:
+        """Queue a small message without waiting; nothing happens on a closed channel."""
+        if self._reason is None:
+            self._slot.core.send(message)
 
     async def _drained(self, limit_bytes: int) -> None:
         while self._reason is None and self._connection.pending_bytes(self.port) > limit_bytes:
@@ -213,21 +246,23 @@ class Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         settings: LinkSettings,
-        contexts: Mapping[int, Callable[[], ssl.SSLContext]],
+        contexts: Contexts,
         *,
         peer: str,
     ) -> None:
         self.settings = settings
         self.peer = peer
         self.node_id = ""
-        """The node at the other end, once it is known (gateway)."""
+        """The node at the other end (gateway); `node_known` is set with it."""
+        self.node_known = asyncio.Event()
         self._reader = reader
         self._writer = writer
         self._scheduler = Scheduler(settings.ports.order)
         self._filled = asyncio.Event()
         self._wrote = asyncio.Event()
         self._introduced = asyncio.Event()
-        self._is_broken = False
+        self._shut_reason = ""
+        self._is_over = False
         self._is_reading = True
         self._bad_frames = 0
         self._unknown: set[int] = set()
@@ -261,25 +296,42 @@ class Connection:
 
         Raises AosError or OSError when the link breaks.
         """
+        self._control.begin()
+        jobs = [asyncio.create_task(job()) for job in (self._read, self._write, self._watch)]
+        served = asyncio.create_task(self._served(serve))
+        ended: list[asyncio.Task[None]] = []
         try:
-            async with asyncio.TaskGroup() as tasks:
-                children = [tasks.create_task(self._job(job)) for job in (self._read, self._write, self._watch)]
-                self._control.begin()
-                await self._introduced.wait()
-                _log.info(kv("Link is up", peer=self.peer, software=self._software))
-                try:
-                    await serve(self)
-                finally:
-                    await self._say_bye()
-                for child in children:
-                    child.cancel()
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from group
+            await asyncio.wait((*jobs, served), return_when=asyncio.FIRST_COMPLETED)
+            ended = [task for task in (*jobs, served) if task.done()]
         finally:
-            for slot in self._slots.values():
-                if slot.stream is not None:
-                    slot.stream.on_closed(f"the link to {self.peer} is down")
+            is_up = not any(job.done() for job in jobs)
+            if not is_up:
+                self._close_streams()
+            # Otherwise with the link still at work: what the relays have queued gets through.
+            await end_tasks([served])
+            if is_up:
+                await self._say_bye()
+            await end_tasks(jobs)
+            self._close_streams()
             self._writer.transport.abort()
+        for task in ended:
+            task.result()
+
+    def _close_streams(self) -> None:
+        self._is_over = True
+        for slot in self._slots.values():
+            slot.idle.set()  # whoever waits for it shall see that there is nothing to wait for
+            if slot.stream is not None:
+                slot.stream.on_closed(self._down)
+
+    @property
+    def _down(self) -> str:
+        return f"the link to {self.peer} is down"
+
+    async def _served(self, serve: Callable[["Connection"], Awaitable[None]]) -> None:
+        await self._introduced.wait()
+        _log.info(kv("Link is up", peer=self.peer, software=self._software))
+        await serve(self)
 
     @property
     def _software(self) -> str:
@@ -294,6 +346,8 @@ class Connection:
         async with slot.lock:
             if not await comes_within(slot.idle, _OPEN_TIMEOUT_S):
                 raise DeadlineError(f"channel {port} is in use")
+            if self._is_over:
+                raise ChannelClosedError(self._down)
             stream = slot.stream = Stream(self, slot)
             slot.idle.clear()
             try:
@@ -310,6 +364,11 @@ class Connection:
             stream = await self._slots[port].accepted.get()
             if not stream.is_closed:
                 return stream
+
+    def shut(self, reason: str) -> None:
+        """Give up the whole link."""
+        self._shut_reason = self._shut_reason or reason
+        self._writer.transport.abort()
 
     def restart(self, port: int, reason: str) -> None:
         """Close a channel, so that its users open it anew."""
@@ -354,14 +413,8 @@ class Connection:
             raise OutOfMemoryError(f"{self.peer} does not read what it asks for")
         self.push(CONTROL, encode_message(message.SerializeToString()))
 
-    async def _job(self, job: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await job()
-        finally:
-            self._is_broken = True
-
     async def _say_bye(self) -> None:
-        if self._is_broken or self._control.is_over:
+        if self._control.is_over:
             return
         self._control.bye("stopping")
         try:
@@ -382,7 +435,7 @@ class Connection:
             for frame in decoder.feed(data):
                 await self._on_frame(frame)
             self._is_reading = True
-        raise FailedError("the peer closed the link")
+        raise FailedError(self._shut_reason or "the peer closed the link")
 
     async def _write(self) -> None:
         while True:
@@ -490,11 +543,10 @@ class Connection:
                 slot.idle.set()
 
 
-async def quietly(link: Awaitable[None], what: str) -> str:
-    """Wait for the end of a link; why it ended."""
-    try:
-        await link
-    except (AosError, OSError) as error:
-        _log.warning(kv("Link is down", peer=what, reason=error))
-        return str(error)
-    return ""
+async def restart_on_renewal(connection: Connection, changed: Broadcast[TlsIdentity], ports: Sequence[int]) -> None:
+    """Close the channels that use a certificate when there is a new one: they open anew with it (mp.md §11)."""
+    with changed.subscribe() as renewals:
+        while True:
+            await renewals.get()
+            for port in ports:
+                connection.restart(port, "the certificate was renewed")

@@ -143,6 +143,22 @@ async def test_loss_of_the_link_ends_every_stream(tls: tuple[Contexts, Contexts]
         await until(lambda: len(link.ends) == 2)
 
 
+async def test_who_waits_for_a_channel_hears_that_the_link_is_gone(tls: tuple[Contexts, Contexts]) -> None:
+    async with linked(*tls) as link:
+        node, _ = await opened(link, 4)
+        # The peer never answers the Reset of the old use.
+        link.gateway._control._on_reset = lambda *_: None
+        node.abort("called anew")
+        waiting = asyncio.create_task(link.node.connect(4))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        link.node.shut("cut")
+        with pytest.raises(ChannelClosedError, match="the link to gateway is down"):
+            await asyncio.wait_for(waiting, 5)
+        with pytest.raises(ChannelClosedError, match="the link to gateway is down"):
+            await link.node.connect(2)
+
+
 async def test_good_bye(tls: tuple[Contexts, Contexts]) -> None:
     async with linked(*tls) as link:
         node, gateway = await opened(link, 4)
