@@ -170,6 +170,7 @@ def _server_context(certificate: Certificate) -> ssl.SSLContext:
     context = certificate.identity.ssl_server_context()
     # Session tickets would be records that a strict client does not expect (mp-wire §6).
     context.num_tickets = 0
+    context.options |= ssl.OP_NO_RENEGOTIATION
     return context
 
 

@@ -15,7 +15,7 @@ from aoscore._pb.transport.v1 import transport_pb2 as pb
 from aoscore.common.aio import comes_within, log_and_continue
 from aoscore.common.errors import AosError
 from aoscore.common.log import kv
-from aoscore.common.rpc import LazyChannel
+from aoscore.common.rpc import LazyChannel, rpc_errors
 from aoscore.mp.communication.connection import Connection, Stream, end_tasks
 from aoscore.mp.communication.ports import RPC
 
@@ -35,7 +35,7 @@ UNARY: dict[str, type[Message]] = {
 STREAMS: dict[str, type[Message]] = {SUBSCRIBE_UPDATES: net.SubscribeInstanceNetworkUpdatesRequest}
 
 MAX_CALLS = 64
-_SERVER_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_SERVER_GONE = (grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.CANCELLED.value[0])
 _DEFAULT_DEADLINE_S = 30.0
 # RegisterSM and the calls of an SM come over different channels, so a call may be here first.
 _PATIENCE_S = 10.0
@@ -107,12 +107,14 @@ class CallServer:
                 response.payload = await self._call(request)
         except _Refused as error:
             response.status, response.message = error.code.value[0], str(error)
-        except grpc.aio.AioRpcError as error:
-            response.status, response.message = error.code().value[0], error.details() or ""
-            if error.code() in _SERVER_GONE:
-                await self._cm.drop()
         except AosError as error:
-            response.status, response.message = grpc.StatusCode.UNAVAILABLE.value[0], str(error)
+            cause = error.__cause__
+            if isinstance(cause, grpc.aio.AioRpcError):
+                response.status, response.message = cause.code().value[0], cause.details() or ""
+            else:
+                response.status, response.message = grpc.StatusCode.UNAVAILABLE.value[0], str(error)
+            if response.status in _SERVER_GONE:
+                await self._cm.drop()
         if not stream.is_closed:
             with log_and_continue(_log, "Can't answer a call"):
                 await stream.send(pb.Rpc(response=response).SerializeToString())
@@ -137,7 +139,8 @@ class CallServer:
         channel = await self._cm.open()
         timeout_s = request.deadline_ms / 1000 or _DEFAULT_DEADLINE_S
         method: Any = channel.unary_unary(request.method)
-        answer: bytes = await method(request.payload, timeout=timeout_s)
+        with rpc_errors(f"{request.method} at CM"):
+            answer: bytes = await method(request.payload, timeout=timeout_s)
         if request.method == GET_BLOBS_INFOS:
             self._on_urls(list(sm.BlobsInfos.FromString(answer).urls))
         return answer
@@ -147,7 +150,15 @@ class CallServer:
         method: Any = channel.unary_stream(request.method)
         call = method(request.payload)
         try:
-            async for payload in call:
+            while True:
+                with rpc_errors(f"{request.method} at CM"):
+                    payload = await call.read()
+                if payload is grpc.aio.EOF:
+                    with rpc_errors(f"{request.method} at CM"):
+                        code, details = await call.code(), await call.details()
+                    if code is not grpc.StatusCode.OK:
+                        raise _Refused(code, details or "")
+                    return
                 item = pb.Item(call_id=request.call_id, payload=payload)
                 await stream.send(pb.Rpc(item=item).SerializeToString())
         finally:

@@ -281,12 +281,13 @@ class Connection:
         for port in settings.served:
             if port == CONTROL:
                 continue
-            context = contexts.get(port)
-            if context is None:
-                core: ChannelCore = OpenChannel(port, self, accepts=accepts)
-            else:
+            if port in settings.ports.secure:
                 limit = settings.max_message_bytes
-                core = SecureChannel(port, self, accepts=accepts, limit_bytes=limit, context=context)
+                core: ChannelCore = SecureChannel(
+                    port, self, accepts=accepts, limit_bytes=limit, context=contexts[port]
+                )
+            else:
+                core = OpenChannel(port, self, accepts=accepts)
             self._slots[port] = _Slot(core)
 
     # For those who use the link

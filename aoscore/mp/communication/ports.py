@@ -22,6 +22,11 @@ class Ports(msgspec.Struct, frozen=True):
         """All channels, most urgent first: a download must delay nothing else."""
         return (CONTROL, self.iam_open, self.iam_secure, self.cm_open, self.cm_secure, RPC, PROXY)
 
+    @property
+    def secure(self) -> tuple[int, ...]:
+        """Channels with TLS."""
+        return (self.iam_secure, self.cm_secure, RPC, PROXY)
+
     def served(self, *, provisioning: bool) -> tuple[int, ...]:
         """What a link carries: without certificates there is no secure channel."""
         return (CONTROL, self.cm_open, self.iam_open) if provisioning else self.order

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 import grpc
@@ -76,7 +76,7 @@ class CallClient:
             raise call.error
         return call.payload
 
-    async def stream(self, method: str, payload: bytes) -> AsyncIterator[bytes]:
+    async def stream(self, method: str, payload: bytes) -> AsyncGenerator[bytes, None]:
         """The answers of a streaming call, until it ends. Raises CallError, ChannelClosedError."""
         call_id, call = await self._begin(method, payload, 0)
         is_over = False

@@ -3,6 +3,7 @@
 Messages are passed as the bytes they are; only where something of them must be known are they read.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -67,8 +68,10 @@ def cm_services(link: NodeLink, ports: Ports, calls: CallClient, blob_url: Calla
 
     async def subscribe(request: bytes, context: Any) -> None:
         try:
-            async for item in calls.stream(f"/{NETWORK_SERVICE}/SubscribeInstanceNetworkUpdates", request):
-                await context.write(item)
+            method = f"/{NETWORK_SERVICE}/SubscribeInstanceNetworkUpdates"
+            async with contextlib.aclosing(calls.stream(method, request)) as items:
+                async for item in items:
+                    await context.write(item)
         except AosError as error:
             await answer_with(context, error)
 

@@ -208,7 +208,9 @@ async def test_while_provisioning_there_are_no_secure_channels() -> None:
 
 async def test_peer_of_the_older_kind_is_named() -> None:
     reader, writer, _, peer = await stream_pair()
-    connection = Connection(reader, writer, LinkSettings(role="gateway", ports=Ports()), {}, peer="old")
+    connection = Connection(
+        reader, writer, LinkSettings(role="gateway", ports=Ports(), provisioning=True), {}, peer="old"
+    )
     peer.write(encode_frame(3, b"\x02\x00\x00\x00\x5a\x00"))
 
     async def never(_: Connection) -> None:
