@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2 as iam_pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as iam_stubs
 from aoscore._pb.servicemanager.v5 import network_pb2 as net
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore.common.aio import Backoff, Worker
+from aoscore.common.download import Downloader
 from aoscore.common.http import open_stream
 from tests.support.mpbed import NODE_ID, MpBed
 from tests.support.running import until
@@ -194,6 +197,46 @@ async def test_killed_mp_comes_back(bed: MpBed, victim: str) -> None:
             digest, content = put(bed, 100_000)
             url = f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"
             assert await get(url) == (200, content)
+
+
+@pytest.mark.timeout(180)
+async def test_killed_again_and_again_under_traffic(bed: MpBed) -> None:
+    """Either MP dies at any moment while a blob is on its way; the SM and its download come through."""
+    chance = random.Random(7)
+    sm = TestSm(NODE_ID)
+    digest, content = put(bed, 40_000_000)
+    target = bed.root / "downloaded"
+    url = f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"
+
+    async def stay_registered() -> None:
+        while True:
+            async with sm.connected(bed.sm_port, bed.identity("second-sm")):
+                await sm.ended.wait()
+            await asyncio.sleep(0.1)
+
+    async with bed.running(), contextlib.AsyncExitStack() as stack:
+        runs: dict[str, Any] = {"gateway": bed.run_gateway, "node": bed.run_node}
+        processes = {name: await stack.enter_async_context(run()) for name, run in runs.items()}
+        registered = asyncio.create_task(stay_registered())
+        worker = await stack.enter_async_context(Worker("download"))
+        # As an SM does: until it has it.
+        downloader = Downloader(worker, attempts=1000, backoff=lambda: Backoff(0.2, 0.5))
+        download = asyncio.create_task(downloader.download(url, target))
+        for _ in range(6):
+            await asyncio.sleep(chance.uniform(0.2, 1.5))
+            victim = chance.choice(["gateway", "node"])
+            processes[victim].kill()
+            await processes[victim].wait()
+            processes[victim] = await stack.enter_async_context(runs[victim]())
+        await asyncio.wait_for(download, 90)
+        assert await worker.run(target.read_bytes) == content
+        alert = pb.Alert(core_alert=pb.CoreAlert(core_component="SM", message="still here"))
+        async with asyncio.timeout(60):
+            while not any("alert" in one.kinds() for one in bed.cm.connections):
+                sm.send(alert=alert)
+                await asyncio.sleep(0.2)
+        registered.cancel()
+        await asyncio.gather(registered, return_exceptions=True)
 
 
 async def test_cm_restarts(bed: MpBed) -> None:
