@@ -77,7 +77,7 @@ class PeerConfig(_Section, frozen=True):
 
 
 class TransportConfig(_Section, frozen=True):
-    """What carries the link. `listen` is the gateway's address, `connect` where a node finds it."""
+    """What carries the link; `auto` is a socket. `listen` is the gateway's address, `connect` where a node finds it."""
 
     type: Literal["auto", "socket", "vchan"] = "auto"
     listen: str = "0.0.0.0:30001"

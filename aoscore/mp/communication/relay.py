@@ -126,6 +126,10 @@ async def server_channel(address: str, ways: Sequence[Way]) -> AsyncIterator[grp
             reasons.append(str(error) or f"no answer from {address} within {_CONNECT_TIMEOUT_S:g} s")
             if channel is not None:
                 await channel.close()
+        except asyncio.CancelledError:
+            if channel is not None:
+                await channel.close()
+            raise
     else:
         raise FailedError("; ".join(reasons))
     try:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import grpc
 import h11
+from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.aio import Backoff, Worker, log_and_continue
@@ -152,16 +153,13 @@ class Blobs:
             transfer.tell()
 
     async def _attempt(self, digest: str, transfer: Transfer) -> None:
-        request = pb.BlobsInfosRequest(digests=[digest])
-        answer = pb.BlobsInfos.FromString(await self._calls.call(_GET_BLOBS_INFOS, request.SerializeToString()))
-        if len(answer.urls) != 1:
-            raise InvalidArgumentError(f"CM answered {len(answer.urls)} addresses for one blob")
+        url = await self._url(digest)
         with await self.worker.run(self.store.part(digest).open, "ab") as file:
             transfer.written = file.tell()
             transfer.tell()
             waiting = bytearray()
             try:
-                async with contextlib.aclosing(self._downloads.fetch(answer.urls[0], transfer.written)) as pieces:
+                async with contextlib.aclosing(self._downloads.fetch(url, transfer.written)) as pieces:
                     async for piece in pieces:
                         waiting += piece
                         if len(waiting) >= _WRITE_BYTES:
@@ -170,6 +168,15 @@ class Blobs:
                 # Also when the link broke: what has come need not come again.
                 await self._write(file, waiting, transfer)
         await self.worker.run(self.store.adopt, digest)
+
+    async def _url(self, digest: str) -> str:
+        """Where CM offers the blob now. Asked each time: a gateway that has restarted knows no earlier answer."""
+        request = pb.BlobsInfosRequest(digests=[digest]).SerializeToString()
+        try:
+            (url,) = pb.BlobsInfos.FromString(await self._calls.call(_GET_BLOBS_INFOS, request)).urls
+        except (DecodeError, ValueError) as error:
+            raise InvalidArgumentError(f"CM did not answer with one address for blob {digest}") from error
+        return url
 
     async def _write(self, file: BinaryIO, waiting: bytearray, transfer: Transfer) -> None:
         data = bytes(waiting)
