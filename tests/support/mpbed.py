@@ -256,6 +256,10 @@ class MpBed:
         credentials = identity.grpc_client_credentials() if cert else grpc.ssl_channel_credentials(self.ca.root_pem)
         return open_channel(f"127.0.0.1:{port}", credentials, name="localhost")
 
+    def blob_url(self, digest: str) -> str:
+        """Where the node's SM gets a blob."""
+        return f"http://127.0.0.1:{self.blob_port}/sha256/{digest.removeprefix('sha256:')}"
+
     def logs(self) -> str:
         """Of both processes, for a failure."""
         return "\n".join(path.read_text() for path in self.root.glob("*.log"))

@@ -60,10 +60,13 @@ class Certificate:
                 async for cert in self._iam.watch_cert(self.type):
                     await self._take(cert)
             except AosError as error:
-                # The journal line of an error is what the cloud gets as a core alert.
-                level = logging.WARNING if self._identity is None else logging.ERROR
-                _log.log(level, kv("No usable certificate", type=self.type, error=error, next_try_s=self._retry_s))
-            await asyncio.sleep(self._retry_s)
+                if self._identity is None:
+                    pause_s, level = self._retry_s, logging.WARNING
+                else:
+                    # An error in the journal reaches the cloud as a core alert.
+                    pause_s, level = self._apply_delay_s, logging.ERROR
+                _log.log(level, kv("No usable certificate", type=self.type, error=error, next_try_s=pause_s))
+                await asyncio.sleep(pause_s)
 
     async def _take(self, cert: CertInfo) -> None:
         identity = TlsIdentity.of(self._ca_file, cert)

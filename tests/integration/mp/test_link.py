@@ -117,7 +117,7 @@ async def test_blob_comes_through_the_link(bed: MpBed, size: int) -> None:
     async with bed.both(), sm_on(bed) as sm:
         digest, content = put(bed, size)
         answer = await sm.blobs.GetBlobsInfos(pb.BlobsInfosRequest(digests=[digest]), timeout=10)
-        assert list(answer.urls) == [f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"]
+        assert list(answer.urls) == [bed.blob_url(digest)]
         assert await get(answer.urls[0]) == (200, content)
         # Now it is in the store, and parts of it can be had.
         if size > 1:
@@ -130,7 +130,7 @@ async def test_wrong_content_is_never_whole(bed: MpBed) -> None:
         digest, _ = put(bed, 100_000)
         (bed.blobs.directory / digest.removeprefix("sha256:")).write_bytes(os.urandom(100_000))
         with pytest.raises(Exception, match="cut"):
-            await get(f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}")
+            await get(bed.blob_url(digest))
         assert list((bed.root / "node/images/tmp").iterdir()) == []
         status, _ = await get(f"http://127.0.0.1:{bed.blob_port}/etc/passwd")
         assert status == 404
@@ -155,7 +155,7 @@ async def test_download_goes_on_after_a_cut(bed: MpBed) -> None:
         sm = TestSm(NODE_ID)
         async with sm_on(bed, sm):
             digest, content = put(bed, size)
-            url = f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"
+            url = bed.blob_url(digest)
             download = asyncio.create_task(get(url, timeout_s=60))
             before = bed.wire.passed_bytes
             await until(lambda: bed.wire.passed_bytes - before > size // 3)
@@ -174,7 +174,7 @@ async def test_damage_on_the_way_is_caught(bed: MpBed) -> None:
         sm = TestSm(NODE_ID)
         async with sm_on(bed, sm):
             digest, content = put(bed, size)
-            url = f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"
+            url = bed.blob_url(digest)
             bed.wire.spoil_after_bytes = bed.wire.passed_bytes + size // 2
             status, body = await get(url, timeout_s=60)
             assert (status, body == content) == (200, True)
@@ -195,7 +195,7 @@ async def test_killed_mp_comes_back(bed: MpBed, victim: str) -> None:
         await stack.enter_async_context(runs[victim]())
         async with sm_on(bed, sm):
             digest, content = put(bed, 100_000)
-            url = f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"
+            url = bed.blob_url(digest)
             assert await get(url) == (200, content)
 
 
@@ -206,7 +206,7 @@ async def test_killed_again_and_again_under_traffic(bed: MpBed) -> None:
     sm = TestSm(NODE_ID)
     digest, content = put(bed, 40_000_000)
     target = bed.root / "downloaded"
-    url = f"http://127.0.0.1:{bed.blob_port}/sha256/{digest.removeprefix('sha256:')}"
+    url = bed.blob_url(digest)
 
     async def stay_registered() -> None:
         while True:
