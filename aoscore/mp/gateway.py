@@ -10,6 +10,8 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
@@ -36,9 +38,10 @@ class NodeIds:
         self._links: dict[str, Connection] = {}
 
     def claim(self, connection: Connection, node_id: str) -> None:
-        """The node at the end of a link says who it is. Raises InvalidArgumentError when it was another one before.
+        """The node at the end of a link says who it is. Raises InvalidArgumentError when it is not.
 
-        A node that comes over a second link has lost the first, or is not the one that it says: the older one closes.
+        A node that comes over a second link has lost the first, which closes. Whoever has another key is not that node,
+        as long as that has a link: after a renewal it is let in once the link of before is gone.
         """
         if connection.node_id == node_id:
             return
@@ -46,7 +49,12 @@ class NodeIds:
             _log.error(kv("Node changes its id, link is closed", nodeID=connection.node_id, other=node_id))
             connection.shut(f"node {connection.node_id} says that it is {node_id}")
             raise InvalidArgumentError(f"this link belongs to node {connection.node_id}, not to {node_id}")
-        if older := self._links.get(node_id):
+        older = self._links.get(node_id)
+        if older is not None and _keys_differ(older, connection):
+            _log.error(kv("Another key than that of the node, link is closed", nodeID=node_id, peer=connection.peer))
+            connection.shut(f"node {node_id} is connected with another key")
+            raise InvalidArgumentError(f"node {node_id} is connected with another key")
+        if older is not None:
             _log.error(kv("Node came over a second link, the older is closed", nodeID=node_id, peer=older.peer))
             older.shut("the node came over another link")
         self._links[node_id] = connection
@@ -57,6 +65,19 @@ class NodeIds:
         """A link has ended."""
         if self._links.get(connection.node_id) is connection:
             del self._links[connection.node_id]
+
+
+def _keys_differ(one: Connection, other: Connection) -> bool:
+    """Whether the certificates on a channel that both have are for different keys."""
+    return any(
+        _public_key(one.certificates[port]) != _public_key(other.certificates[port])
+        for port in one.certificates.keys() & other.certificates.keys()
+    )
+
+
+def _public_key(der: bytes) -> bytes:
+    key = x509.load_der_x509_certificate(der).public_key()
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 class Gateway:

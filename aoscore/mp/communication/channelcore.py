@@ -189,6 +189,11 @@ class SecureChannel(ChannelCore):
         self._context = context
         self._tls: TlsCore | None = None
 
+    @property
+    def peer_der(self) -> bytes:
+        """The peer's certificate (DER) on an open channel."""
+        return self._present().peer_der
+
     def _is_beginning(self, payload: bytes) -> bool:
         return is_client_hello(payload)
 

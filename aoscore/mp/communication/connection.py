@@ -255,6 +255,8 @@ class Connection:
         self.node_id = ""
         """The node at the other end (gateway); `node_known` is set with it."""
         self.node_known = asyncio.Event()
+        self.certificates: dict[int, bytes] = {}
+        """The peer's certificate (DER) on each secure channel that was opened last."""
         self._reader = reader
         self._writer = writer
         self._scheduler = Scheduler(settings.ports.order)
@@ -527,6 +529,8 @@ class Connection:
         match event:
             case Opened():
                 _log.debug(kv("Channel is open", peer=self.peer, port=slot.core.port))
+                if isinstance(slot.core, SecureChannel):
+                    self.certificates[slot.core.port] = slot.core.peer_der
                 if slot.core.accepts:
                     slot.stream = Stream(self, slot)
                     slot.idle.clear()

@@ -32,6 +32,11 @@ class TlsCore:
         self.is_closed = False
         """The peer said that it sends nothing more."""
 
+    @property
+    def peer_der(self) -> bytes:
+        """The peer's certificate, once ready."""
+        return self._tls.getpeercert(binary_form=True) or b""
+
     def feed(self, payload: bytes) -> bytes:
         """Take a payload, give the plaintext in it. An empty payload begins the handshake of a client.
 

@@ -4,10 +4,12 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.mp.communication.connection import Connection
 from aoscore.mp.gateway import NodeIds, OfferedUrls
+from tests.support.pki import TestCa
 
 
 class FakeConnection:
@@ -16,6 +18,7 @@ class FakeConnection:
         self.node_known = asyncio.Event()
         self.peer = "peer"
         self.shut_for: list[str] = []
+        self.certificates: dict[int, bytes] = {}
 
     def shut(self, reason: str) -> None:
         self.shut_for.append(reason)
@@ -53,3 +56,23 @@ def test_only_what_was_offered() -> None:
     assert "http://cm/3" not in offered
     offered.add([f"http://cm/x{number}" for number in range(4095)])
     assert "http://cm/1" not in offered and "http://cm/2" in offered
+
+
+async def test_another_key_does_not_push_a_node_out() -> None:
+    ca = TestCa()
+    own, foreign = (ca.issue(name) for name in ("own", "foreign"))
+    renewed = ca.issue("own again", key=own.key)
+    ids, node, stranger, again = NodeIds(), link(), link(), link()
+    for one, issued in ((node, own), (stranger, foreign), (again, renewed)):
+        one.certificates[4] = issued.cert.public_bytes(serialization.Encoding.DER)
+    ids.claim(node, "a")
+    with pytest.raises(InvalidArgumentError, match="node a is connected with another key"):
+        ids.claim(stranger, "a")
+    assert stranger.shut_for and not node.shut_for and not stranger.node_id
+    ids.claim(again, "a")
+    assert node.shut_for and not again.shut_for
+    ids.forget(again)
+    newcomer = link()
+    newcomer.certificates[4] = stranger.certificates[4]
+    ids.claim(newcomer, "a")
+    assert newcomer.node_id == "a"

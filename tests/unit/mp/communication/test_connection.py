@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from aoscore.common.errors import ChecksumError, NotSupportedError, OutOfRangeError
 from aoscore.mp.communication.connection import ChannelClosedError, Connection, LinkSettings, Stream
@@ -41,6 +42,14 @@ async def test_messages_on_every_channel(tls: tuple[Contexts, Contexts], port: i
             assert await node.receive() == message
             await node.send(message)
             assert await gateway.receive() == message
+
+
+async def test_certificates_of_the_peer_are_known(tls: tuple[Contexts, Contexts]) -> None:
+    async with linked(*tls) as link:
+        await opened(link, 4)
+        await opened(link, 1)
+        subject = x509.load_der_x509_certificate(link.gateway.certificates[4]).subject.rfc4514_string()
+        assert (subject, list(link.gateway.certificates)) == ("CN=second", [4])
 
 
 async def test_closing_tells_the_other_end_after_all_messages(tls: tuple[Contexts, Contexts]) -> None:
