@@ -26,6 +26,7 @@ class Connection:
     def __init__(self) -> None:
         self.frames: list[pb.SMOutgoingMessages] = []
         self.outbox: asyncio.Queue[pb.SMIncomingMessages | None] = asyncio.Queue()
+        self.ended = asyncio.Event()
 
     def kinds(self) -> list[str]:
         """Kinds of all frames so far."""
@@ -138,6 +139,7 @@ class TestCm:
                 yield message
         finally:
             reader.cancel()
+            connection.ended.set()
 
     async def _read(self, connection: Connection, requests: Any) -> None:
         async for frame in requests:

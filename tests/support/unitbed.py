@@ -202,14 +202,23 @@ def _json(value: Any) -> Any:
 
 @contextlib.asynccontextmanager
 async def unit_bed(
-    directory: Path, iam: Iam, *, ca: TestCa | None = None, node_id: str = NODE_ID, **config: Any
+    directory: Path,
+    iam: Iam,
+    *,
+    ca: TestCa | None = None,
+    node_id: str = NODE_ID,
+    sm_port: int | None = None,
+    **config: Any,
 ) -> AsyncIterator[UnitBed]:
-    """A Unit without CM running yet; everything is stopped at the end. `config`: more keys for CM's configuration."""
+    """A Unit without CM running yet; everything is stopped at the end. `config`: more keys for CM's configuration.
+
+    `sm_port`: where the SM finds CM, when not at CM itself.
+    """
     bed = UnitBed(directory, iam, ca=ca, node_id=node_id, **config)
     identity = await asyncio.to_thread(_sm_identity, iam)
     try:
         async with bed.cloud.running(), bed.blobs.running():
-            node = asyncio.create_task(_stay_connected(bed.sm, bed.port, identity))
+            node = asyncio.create_task(_stay_connected(bed.sm, sm_port or bed.port, identity))
             try:
                 yield bed
             finally:

@@ -1,0 +1,193 @@
+"""The MP process: its command line and its composition root."""
+
+import argparse
+import asyncio
+import contextlib
+import ssl
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from aoscore.common.aio import Broadcast, Service, Worker
+from aoscore.common.daemon import Option, Program, run_daemon
+from aoscore.common.errors import ConfigError
+from aoscore.common.files import DirectoryLock
+from aoscore.common.iamclient import IamPublicClient
+from aoscore.common.rpc import LazyChannel, Server
+from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
+from aoscore.mp.clock import ClockSync
+from aoscore.mp.cmclient.registration import sm_relay
+from aoscore.mp.communication.connection import LinkSettings
+from aoscore.mp.communication.sockets import Connector, Listener
+from aoscore.mp.config import Config, load
+from aoscore.mp.gateway import Gateway, NodeIds
+from aoscore.mp.iamclient.certificates import Certificate
+from aoscore.mp.iamclient.registration import open_iam_relay, secure_iam_relay
+from aoscore.mp.node import Node
+from aoscore.mp.nodeserver.blobs import Blobs, BlobServer
+from aoscore.mp.nodeserver.calls import CallClient
+from aoscore.mp.nodeserver.downloads import DownloadClient
+from aoscore.mp.nodeserver.link import NodeLink
+from aoscore.mp.nodeserver.services import cm_services, node_services
+from aoscore.mp.nodeserver.store import NodeStore
+
+Renewals = Sequence[tuple[Broadcast[TlsIdentity], Sequence[int]]]
+
+
+class Deferred:
+    """A service that begins after an event; it counts as started before that."""
+
+    def __init__(self, event: asyncio.Event, service: Service) -> None:
+        self._event = event
+        self._service = service
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Wait for the event, then run the service."""
+        started()
+        await self._event.wait()
+        await self._service.run(lambda: None)
+
+
+async def build(config: Config, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
+    """Make every object; the services in start order."""
+    stack.enter_context(DirectoryLock(config.working_dir))
+    settings = LinkSettings(
+        role=config.role,
+        ports=config.ports,
+        provisioning=options.provisioning,
+        max_message_bytes=config.limits.max_message_size,
+        channel_buffer_bytes=config.limits.channel_buffer,
+    )
+    if config.role == "gateway":
+        return await _build_gateway(config, settings, stack)
+    return await _build_node(config, settings, stack)
+
+
+async def _build_gateway(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
+    ca_file, iam, cm = _ca_file(config), config.iam_config, config.cm_config
+    ids = NodeIds()
+    address = iam.iam_main_public_server_url
+    if settings.provisioning:
+        # The main IAM is in provisioning mode as well, or has just left it.
+        relay = open_iam_relay(iam.open_port, address, [lambda: None, lambda: TlsRoots(ca_file)])
+        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None)
+        return [Listener(config.transport.listen, gateway.serve)]
+
+    channels = config.ports.certificates(iam=config.vchan.iam_cert_storage, sm=config.vchan.sm_cert_storage)
+    certificates = await _certificates(config, {config.cert_storage, iam.cert_storage, *channels.values()}, stack)
+    towards_iam, towards_cm = certificates[iam.cert_storage], certificates[config.cert_storage]
+    gateway = Gateway(
+        settings,
+        {port: partial(_server_context, certificates[name]) for port, name in channels.items()},
+        ids,
+        relays=[
+            open_iam_relay(iam.open_port, address, [lambda: TlsRoots(ca_file)]),
+            secure_iam_relay(
+                iam.secure_port, iam.iam_main_protected_server_url, lambda: towards_iam.identity, ids.claim
+            ),
+            sm_relay(cm.secure_port, cm.cm_server_url, lambda: towards_cm.identity, ids.claim),
+        ],
+        cm=await stack.enter_async_context(LazyChannel(cm.cm_server_url, lambda: towards_cm.identity)),
+        renewals=_renewals(certificates, channels),
+    )
+    return [*certificates.values(), Listener(config.transport.listen, gateway.serve)]
+
+
+async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
+    iam, node = config.iam_config, config.node
+    channels = config.ports.certificates(iam=iam.cert_storage, sm=config.cert_storage)
+    link = NodeLink(channels)
+    clock = ClockSync(node.clock_sync, link, config.cm_config.open_port)
+    open_nodes = node_services(link, iam.open_port)
+    if settings.provisioning:
+        end = Node(settings, {}, link, clock, ())
+        return [Server(node.iam_public_proxy_url, None, open_nodes), Connector(config.transport.connect, end.serve)]
+
+    certificates = await _certificates(config, set(channels.values()), stack)
+    calls, downloads = CallClient(link), DownloadClient(link)
+    worker = await stack.enter_async_context(Worker("blobs", 2))
+    images = config.images
+    store = await worker.run(
+        partial(
+            NodeStore,
+            config.images_dir,
+            ttl_s=images.ttl_s,
+            min_free_bytes=images.min_free_space,
+            max_size_bytes=images.max_size,
+        )
+    )
+    blobs = Blobs(store, worker, calls, downloads, clean_period_s=images.ttl_s / 4)
+    blob_server = BlobServer(node.blob_server_url, blobs)
+    end = Node(
+        settings,
+        {port: partial(_client_context, certificates[name]) for port, name in channels.items()},
+        link,
+        clock,
+        (calls, downloads),
+        _renewals(certificates, channels),
+    )
+    # Of a Secondary Node's certificates only that of IAM is one for servers.
+    own = certificates[iam.cert_storage]
+    checked = partial(grpc_server_credentials, lambda: own.identity)
+    unchecked = partial(grpc_server_credentials, lambda: own.identity, require_client=False)
+    servers = [
+        Server(node.cm_proxy_url, checked, cm_services(link, config.ports, calls, blob_server.url)),
+        Server(node.iam_protected_proxy_url, checked, node_services(link, iam.secure_port)),
+        Server(node.iam_public_proxy_url, unchecked, open_nodes),
+    ]
+    return [
+        *certificates.values(),
+        blobs,
+        blob_server,
+        *(Deferred(own.known, server) for server in servers),
+        Connector(config.transport.connect, end.serve),
+    ]
+
+
+def _ca_file(config: Config) -> Path:
+    if config.ca_cert is None:
+        raise ConfigError("'caCert' is needed")
+    return config.ca_cert
+
+
+async def _certificates(
+    config: Config, types: Iterable[str], stack: contextlib.AsyncExitStack
+) -> dict[str, Certificate]:
+    ca_file = _ca_file(config)
+    iam = await stack.enter_async_context(IamPublicClient(config.iam_config.iam_public_server_url, ca_file))
+    return {name: Certificate(iam, name, ca_file) for name in sorted(types)}
+
+
+def _renewals(certificates: dict[str, Certificate], channels: dict[int, str]) -> Renewals:
+    return [
+        (certificate.changed, [port for port, used in channels.items() if used == name])
+        for name, certificate in certificates.items()
+    ]
+
+
+def _server_context(certificate: Certificate) -> ssl.SSLContext:
+    context = certificate.identity.ssl_server_context()
+    # Session tickets would be records that a strict client does not expect (mp-wire §6).
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def _client_context(certificate: Certificate) -> ssl.SSLContext:
+    return certificate.identity.ssl_client_context(check_hostname=False)
+
+
+PROGRAM = Program(
+    name="aos_messageproxy",
+    title="MP",
+    default_config="/etc/aos/mp.cfg",
+    load=load,
+    build=build,
+    options=(Option("provisioning", "p", "provisioning mode: no certificates yet"),),
+)
+
+
+def main() -> None:
+    """Entry point of the program aos_messageproxy."""
+    sys.exit(run_daemon(PROGRAM))

@@ -1,0 +1,1 @@
+"""The inter-node link: frames, channels, TLS inside them, transports."""

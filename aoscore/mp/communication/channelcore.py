@@ -1,0 +1,236 @@
+"""One channel of a link: when it is open, and what comes through it (mp-wire §4-6, mp.md §2). Pure.
+
+    IDLE --connect (node) / first payload (gateway)--> OPENING --TLS is up, at once without TLS--> OPEN
+    OPENING, OPEN --close, or an error--> CLOSING: Reset is sent, the rest of what the peer sends is passed over
+    CLOSING --the peer answers the Reset--> IDLE
+    any --Reset of the peer--> answered, IDLE
+
+An answered Reset is what separates two uses of a channel: what comes before it belongs to the old one.
+"""
+
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from aoscore.common.errors import AosError, InvalidArgumentError, WrongStateError
+from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, MessageDecoder, encode_message
+from aoscore.mp.communication.tlscore import TlsCore, is_client_hello
+
+
+class State(Enum):
+    """See the module text."""
+
+    IDLE = "idle"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSING = "closing"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The channel is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came."""
+
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The channel is no longer open, or did not become so."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The channel can be opened again."""
+
+
+Event = Opened | Received | Closed | Ready
+
+
+class Wire(Protocol):
+    """The link below the channels."""
+
+    def push(self, port: int, payload: bytes) -> None:
+        """Queue a payload."""
+
+    def drop(self, port: int) -> None:
+        """Forget what is queued of a channel."""
+
+    def reset(self, port: int, reason: str, *, answer: bool) -> None:
+        """Send a Reset."""
+
+
+class ChannelCore(ABC):
+    """What open and secure channels have in common. `accepts`: the peer opens the channel, not we."""
+
+    def __init__(self, port: int, wire: Wire, *, accepts: bool, limit_bytes: int) -> None:
+        self.port = port
+        self.accepts = accepts
+        self.state = State.IDLE
+        self.passed_over = 0
+        """Payloads that belonged to no open channel."""
+        self._wire = wire
+        self._limit_bytes = limit_bytes
+        self._messages = MessageDecoder(limit_bytes)
+
+    def connect(self) -> Iterator[Event]:
+        """Open an idle channel."""
+        self._messages = MessageDecoder(self._limit_bytes)
+        return self._begin()
+
+    def feed(self, payload: bytes) -> Iterator[Event]:
+        """Take a payload of the peer."""
+        if self.state is State.IDLE and self.accepts and self._is_beginning(payload):
+            yield from self.connect()
+        if self.state not in (State.OPENING, State.OPEN):
+            self.passed_over += 1
+            return
+        try:
+            yield from self._take(payload)
+        except AosError as error:
+            yield from self.close(str(error))
+
+    def send(self, message: bytes) -> None:
+        """Queue a message. Raises InvalidArgumentError above the limit, WrongStateError on a closed channel."""
+        if self.state is not State.OPEN:
+            raise WrongStateError(f"channel {self.port} is not open")
+        if len(message) > self._limit_bytes:
+            raise InvalidArgumentError(
+                f"message of {len(message)} bytes for channel {self.port}, {self._limit_bytes} is most"
+            )
+        self._write(encode_message(message))
+
+    def close(self, reason: str) -> Iterator[Event]:
+        """Give up whatever is open; what is queued is dropped, so that the Reset is the last that the peer gets."""
+        if self.state in (State.OPENING, State.OPEN):
+            self.state = State.CLOSING
+            self._wire.drop(self.port)
+            self._wire.reset(self.port, reason, answer=False)
+            yield Closed(reason)
+
+    def on_reset(self, reason: str, *, is_answer: bool) -> Iterator[Event]:
+        """The peer has dropped the channel, or confirms that it has."""
+        if is_answer:
+            yield from self.on_no_more()
+            return
+        yield from self._end(reason)
+        self._wire.reset(self.port, "", answer=True)
+
+    def on_no_more(self) -> Iterator[Event]:
+        """Nothing of the closed channel will come any more: the peer has answered, or has not in time."""
+        if self.state is State.CLOSING:
+            self.state = State.IDLE
+            yield Ready()
+
+    def _end(self, reason: str) -> Iterator[Event]:
+        if self.state in (State.OPENING, State.OPEN):
+            self.state = State.IDLE
+            self._wire.drop(self.port)
+            yield Closed(reason)
+            yield Ready()
+
+    def _deliver(self, data: bytes) -> Iterator[Event]:
+        for message in self._messages.feed(data):
+            yield Received(message)
+
+    @abstractmethod
+    def _is_beginning(self, payload: bytes) -> bool: ...
+
+    @abstractmethod
+    def _begin(self) -> Iterator[Event]: ...
+
+    @abstractmethod
+    def _take(self, payload: bytes) -> Iterator[Event]: ...
+
+    @abstractmethod
+    def _write(self, data: bytes) -> None: ...
+
+
+class OpenChannel(ChannelCore):
+    """A channel without TLS: one message per frame from us, any split from the peer."""
+
+    def __init__(self, port: int, wire: Wire, *, accepts: bool) -> None:
+        super().__init__(port, wire, accepts=accepts, limit_bytes=MAX_OPEN_MESSAGE_BYTES)
+
+    def _is_beginning(self, payload: bytes) -> bool:
+        return True
+
+    def _begin(self) -> Iterator[Event]:
+        self.state = State.OPEN
+        yield Opened()
+
+    def _take(self, payload: bytes) -> Iterator[Event]:
+        return self._deliver(payload)
+
+    def _write(self, data: bytes) -> None:
+        self._wire.push(self.port, data)
+
+
+class SecureChannel(ChannelCore):
+    """A channel with TLS: one record per frame. The accepting end is the TLS server.
+
+    `context` gives the TLS settings of a connection that begins now; it may raise AosError, for example while there
+    is no certificate.
+    """
+
+    def __init__(
+        self, port: int, wire: Wire, *, accepts: bool, limit_bytes: int, context: Callable[[], ssl.SSLContext]
+    ) -> None:
+        super().__init__(port, wire, accepts=accepts, limit_bytes=limit_bytes)
+        self._context = context
+        self._tls: TlsCore | None = None
+
+    @property
+    def peer_der(self) -> bytes:
+        """The peer's certificate (DER) on an open channel."""
+        return self._present().peer_der
+
+    def _is_beginning(self, payload: bytes) -> bool:
+        return is_client_hello(payload)
+
+    def _begin(self) -> Iterator[Event]:
+        self.state = State.OPENING
+        try:
+            self._tls = TlsCore(self._context(), server_side=self.accepts)
+            if not self.accepts:
+                self._tls.feed(b"")
+            self._flush(self._tls)
+        except AosError as error:
+            yield from self.close(str(error))
+
+    def _take(self, payload: bytes) -> Iterator[Event]:
+        tls = self._present()
+        plain = tls.feed(payload)
+        self._flush(tls)
+        if tls.is_ready and self.state is State.OPENING:
+            self.state = State.OPEN
+            yield Opened()
+        yield from self._deliver(plain)
+        if tls.is_closed:
+            # Peers that know no Reset end a channel like this (mp-wire §6).
+            yield from self._end("closed by the peer")
+            tls.close()
+            self._flush(tls)
+
+    def _write(self, data: bytes) -> None:
+        tls = self._present()
+        tls.write(data)
+        self._flush(tls)
+
+    def _present(self) -> TlsCore:
+        if self._tls is None:
+            raise WrongStateError(f"channel {self.port} has no TLS connection")
+        return self._tls
+
+    def _flush(self, tls: TlsCore) -> None:
+        for record in tls.records():
+            self._wire.push(self.port, record)

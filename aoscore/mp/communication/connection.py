@@ -1,0 +1,557 @@
+"""One link at work: a byte stream below, channels above. The thin shell around frames, channels and control.
+
+One task reads, one writes, one looks at the clock. What is done with the channels is the business of the `serve` that
+`run` is given: it opens channels with `connect` or takes those that the peer opens with `accept`, and gets a Stream.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import msgspec
+
+import aoscore
+from aoscore._pb.transport.v1 import transport_pb2 as pb
+from aoscore.common.aio import Broadcast, comes_within
+from aoscore.common.errors import (
+    ChecksumError,
+    DeadlineError,
+    FailedError,
+    NotSupportedError,
+    OutOfMemoryError,
+    first_cause,
+)
+from aoscore.common.log import kv
+from aoscore.common.tls import TlsIdentity
+from aoscore.mp.communication.channelcore import (
+    ChannelCore,
+    Closed,
+    Event,
+    OpenChannel,
+    Opened,
+    Ready,
+    Received,
+    SecureChannel,
+    State,
+)
+from aoscore.mp.communication.control import Control, Role
+from aoscore.mp.communication.frames import (
+    MAX_OPEN_MESSAGE_BYTES,
+    Frame,
+    FrameDecoder,
+    MessageDecoder,
+    encode_frame,
+    encode_message,
+)
+from aoscore.mp.communication.ports import CONTROL, PROXY, Ports
+from aoscore.mp.communication.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+
+_READ_BYTES = 256 * 1024
+_TICK_S = 1.0
+_OPEN_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 5.0
+_FLUSH_TIMEOUT_S = 5.0
+_BYE_TIMEOUT_S = 1.0
+_MAX_BAD_FRAMES = 3
+# Answers to what the peer sends on the control channel: a peer that asks without end and never reads is cut off.
+_CONTROL_LIMIT_BYTES = 64 * 1024
+# Little of a download waits here, so that what is more urgent does not wait behind it in the kernel either.
+_BULK_LIMIT_BYTES = 64 * 1024
+
+
+Contexts = Mapping[int, Callable[[], ssl.SSLContext]]
+"""TLS settings of a connection that begins now, by secure channel; may raise AosError without a certificate."""
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait for their end; their errors are not looked at."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all; when one ends, by success or failure, end the others. Raises the error of the one.
+
+    Not a task group: before Python 3.13 one that fails while it is cancelled hides the cancellation, and the loops that
+    relay one use of a channel after the other would go on for ever.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end_tasks(tasks)
+    for task in tasks:
+        if task in done:
+            task.result()
+
+
+class ChannelClosedError(FailedError):
+    """The channel, or the link below it, is closed."""
+
+
+class LinkSettings(msgspec.Struct, frozen=True):
+    """What is the same for all links of a process."""
+
+    role: Role
+    ports: Ports
+    provisioning: bool = False
+    max_message_bytes: int = 16 * 1024 * 1024
+    channel_buffer_bytes: int = 1024 * 1024
+
+    @property
+    def served(self) -> tuple[int, ...]:
+        """Channels of a link."""
+        return self.ports.served(provisioning=self.provisioning)
+
+
+class Stream:
+    """One use of a channel, from opening to closing. Use as an async context manager: leaving closes it."""
+
+    def __init__(self, connection: "Connection", slot: "_Slot") -> None:
+        self._connection = connection
+        self._slot = slot
+        self._messages: deque[bytes] = deque()
+        self._bytes = 0
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._is_open = asyncio.Event()
+        self._reason: str | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        await self.close(str(first_cause(error)) if isinstance(error, Exception) else "done")
+
+    @property
+    def port(self) -> int:
+        """Number of the channel."""
+        return self._slot.core.port
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing can be sent any more."""
+        return self._reason is not None
+
+    async def receive(self) -> bytes:
+        """The next message. Raises ChannelClosedError after the last one."""
+        while not self._messages:
+            if self._reason is not None:
+                raise ChannelClosedError(self._reason)
+            self._news.clear()
+            await self._news.wait()
+        message = self._messages.popleft()
+        self._bytes -= len(message)
+        if self._bytes <= self._connection.settings.channel_buffer_bytes:
+            self._room.set()
+        return message
+
+    async def send(self, message: bytes) -> None:
+        """Queue a message, waiting for room. Raises ChannelClosedError, InvalidArgumentError for one too large."""
+        bulk = self.port == PROXY
+        limit = _BULK_LIMIT_BYTES if bulk else self._connection.settings.channel_buffer_bytes
+        await self._drained(limit)
+        if self._reason is not None:
+            raise ChannelClosedError(self._reason)
+        self._slot.core.send(message)
+
+    def send_soon(self, message: bytes) -> None:
+        """Queue a small message without waiting; nothing happens on a closed channel."""
+        if self._reason is None:
+            self._slot.core.send(message)
+
+    async def _drained(self, limit_bytes: int) -> None:
+        while self._reason is None and self._connection.pending_bytes(self.port) > limit_bytes:
+            self._slot.sent.clear()
+            await self._slot.sent.wait()
+
+    async def close(self, reason: str) -> None:
+        """Send what is queued, as far as the link takes it, and close. Safe to call twice."""
+        try:
+            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                await self._drained(0)
+        except TimeoutError:
+            _log.warning("Channel is closed with messages unsent: port=%d", self.port)
+        finally:
+            self.abort(reason)
+
+    def abort(self, reason: str) -> None:
+        """Close at once."""
+        if self._reason is None:
+            self._connection.close_channel(self._slot, reason)
+            # Nobody is going to read what is left, and the link must not wait for it.
+            self._messages.clear()
+            self.on_closed(reason)
+
+    # Of the connection
+
+    def on_open(self) -> None:
+        """The channel is open."""
+        self._is_open.set()
+
+    async def opened(self) -> None:
+        """Wait until the channel is open. Raises ChannelClosedError when it does not become so."""
+        if not await comes_within(self._is_open, _OPEN_TIMEOUT_S):
+            self.abort("no answer")
+        if self._reason is not None:
+            raise ChannelClosedError(self._reason)
+
+    async def on_message(self, message: bytes) -> None:
+        """Take a message; waits while the reader is far behind, and with it the whole link (mp-wire §3)."""
+        if self._reason is not None:
+            return
+        self._messages.append(message)
+        self._bytes += len(message)
+        self._news.set()
+        if self._bytes > self._connection.settings.channel_buffer_bytes:
+            self._room.clear()
+            await self._room.wait()
+
+    def on_closed(self, reason: str) -> None:
+        """The channel is closed."""
+        if self._reason is None:
+            self._reason = reason
+        for event in (self._news, self._room, self._is_open, self._slot.sent):
+            event.set()
+
+
+class _Slot:
+    """A channel and its present use."""
+
+    def __init__(self, core: ChannelCore) -> None:
+        self.core = core
+        self.stream: Stream | None = None
+        self.accepted: asyncio.Queue[Stream] = asyncio.Queue()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.sent = asyncio.Event()
+        self.lock = asyncio.Lock()
+        self.since_s = 0.0
+        """When the channel began to open or to close."""
+
+
+class Connection:
+    """See the module text. `contexts` gives the TLS settings of each secure channel; `peer` names the other end."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        settings: LinkSettings,
+        contexts: Contexts,
+        *,
+        peer: str,
+    ) -> None:
+        self.settings = settings
+        self.peer = peer
+        self.node_id = ""
+        """The node at the other end (gateway); `node_known` is set with it."""
+        self.node_known = asyncio.Event()
+        self.certificates: dict[int, bytes] = {}
+        """The peer's certificate (DER) on each secure channel that was opened last."""
+        self._reader = reader
+        self._writer = writer
+        self._scheduler = Scheduler(settings.ports.order)
+        self._filled = asyncio.Event()
+        self._wrote = asyncio.Event()
+        self._introduced = asyncio.Event()
+        self._shut_reason = ""
+        self._is_over = False
+        self._is_reading = True
+        self._bad_frames = 0
+        self._unknown: set[int] = set()
+        self._control_messages = MessageDecoder(MAX_OPEN_MESSAGE_BYTES)
+        self._control = Control(
+            settings.role,
+            software=f"aoscore {aoscore.__version__}",
+            ports=settings.served,
+            max_message_bytes=settings.max_message_bytes,
+            now_s=self._now(),
+            send=self._send_control,
+            on_reset=self._on_reset,
+        )
+        accepts = settings.role == "gateway"
+        self._slots: dict[int, _Slot] = {}
+        for port in settings.served:
+            if port == CONTROL:
+                continue
+            if port in settings.ports.secure:
+                limit = settings.max_message_bytes
+                core: ChannelCore = SecureChannel(
+                    port, self, accepts=accepts, limit_bytes=limit, context=contexts[port]
+                )
+            else:
+                core = OpenChannel(port, self, accepts=accepts)
+            self._slots[port] = _Slot(core)
+
+    # For those who use the link
+
+    async def run(self, serve: Callable[["Connection"], Awaitable[None]]) -> None:
+        """Keep the link up and serve it until either ends; says good-bye when it is we who end it.
+
+        Raises AosError or OSError when the link breaks.
+        """
+        self._control.begin()
+        jobs = [asyncio.create_task(job()) for job in (self._read, self._write, self._watch)]
+        served = asyncio.create_task(self._served(serve))
+        ended: list[asyncio.Task[None]] = []
+        try:
+            await asyncio.wait((*jobs, served), return_when=asyncio.FIRST_COMPLETED)
+            ended = [task for task in (*jobs, served) if task.done()]
+        finally:
+            is_up = not any(job.done() for job in jobs)
+            if not is_up:
+                self._close_streams()
+            # Otherwise with the link still at work: what the relays have queued gets through.
+            await end_tasks([served])
+            if is_up:
+                await self._say_bye()
+            await end_tasks(jobs)
+            self._close_streams()
+            self._writer.transport.abort()
+        for task in ended:
+            task.result()
+
+    def _close_streams(self) -> None:
+        self._is_over = True
+        for slot in self._slots.values():
+            slot.idle.set()  # whoever waits for it shall see that there is nothing to wait for
+            if slot.stream is not None:
+                slot.stream.on_closed(self._down)
+
+    @property
+    def _down(self) -> str:
+        return f"the link to {self.peer} is down"
+
+    async def _served(self, serve: Callable[["Connection"], Awaitable[None]]) -> None:
+        await self._introduced.wait()
+        _log.info(kv("Link is up", peer=self.peer, software=self._software))
+        await serve(self)
+
+    @property
+    def _software(self) -> str:
+        return self._control.peer.software if self._control.peer else ""
+
+    async def connect(self, port: int) -> Stream:
+        """Open a channel, first waiting for the end of its last use. Raises ChannelClosedError, NotSupportedError."""
+        slot = self._slots.get(port)
+        peer = self._control.peer
+        if slot is None or peer is None or port not in peer.ports:
+            raise NotSupportedError(f"{self.peer} does not serve channel {port}")
+        async with slot.lock:
+            if not await comes_within(slot.idle, _OPEN_TIMEOUT_S):
+                raise DeadlineError(f"channel {port} is in use")
+            if self._is_over:
+                raise ChannelClosedError(self._down)
+            stream = slot.stream = Stream(self, slot)
+            slot.idle.clear()
+            try:
+                self._apply_now(slot, slot.core.connect())
+                await stream.opened()
+            except BaseException:
+                stream.abort("not needed any more")
+                raise
+            return stream
+
+    async def accept(self, port: int) -> Stream:
+        """The next use of a channel that the peer begins."""
+        while True:
+            stream = await self._slots[port].accepted.get()
+            if not stream.is_closed:
+                return stream
+
+    def shut(self, reason: str) -> None:
+        """Give up the whole link."""
+        self._shut_reason = self._shut_reason or reason
+        self._writer.transport.abort()
+
+    def restart(self, port: int, reason: str) -> None:
+        """Close a channel, so that its users open it anew."""
+        slot = self._slots.get(port)
+        if slot is not None and slot.stream is not None:
+            slot.stream.abort(reason)
+
+    # For the streams
+
+    def pending_bytes(self, port: int) -> int:
+        """What waits to be sent on a channel."""
+        return self._scheduler.pending_bytes(port)
+
+    def close_channel(self, slot: _Slot, reason: str) -> None:
+        """Close whatever use the channel has."""
+        self._apply_now(slot, slot.core.close(reason))
+
+    # For the channels: channelcore.Wire
+
+    def push(self, port: int, payload: bytes) -> None:
+        """Queue a payload."""
+        self._scheduler.push(port, payload)
+        self._filled.set()
+
+    def drop(self, port: int) -> None:
+        """Forget what is queued of a channel."""
+        self._scheduler.drop(port)
+        self._slots[port].sent.set()
+
+    def reset(self, port: int, reason: str, *, answer: bool) -> None:
+        """Send a Reset."""
+        self._control.reset(port, reason, answer=answer)
+
+    # Inside
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _send_control(self, message: pb.Control) -> None:
+        if self._scheduler.pending_bytes(CONTROL) > _CONTROL_LIMIT_BYTES:
+            raise OutOfMemoryError(f"{self.peer} does not read what it asks for")
+        self.push(CONTROL, encode_message(message.SerializeToString()))
+
+    async def _say_bye(self) -> None:
+        if self._control.is_over:
+            return
+        self._control.bye("stopping")
+        try:
+            async with asyncio.timeout(_BYE_TIMEOUT_S):
+                while self._scheduler.pending_bytes(CONTROL):
+                    self._wrote.clear()
+                    await self._wrote.wait()
+                await self._writer.drain()
+                self._writer.write_eof()
+        except (TimeoutError, OSError):
+            _log.debug("Good-bye did not get through: peer=%s", self.peer)
+
+    async def _read(self) -> None:
+        decoder = FrameDecoder()
+        while data := await self._reader.read(_READ_BYTES):
+            self._control.on_bytes(self._now())
+            self._is_reading = False
+            for frame in decoder.feed(data):
+                await self._on_frame(frame)
+            self._is_reading = True
+        raise FailedError(self._shut_reason or "the peer closed the link")
+
+    async def _write(self) -> None:
+        while True:
+            item = self._scheduler.pop()
+            if item is None:
+                self._filled.clear()
+                await self._filled.wait()
+                continue
+            port, payload = item
+            self._writer.write(encode_frame(port, payload))
+            self._wrote.set()
+            if slot := self._slots.get(port):
+                slot.sent.set()
+            await self._writer.drain()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_s = self._now()
+            if not self._is_reading:
+                # It is we who do not listen: that the peer is not heard says nothing about it.
+                self._control.on_bytes(now_s)
+            self._control.tick(now_s)
+            for slot in self._slots.values():
+                waited_s = now_s - slot.since_s
+                if slot.core.state is State.OPENING and waited_s > _OPEN_TIMEOUT_S:
+                    self._apply_now(slot, slot.core.close("TLS took too long"))
+                elif slot.core.state is State.CLOSING and waited_s > _ANSWER_TIMEOUT_S:
+                    self._apply_now(slot, slot.core.on_no_more())
+
+    async def _on_frame(self, frame: Frame) -> None:
+        port, payload, is_intact = frame
+        slot = self._slots.get(port)
+        if self._control.peer is None and port != CONTROL:
+            raise NotSupportedError(
+                f"{self.peer} began with channel {port} and did not introduce itself; peers of the older kind "
+                "(profile legacy) are not supported"
+            )
+        if not is_intact:
+            self._on_bad_frame(port, slot)
+        elif port == CONTROL:
+            for message in self._control_messages.feed(payload):
+                self._control.receive(message)
+            if self._control.peer is not None:
+                self._introduced.set()
+        elif slot is None:
+            if port not in self._unknown and len(self._unknown) < 64:
+                self._unknown.add(port)
+                _log.warning(kv("Frames for an unknown channel are dropped", peer=self.peer, port=port))
+        else:
+            before = slot.core.state
+            for event in slot.core.feed(payload):
+                self._note_time(slot, before)
+                await self._apply(slot, event)
+            self._note_time(slot, before)
+
+    def _on_bad_frame(self, port: int, slot: _Slot | None) -> None:
+        self._bad_frames += 1
+        _log.warning(kv("Frame is damaged", peer=self.peer, port=port, count=self._bad_frames))
+        if self._bad_frames >= _MAX_BAD_FRAMES:
+            raise ChecksumError(f"{self._bad_frames} damaged frames from {self.peer}")
+        if slot is not None:
+            self._apply_now(slot, slot.core.close("a frame was damaged"))
+
+    def _on_reset(self, port: int, reason: str, is_answer: bool) -> None:
+        if slot := self._slots.get(port):
+            self._apply_now(slot, slot.core.on_reset(reason or "closed by the peer", is_answer=is_answer))
+
+    def _note_time(self, slot: _Slot, before: State) -> None:
+        if slot.core.state is not before:
+            slot.since_s = self._now()
+
+    async def _apply(self, slot: _Slot, event: Event) -> None:
+        if isinstance(event, Received):
+            if slot.stream is not None:
+                await slot.stream.on_message(event.message)
+            return
+        self._apply_one(slot, event)
+
+    def _apply_now(self, slot: _Slot, events: Iterator[Event]) -> None:
+        """Take events that bring no messages."""
+        before = slot.core.state
+        for event in events:
+            self._apply_one(slot, event)
+        self._note_time(slot, before)
+
+    def _apply_one(self, slot: _Slot, event: Event) -> None:
+        match event:
+            case Opened():
+                _log.debug(kv("Channel is open", peer=self.peer, port=slot.core.port))
+                if isinstance(slot.core, SecureChannel):
+                    self.certificates[slot.core.port] = slot.core.peer_der
+                if slot.core.accepts:
+                    slot.stream = Stream(self, slot)
+                    slot.idle.clear()
+                    while not slot.accepted.empty():
+                        slot.accepted.get_nowait()  # a use that was over before anybody looked
+                    slot.accepted.put_nowait(slot.stream)
+                if slot.stream is not None:
+                    slot.stream.on_open()
+            case Closed(reason):
+                _log.info(kv("Channel is closed", peer=self.peer, port=slot.core.port, reason=reason))
+                if slot.stream is not None:
+                    slot.stream.on_closed(reason)
+                    slot.stream = None
+            case Ready():
+                slot.idle.set()
+
+
+async def restart_on_renewal(connection: Connection, changed: Broadcast[TlsIdentity], ports: Sequence[int]) -> None:
+    """Close the channels that use a certificate when there is a new one: they open anew with it (mp.md §11)."""
+    with changed.subscribe() as renewals:
+        while True:
+            await renewals.get()
+            for port in ports:
+                connection.restart(port, "the certificate was renewed")

@@ -1,0 +1,145 @@
+"""Between a channel and a gRPC stream: messages in both directions until either ends (mp.md §2).
+
+Messages pass as the bytes they are; nothing is kept over a break. Whichever side ends first ends the other, so each
+end of the link always sees the truth.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from aoscore.common.errors import AosError, FailedError, first_cause
+from aoscore.common.log import kv
+from aoscore.common.rpc import open_channel, open_tls_channel, rpc_errors
+from aoscore.common.tls import TlsRoots
+from aoscore.mp.communication.connection import Connection, Stream, until_one_ends
+
+_log = logging.getLogger(__name__)
+
+Check = Callable[[Connection, bytes], bool]
+"""Whether a message of the node behind a link may pass; one that may not is dropped. AosError ends the relay."""
+
+
+Way = Callable[[], TlsRoots | None]
+"""How to speak to a server: TLS with what it gives, plain text for None. May raise AosError."""
+
+_CONNECT_TIMEOUT_S = 3.0
+
+
+class ServerRelay:
+    """A gateway's relay between one channel and one method of a server, for all links.
+
+    `path` is the gRPC method at `address`, `what` names it in messages, `ways` are tried in turn.
+    """
+
+    def __init__(self, port: int, address: str, path: str, ways: Sequence[Way], *, what: str, check: Check) -> None:
+        self._port = port
+        self._address = address
+        self._path = path
+        self._ways = ways
+        self._what = what
+        self._check = check
+
+    async def serve(self, connection: Connection) -> None:
+        """Relay the uses of the channel of a link one after the other, until cancelled."""
+        while True:
+            stream = await connection.accept(self._port)
+            try:
+                async with stream:
+                    first = await self._next(connection, stream)
+                    async with server_channel(self._address, self._ways) as server:
+                        _log.info(kv(f"{self._what} for node", nodeID=connection.node_id, peer=connection.peer))
+                        await self._relay(connection, stream, first, server)
+            except AosError as error:
+                _log.info(kv(f"{self._what} ended", nodeID=connection.node_id, peer=connection.peer, reason=error))
+
+    async def _relay(self, connection: Connection, stream: Stream, first: bytes, server: grpc.aio.Channel) -> None:
+        """Pass messages in both directions. Raises AosError saying which side ended it and why."""
+        method: Any = server.stream_stream(self._path)
+        call = method()
+
+        async def to_server() -> None:
+            message = first
+            while True:
+                with rpc_errors(self._what):
+                    await call.write(message)
+                message = await self._next(connection, stream)
+
+        async def to_node() -> None:
+            while True:
+                with rpc_errors(self._what):
+                    message = await call.read()
+                if message is grpc.aio.EOF:
+                    with rpc_errors(self._what):
+                        code, details = await call.code(), await call.details()
+                    raise FailedError(f"{self._what} ended: {details or code.name}")
+                await stream.send(message)
+
+        try:
+            await until_one_ends(to_server(), to_node())
+        finally:
+            call.cancel()
+
+    async def _next(self, connection: Connection, stream: Stream) -> bytes:
+        while True:
+            message = await stream.receive()
+            if self._check(connection, message):
+                return message
+
+
+async def relay_to_client(
+    stream: Stream, requests: AsyncIterable[bytes], context: Any, *, see: Callable[[bytes], None]
+) -> None:
+    """Node: pass what a local gRPC client sends to the gateway and its answers back. Raises like ServerRelay."""
+
+    async def to_gateway() -> None:
+        async for message in requests:
+            see(message)
+            await stream.send(message)
+        raise FailedError("the local client ended its stream")
+
+    async def to_client() -> None:
+        while True:
+            await context.write(await stream.receive())
+
+    await until_one_ends(to_gateway(), to_client())
+
+
+@contextlib.asynccontextmanager
+async def server_channel(address: str, ways: Sequence[Way]) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel of its own for one relay, by the first way that works. Raises FailedError with all reasons."""
+    reasons: list[str] = []
+    for way in ways:
+        channel = None
+        try:
+            tls = way()
+            channel = open_channel(address, None) if tls is None else await open_tls_channel(address, tls)
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await channel.channel_ready()
+            break
+        except (AosError, TimeoutError) as error:
+            reasons.append(str(error) or f"no answer from {address} within {_CONNECT_TIMEOUT_S:g} s")
+            if channel is not None:
+                await channel.close()
+        except asyncio.CancelledError:
+            if channel is not None:
+                await channel.close()
+            raise
+    else:
+        raise FailedError("; ".join(reasons))
+    try:
+        yield channel
+    finally:
+        await channel.close()
+
+
+async def unavailable(context: Any, error: BaseException) -> NoReturn:
+    """End a local call: the Main Node can't be reached, or has ended it."""
+    cause = first_cause(error)
+    await context.abort(grpc.StatusCode.UNAVAILABLE, str(cause) or type(cause).__name__)
+    raise AosError("abort raises")

@@ -1,0 +1,48 @@
+"""Which channel sends the next frame. Pure."""
+
+from collections import deque
+from collections.abc import Sequence
+
+PATIENCE_TURNS = 32
+"""A channel that was passed over so often goes next: urgent traffic without end must not stop a download for good."""
+
+
+class Scheduler:
+    """Frames that wait to be sent, in order within a channel.
+
+    `order` are the ports, most urgent first. One frame per turn: the most urgent channel goes, so that a bulk transfer
+    delays it by one frame at most; nothing in the queue of another channel ever stands before it.
+    """
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self._queues: dict[int, deque[bytes]] = {port: deque() for port in order}
+        self._bytes = dict.fromkeys(order, 0)
+        self._passed = dict.fromkeys(order, 0)
+
+    def push(self, port: int, frame: bytes) -> None:
+        """Queue a frame of a channel."""
+        self._queues[port].append(frame)
+        self._bytes[port] += len(frame)
+
+    def pop(self) -> tuple[int, bytes] | None:
+        """Port and frame to send now, None when nothing waits."""
+        waiting = [port for port, queue in self._queues.items() if queue]
+        if not waiting:
+            return None
+        chosen = next((port for port in waiting if self._passed[port] >= PATIENCE_TURNS), waiting[0])
+        for port in waiting:
+            self._passed[port] += 1
+        self._passed[chosen] = 0
+        frame = self._queues[chosen].popleft()
+        self._bytes[chosen] -= len(frame)
+        return chosen, frame
+
+    def drop(self, port: int) -> None:
+        """Forget what waits of a channel."""
+        self._queues[port].clear()
+        self._bytes[port] = 0
+        self._passed[port] = 0
+
+    def pending_bytes(self, port: int) -> int:
+        """What waits of a channel."""
+        return self._bytes[port]

@@ -1,0 +1,144 @@
+"""Links over TCP: the gateway waits for nodes, a node looks for its gateway (mp.md §5)."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+from aoscore.common.aio import Backoff, log_and_continue
+from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
+from aoscore.common.log import kv
+from aoscore.common.rpc import split_address
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[None]]
+
+MAX_LINKS = 64
+_CONNECT_TIMEOUT_S = 10.0
+_RECONNECT_FIRST_S = 2.0
+_RECONNECT_LIMIT_S = 30.0
+# A link that was up for so long was a good one: the next attempt comes soon again.
+_GOOD_LINK_S = 30.0
+_STREAM_LIMIT_BYTES = 256 * 1024
+_WRITE_BUFFER_BYTES = 64 * 1024
+_NOT_SENT_BYTES = 128 * 1024
+# Not in the socket module of Python 3.11 on every platform (linux/tcp.h).
+_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+
+
+def _tune(writer: asyncio.StreamWriter) -> None:
+    """Notice a dead peer, and keep little waiting in the kernel: what is urgent would stand behind it."""
+    writer.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+    sock: socket.socket = writer.get_extra_info("socket")
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
+        (socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _NOT_SENT_BYTES),
+    ):
+        sock.setsockopt(level, option, value)
+
+
+class Listener:
+    """Waits for nodes, as a service. `handler(reader, writer, peer)` has each connection to itself.
+
+    `port` is bound once started. More than MAX_LINKS connections are refused: nobody has proved anything by then.
+    """
+
+    def __init__(self, address: str, handler: Handler) -> None:
+        self._host, self._wanted_port = split_address(address)
+        self._handler = handler
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Serve until cancelled; the connections then end, each in its own order."""
+        try:
+            server = await asyncio.start_server(
+                self._accept, self._host, self._wanted_port, limit=_STREAM_LIMIT_BYTES, backlog=16
+            )
+        except OSError as error:
+            raise AlreadyExistsError(f"can't wait for nodes on {self._host}:{self._wanted_port}: {error}") from error
+        self.port = server.sockets[0].getsockname()[1]
+        _log.info(kv("Waiting for nodes", address=f"{self._host}:{self.port}"))
+        started()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port, *_ = writer.get_extra_info("peername")
+        peer = f"{host}:{port}"
+        if len(self._tasks) >= MAX_LINKS:
+            _log.error(kv("Too many links, one more is refused", peer=peer, limit=MAX_LINKS))
+            writer.transport.abort()
+            return
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - asyncio runs us in one
+        self._tasks.add(task)
+        try:
+            with log_and_continue(_log, f"Link of {peer} failed"):
+                _tune(writer)
+                await self._serve(reader, writer, peer)
+        except asyncio.CancelledError:
+            pass  # only run() cancels us, when the server stops
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        try:
+            await self._handler(reader, writer, peer)
+            reason = "ended"
+        except (AosError, OSError) as error:
+            reason = str(error)
+        _log.warning(kv("Link is down", peer=peer, reason=reason))
+
+
+class Connector:
+    """Keeps a connection to the gateway, as a service; `handler` has it for as long as it lasts."""
+
+    def __init__(self, address: str, handler: Handler, *, backoff: Backoff | None = None) -> None:
+        split_address(address)
+        self._address = address
+        self._handler = handler
+        self._backoff = backoff or Backoff(_RECONNECT_FIRST_S, _RECONNECT_LIMIT_S)
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Connect again and again until cancelled. The gateway being there is no part of being started."""
+        started()
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            try:
+                reader, writer = await self._connect()
+                try:
+                    _tune(writer)
+                    await self._handler(reader, writer, self._address)
+                    reason = "ended"
+                finally:
+                    writer.transport.abort()
+            except (AosError, OSError) as error:
+                reason = str(error)
+            if loop.time() - began_s >= _GOOD_LINK_S:
+                self._backoff.reset()
+            pause_s = self._backoff.next()
+            _log.warning(kv("Link is down", peer=self._address, reason=reason, next_try_s=round(pause_s, 1)))
+            await asyncio.sleep(pause_s)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = split_address(self._address)
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                return await asyncio.open_connection(host, port, limit=_STREAM_LIMIT_BYTES)
+        except TimeoutError:
+            raise DeadlineError(f"can't connect to {self._address} within {_CONNECT_TIMEOUT_S:g} s") from None
+        except OSError as error:
+            raise FailedError(f"can't connect to {self._address}: {error.strerror or error}") from error

@@ -1,0 +1,86 @@
+"""TLS over a channel, in memory (mp-wire §6). Pure: payloads in, plaintext and records out.
+
+Chains are checked, names are not: the channel's peer is known by its certificate, not by a host name.
+"""
+
+import ssl
+from collections.abc import Iterator
+
+from aoscore.common.errors import FailedError
+from aoscore.mp.communication.frames import split_records
+
+_READ_BYTES = 256 * 1024
+_HANDSHAKE_RECORD = 22
+_CLIENT_HELLO = 1
+_TYPE_OFFSET = 5
+
+
+def is_client_hello(payload: bytes) -> bool:
+    """Whether a payload begins a TLS handshake (RFC 8446 §4): anything else belongs to a connection that is over."""
+    return len(payload) > _TYPE_OFFSET and payload[0] == _HANDSHAKE_RECORD and payload[_TYPE_OFFSET] == _CLIENT_HELLO
+
+
+class TlsCore:
+    """One TLS connection."""
+
+    def __init__(self, context: ssl.SSLContext, *, server_side: bool) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self.is_ready = False
+        """The handshake is done: plaintext can be sent."""
+        self.is_closed = False
+        """The peer said that it sends nothing more."""
+
+    @property
+    def peer_der(self) -> bytes:
+        """The peer's certificate, once ready."""
+        return self._tls.getpeercert(binary_form=True) or b""
+
+    def feed(self, payload: bytes) -> bytes:
+        """Take a payload, give the plaintext in it. An empty payload begins the handshake of a client.
+
+        Raises FailedError when TLS fails.
+        """
+        self._incoming.write(payload)
+        try:
+            if not self.is_ready:
+                self._tls.do_handshake()
+                self.is_ready = True
+            return self._read()
+        except ssl.SSLWantReadError:
+            return b""
+        except ssl.SSLError as error:
+            raise FailedError(f"TLS failed: {_reason(error)}") from error
+
+    def _read(self) -> bytes:
+        plain = bytearray()
+        try:
+            while piece := self._tls.read(_READ_BYTES):
+                plain += piece
+            self.is_closed = True
+        except ssl.SSLZeroReturnError:
+            self.is_closed = True
+        except ssl.SSLWantReadError:
+            pass
+        return bytes(plain)
+
+    def write(self, data: bytes) -> None:
+        """Encrypt plaintext."""
+        self._tls.write(data)
+
+    def close(self) -> None:
+        """Say that nothing more comes."""
+        try:
+            self._tls.unwrap()
+        except ssl.SSLError:
+            pass  # the peer has not answered yet, or TLS has failed: either way there is nothing more to say
+
+    def records(self) -> Iterator[bytes]:
+        """The records to send now, one per frame."""
+        return split_records(self._outgoing.read())
+
+
+def _reason(error: ssl.SSLError) -> str:
+    """What OpenSSL says, and for a certificate why it is refused."""
+    return getattr(error, "verify_message", "") or error.reason or str(error)

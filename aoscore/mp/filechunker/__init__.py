@@ -1,0 +1,1 @@
+"""A gateway's downloads for its nodes, in pieces."""

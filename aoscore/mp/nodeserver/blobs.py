@@ -1,0 +1,263 @@
+"""Blobs for the local SM: fetched through the link, kept, served over HTTP while they still grow (mp.md §7). Node."""
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import BinaryIO
+
+import grpc
+import h11
+from google.protobuf.message import DecodeError
+
+from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore.common.aio import Backoff, Worker, log_and_continue
+from aoscore.common.blobstore import check_digest
+from aoscore.common.errors import (
+    AosError,
+    CanceledError,
+    ChecksumError,
+    FailedError,
+    InvalidArgumentError,
+    NoSpaceError,
+)
+from aoscore.common.fileserver import FileServer
+from aoscore.common.log import kv
+from aoscore.mp.communication.connection import ChannelClosedError
+from aoscore.mp.nodeserver.calls import CallClient, CallError
+from aoscore.mp.nodeserver.downloads import DownloadClient
+from aoscore.mp.nodeserver.store import NodeStore
+
+_log = logging.getLogger(__name__)
+
+_TARGET = re.compile(r"/sha256/([0-9a-f]{64})")
+_ATTEMPTS = 3
+# So long may the link be away before its absence counts as a failed attempt: as long as an SM waits for the next byte.
+_OUTAGE_S = 60.0
+_WRITE_BYTES = 1024 * 1024
+_READ_BYTES = 256 * 1024
+_CONTENT_TYPE = "application/octet-stream"
+_GET_BLOBS_INFOS = "/servicemanager.v5.SMService/GetBlobsInfos"
+
+
+class Transfer:
+    """A blob on its way into the store. Readers follow `written` with `progress`."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.written = 0
+        self.is_complete = False
+        self.error: BaseException | None = None
+        self.readers = 0
+        self.task: asyncio.Task[None] | None = None
+        self._progress = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more is going to be written."""
+        return self.is_complete or self.error is not None
+
+    def tell(self) -> None:
+        """Something has changed."""
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    async def progress(self) -> None:
+        """Wait for a change."""
+        await self._progress.wait()
+
+
+class Blobs:
+    """Gives blobs to readers: from the store, or from the one transfer that brings them."""
+
+    def __init__(
+        self,
+        store: NodeStore,
+        worker: Worker,
+        calls: CallClient,
+        downloads: DownloadClient,
+        *,
+        clean_period_s: float,
+        backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 5.0),
+    ) -> None:
+        self.store = store
+        self.worker = worker
+        self._calls = calls
+        self._downloads = downloads
+        self._clean_period_s = clean_period_s
+        self._backoff = backoff
+        self._transfers: dict[str, Transfer] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Own the transfers, and clean the store now and then."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            started()
+            while True:
+                with log_and_continue(_log, "Can't clean the image store"):
+                    await self.worker.run(self.store.clean)
+                await asyncio.sleep(self._clean_period_s)
+
+    @contextlib.asynccontextmanager
+    async def reading(self, digest: str) -> AsyncIterator[Transfer]:
+        """The transfer of a blob that is not in the store; it is given up when its last reader goes."""
+        transfer = self._transfers.get(digest)
+        if transfer is None:
+            if self._tasks is None:
+                raise FailedError("the image store is not running")
+            transfer = self._transfers[digest] = Transfer(digest)
+            transfer.task = self._tasks.create_task(self._bring(digest, transfer))
+        transfer.readers += 1
+        try:
+            yield transfer
+        finally:
+            transfer.readers -= 1
+            if not transfer.readers and transfer.task is not None:
+                # What has come stays for the next time.
+                transfer.task.cancel()
+
+    async def _bring(self, digest: str, transfer: Transfer) -> None:
+        backoff = self._backoff()
+        left = _ATTEMPTS
+        now = asyncio.get_running_loop().time
+        advanced_s = now()
+        try:
+            while True:
+                before = transfer.written
+                try:
+                    await self._attempt(digest, transfer)
+                    transfer.is_complete = True
+                    return
+                except (AosError, OSError) as error:
+                    if transfer.written > before:
+                        left, advanced_s = _ATTEMPTS, now()
+                        backoff.reset()
+                    elif not _is_outage(error) or now() - advanced_s > _OUTAGE_S:
+                        left -= 1
+                    if left <= 0 or isinstance(error, (NoSpaceError, ChecksumError)):
+                        _log.error(kv("Can't get blob", digest=digest, error=error))
+                        transfer.error = error
+                        return
+                    pause_s = backoff.next()
+                    _log.warning(kv("Can't get blob yet", digest=digest, error=error, next_try_s=round(pause_s, 1)))
+                await asyncio.sleep(pause_s)
+        except asyncio.CancelledError:
+            transfer.error = CanceledError("nobody reads the blob any more")
+            raise
+        finally:
+            del self._transfers[digest]
+            transfer.tell()
+
+    async def _attempt(self, digest: str, transfer: Transfer) -> None:
+        url = await self._url(digest)
+        with await self.worker.run(self.store.part(digest).open, "ab") as file:
+            transfer.written = file.tell()
+            transfer.tell()
+            waiting = bytearray()
+            try:
+                async with contextlib.aclosing(self._downloads.fetch(url, transfer.written)) as pieces:
+                    async for piece in pieces:
+                        waiting += piece
+                        if len(waiting) >= _WRITE_BYTES:
+                            await self._write(file, waiting, transfer)
+            finally:
+                # Also when the link broke: what has come need not come again.
+                await self._write(file, waiting, transfer)
+        await self.worker.run(self.store.adopt, digest)
+
+    async def _url(self, digest: str) -> str:
+        """Where CM offers the blob now. Asked each time: a gateway that has restarted knows no earlier answer."""
+        request = pb.BlobsInfosRequest(digests=[digest]).SerializeToString()
+        try:
+            (url,) = pb.BlobsInfos.FromString(await self._calls.call(_GET_BLOBS_INFOS, request)).urls
+        except (DecodeError, ValueError) as error:
+            raise InvalidArgumentError(f"CM did not answer with one address for blob {digest}") from error
+        return url
+
+    async def _write(self, file: BinaryIO, waiting: bytearray, transfer: Transfer) -> None:
+        data = bytes(waiting)
+        waiting.clear()
+        if data:
+            await self.worker.run(self._write_now, file, data)
+            transfer.written += len(data)
+            transfer.tell()
+
+    def _write_now(self, file: BinaryIO, data: bytes) -> None:
+        self.store.make_room(len(data))
+        file.write(data)
+        file.flush()
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether the link or the registration behind it is not there, which passes: no fault of the blob."""
+    if isinstance(error, CallError):
+        return error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
+    return isinstance(error, ChannelClosedError)
+
+
+class BlobServer(FileServer):
+    """`/sha256/HEX` for the local SM, nothing else."""
+
+    def __init__(self, address: str, blobs: Blobs) -> None:
+        super().__init__(address, self._kept)
+        self._base = f"http://{address}/sha256/"
+        self._blobs = blobs
+
+    def url(self, digest: str) -> str:
+        """Where SM gets a blob. Raises InvalidArgumentError for what is no digest."""
+        return f"{self._base}{check_digest(digest).removeprefix('sha256:')}"
+
+    def _kept(self, target: str) -> Path | None:
+        match = _TARGET.fullmatch(target)
+        return self._blobs.store.path(f"sha256:{match[1]}") if match else None
+
+    async def _answer(self, connection: h11.Connection, writer: asyncio.StreamWriter, request: h11.Request) -> None:
+        match = _TARGET.fullmatch(request.target.decode("ascii", "replace"))
+        digest = f"sha256:{match[1]}" if match else ""
+        if not match or request.method != b"GET":
+            await super()._answer(connection, writer, request)
+            return
+        if await self._blobs.worker.run(self._blobs.store.use, digest):
+            await super()._answer(connection, writer, request)
+        else:
+            async with self._blobs.reading(digest) as transfer:
+                await self._pass_on(connection, writer, transfer)
+        if connection.our_state is h11.DONE:
+            await self._blobs.worker.run(self._blobs.store.handed_over, digest)
+
+    async def _pass_on(self, connection: h11.Connection, writer: asyncio.StreamWriter, transfer: Transfer) -> None:
+        """Send what is there and what is still coming. Always from the first byte: the size is not known yet."""
+        while not (transfer.written or transfer.is_over):
+            await transfer.progress()
+        if transfer.error is not None:
+            no_space = isinstance(transfer.error, NoSpaceError)
+            _refuse(connection, writer, HTTPStatus.INSUFFICIENT_STORAGE if no_space else HTTPStatus.BAD_GATEWAY)
+            return
+        file = await self._blobs.worker.run(self._blobs.store.open_growing, transfer.digest)
+        sent = 0
+        with file:
+            writer.write(
+                connection.send(h11.Response(status_code=200, headers=[("Content-Type", _CONTENT_TYPE)])) or b""
+            )
+            while True:
+                if sent < transfer.written:
+                    data = await self._blobs.worker.run(file.read, min(transfer.written - sent, _READ_BYTES))
+                    sent += len(data)
+                    writer.write(connection.send(h11.Data(data=data)) or b"")
+                    await writer.drain()
+                elif transfer.is_complete:
+                    writer.write(connection.send(h11.EndOfMessage()) or b"")
+                    return
+                elif transfer.error is not None:
+                    raise FailedError(f"blob {transfer.digest} is cut short: {transfer.error}")
+                else:
+                    await transfer.progress()
+
+
+def _refuse(connection: h11.Connection, writer: asyncio.StreamWriter, status: HTTPStatus) -> None:
+    head = h11.Response(status_code=status, headers=[("Content-Length", "0")], reason=status.phrase)
+    writer.write((connection.send(head) or b"") + (connection.send(h11.EndOfMessage()) or b""))

@@ -1,0 +1,137 @@
+"""TCP: many nodes at one gateway, a node that looks for its gateway."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from aoscore.common.aio import Backoff
+from aoscore.common.errors import AlreadyExistsError, FailedError
+from aoscore.mp.communication import sockets
+from aoscore.mp.communication.connection import until_one_ends
+from aoscore.mp.communication.sockets import Connector, Listener
+from tests.support.running import running, until
+
+
+async def test_each_connection_has_its_own_handler() -> None:
+    seen: list[bytes] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        seen.append(await reader.read(1))
+        await asyncio.Event().wait()
+
+    listener = Listener("127.0.0.1:0", handler)
+    async with running(listener):
+        writers = []
+        for name in (b"a", b"b"):
+            _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            writer.write(name)
+            writers.append(writer)
+            await until(lambda name=name: name in seen)
+        for writer in writers:
+            writer.close()
+
+
+async def test_failure_of_one_link_leaves_the_others() -> None:
+    ended = asyncio.Event()
+    count = 0
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise TypeError("a bug")
+        await reader.read(1)
+        ended.set()
+
+    listener = Listener("127.0.0.1:0", handler)
+    async with running(listener):
+        reader, _ = await asyncio.open_connection("127.0.0.1", listener.port)
+        with pytest.raises(ConnectionResetError):
+            assert await reader.read() == b""
+            raise ConnectionResetError
+        _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(b"x")
+        await ended.wait()
+
+
+async def test_number_of_links_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "MAX_LINKS", 1)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        writer.write(b"!")
+        await asyncio.Event().wait()
+
+    listener = Listener("127.0.0.1:0", handler)
+    async with running(listener):
+        reader, _ = await asyncio.open_connection("127.0.0.1", listener.port)
+        assert await reader.read(1) == b"!"
+        refused, _ = await asyncio.open_connection("127.0.0.1", listener.port)
+        with pytest.raises(ConnectionResetError):
+            assert await refused.read(1) == b""
+            raise ConnectionResetError
+
+
+async def test_taken_port_is_named() -> None:
+    async def handler(*_: Any) -> None: ...
+
+    first = Listener("127.0.0.1:0", handler)
+    async with running(first):
+        with pytest.raises(AlreadyExistsError, match=f"can't wait for nodes on 127.0.0.1:{first.port}"):
+            async with running(Listener(f"127.0.0.1:{first.port}", handler)):
+                pass
+
+
+async def test_node_connects_again_after_every_end() -> None:
+    served = 0
+
+    async def gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        await reader.read(1)
+
+    async def node(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        nonlocal served
+        served += 1
+        if served < 3:
+            raise FailedError("broken")
+        await asyncio.Event().wait()
+
+    listener = Listener("127.0.0.1:0", gateway)
+    async with running(listener):
+        connector = Connector(f"127.0.0.1:{listener.port}", node, backoff=Backoff(0.01, 0.02))
+        async with running(connector):
+            await until(lambda: served == 3)
+
+
+async def test_gateway_may_be_away() -> None:
+    async def node(*_: Any) -> None: ...
+
+    async with running(Connector("127.0.0.1:1", node, backoff=Backoff(0.01, 0.02))) as task:
+        await asyncio.sleep(0.1)
+        assert not task.done()
+
+
+async def test_cancellation_is_never_hidden_by_a_failure() -> None:
+    """A work fails in the very turn in which the whole is cancelled."""
+    for turns in range(6):
+        go = asyncio.Event()
+
+        async def fails(go: asyncio.Event = go) -> None:
+            await go.wait()
+            raise FailedError("broken")
+
+        async def loop(go: asyncio.Event = go) -> None:
+            while True:
+                try:
+                    await until_one_ends(fails(), asyncio.sleep(60))
+                except FailedError:
+                    go.clear()
+
+        task = asyncio.create_task(loop())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        go.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=5)
+        assert task.cancelled(), turns
