@@ -10,6 +10,7 @@ sockets: that of a server lies in a directory for its user only, that of a clien
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import logging
 import os
@@ -19,6 +20,7 @@ import ssl
 import struct
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -36,6 +38,8 @@ _MAX_THREADS = 4
 _BACKLOG = 128
 _CHUNK_BYTES = 64 * 1024
 _PAUSE_S = 1.0
+_DIRECTORY_PREFIX = "aos-tls-"
+_ABANDONED_AGE_S = 60.0
 _RETRY_S = 0.01
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -224,6 +228,21 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _remove_abandoned() -> None:
+    """Delete the directories of processes that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            # Not one that is just being made.
+            if time.time() - path.stat().st_mtime < _ABANDONED_AGE_S:
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
 class TlsFront:
     """The listening side of a server. `inner` is where the gRPC server has to listen, without TLS."""
 
@@ -232,7 +251,11 @@ class TlsFront:
         self._tls = tls
         self._listener = _listen(host, port)
         self.port = int(self._listener.getsockname()[1])
-        self._directory = Path(tempfile.mkdtemp(prefix="aos-tls-"))
+        _remove_abandoned()
+        self._directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX))
+        # Held for as long as we live: that is how others see that the directory is in use.
+        self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._inner = self._directory / "grpc"
         self.inner = f"unix:{self._inner}"
         self._numbers = itertools.count()
@@ -242,6 +265,7 @@ class TlsFront:
         """Give up port and files."""
         self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)
 
     async def run(self) -> None:
         """Take connections until cancelled."""

@@ -220,9 +220,9 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load avera
 | --- | --- | --- | --- |
 {rows}
 
-The clients run on the same cores, in one Python process: the rate is that of both together. Tokens are SoftHSM's; TLS
-with their keys goes through OpenSSL's pkcs11 provider and the relay of `aoscore/common/relay.py`. Medians of {ROUNDS} rounds, of {HANDSHAKES} for connections; "told" counts from the answer of
-ApplyCert to the last subscriber.
+The clients run on the same cores, in one Python process: the rate is that of both together. Tokens are SoftHSM's;
+TLS with their keys goes through OpenSSL's pkcs11 provider and the relay of `aoscore/common/relay.py`. Medians of
+{ROUNDS} rounds, of {HANDSHAKES} for connections; "told" counts from the answer of ApplyCert to the last subscriber.
 """
 
 

@@ -1,6 +1,8 @@
 """gRPC with TLS by stdlib ssl: the way of keys on tokens, here with keys in files so that no token is needed."""
 
 import asyncio
+import fcntl
+import os
 import socket
 import ssl
 import subprocess
@@ -283,6 +285,19 @@ async def test_nobody_else_uses_our_connection(ca: TestCa, tmp_path: Path, caplo
 async def test_nothing_is_left_behind(ca: TestCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    # That of a process that was killed goes too, and one that is new or in use stays.
+    killed, new, used = (tmp_path / "tmp" / f"aos-tls-{name}" for name in ("killed", "new", "used"))
+    for path in (killed, new, used):
+        path.mkdir()
+    for path in (killed, used):
+        os.utime(path, (0, 0))
+    held = os.open(used, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    relay._remove_abandoned()
+    assert not killed.exists() and new.exists() and used.exists()
+    os.close(held)
+    new.rmdir()
+    used.rmdir()
     identity = relayed(ca.identity(tmp_path, "server"))
     async with running(one := make_server(lambda: identity)):
         (directory,) = (tmp_path / "tmp").iterdir()
