@@ -36,12 +36,12 @@ STEPS = (
     Step("setup", 12),
     Step("lint", 6),
     Step("guests", 30, background=True),
-    Step("unit", 10),
+    Step("unit", 12),
     Step("layer", 8),
-    Step("integration", 12),
-    Step("system", 15, needs_background=True),
+    Step("integration", 25),
+    Step("system", 20, needs_background=True),
     Step("pins", 14),
-    Step("vm", 20),
+    Step("vm", 25),
 )
 
 

@@ -11,6 +11,7 @@ from tests.support.initramfs import Machine, installed_machine, run
 
 pytestmark = [
     pytest.mark.container,
+    pytest.mark.timeout(300),
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root"),
 ]
 

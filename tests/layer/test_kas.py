@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 FILES = sorted(RECIPES.rglob("*.yml"))
 COMBINATIONS = sorted(path for path in RECIPES.glob("*.yml") if path.name != "base.yml")
