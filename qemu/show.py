@@ -55,7 +55,7 @@ def show(directory: Path, images: Images) -> str:
 
 def _last_status(unit: QemuUnit) -> int:
     """Number of the newest status that the cloud has of the Unit."""
-    return max(message["number"] for message in unit.ask("messages", message_type="unitStatus"))
+    return max(int(message["number"]) for message in unit.ask("messages", message_type="unitStatus"))
 
 
 def _ready(guest: Guest, units: tuple[str, ...]) -> dict[str, float]:
