@@ -8,7 +8,7 @@ from aoscore.common.files import remove_tree
 from aoscore.ctl.host import describe, run, step
 from aoscore.ctl.webservice import ITEM, PORT, make_project
 from qemu.guest import Guest
-from qemu.images import DOMAIN, Images
+from qemu.images import CLOUD_IP, DOMAIN, Images
 from qemu.unit import QemuUnit
 
 # IAM does not serve on Secondary Nodes yet.
@@ -39,17 +39,23 @@ def show(directory: Path, images: Images) -> str:
             unit.main.wait_settled()
         with step("The service runs again, without cloud"):
             unit.wait(lambda: "Hello" in unit.page(ITEM, PORT), 120, "the service to answer again")
-            if unit.is_online():
-                raise FailedError("the cloud has a link to the Unit, but the cable is pulled")
+            if unit.main.execute("ping", "-c", "1", "-W", "5", CLOUD_IP).code == 0:
+                raise FailedError("the Main Node reaches the cloud, but the cable is pulled")
         ready = {name: _ready(guest, DAEMONS[name]) for name, guest in unit.nodes.items()}
         memory = {name: _memory(guest, DAEMONS[name]) for name, guest in unit.nodes.items()}
-        with step("Plug the cloud in: the Unit is online"):
+        with step("Plug the cloud in: it hears from the Unit again"):
+            heard = _last_status(unit)
             unit.cut_uplink(cut=False)
-            unit.wait(unit.is_online, 120, "the Unit to come online")
+            unit.wait(lambda: _last_status(unit) > heard, 120, "a status of the Unit")
             unit.wait(unit.all_active, 60, "the cloud to know that the service runs")
         return _report(images, ready, memory)
     finally:
         unit.stop()
+
+
+def _last_status(unit: QemuUnit) -> int:
+    """Number of the newest status that the cloud has of the Unit."""
+    return max(int(message["number"]) for message in unit.ask("messages", message_type="unitStatus"))
 
 
 def _ready(guest: Guest, units: tuple[str, ...]) -> dict[str, float]:
