@@ -21,7 +21,7 @@ AOS_KERNEL_ARGS ?= "\
     root=${AOS_DISK_PREFIX}3 ro rootwait \
     cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 \
     vardir.disk=PARTLABEL=var \
-    opendisk.target=PARTLABEL=aos opendisk.pkcs11=${AOS_HSM} opendisk.pkcs11.pinfile=/var/aos/iam/.usrpin \
+    opendisk.target=PARTLABEL=aos opendisk.pkcs11=${AOS_KEYS} opendisk.pkcs11.pinfile=/var/aos/iam/.usrpin \
     aosupdate.disk=/dev/aosvg/workdirs aosupdate.path=sm/runtimes/rootfs \
     aosupdate.roots=PARTLABEL=rootfs_a,PARTLABEL=rootfs_b \
 "

@@ -62,7 +62,7 @@ RDEPENDS:initramfs-module-aos-opendisk = "\
     initramfs-module-udev \
     lvm2 \
     opensc \
-    ${@bb.utils.contains('AOS_HSM', 'optee', '', 'softhsm', d)} \
+    ${@bb.utils.contains('AOS_KEYS', 'optee', '', 'softhsm', d)} \
 "
 
 SUMMARY:initramfs-module-aos-aosupdate = "Root file system updates"

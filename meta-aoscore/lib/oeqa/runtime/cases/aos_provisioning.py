@@ -21,7 +21,7 @@ class AosProvisioningTest(OERuntimeTestCase):
 
     @OETestDepends(["ssh.SSHTest.test_ssh"])
     def test_the_key_library_is_there(self):
-        if (self.td.get("AOS_HSM") or "softhsm") != "softhsm":
+        if (self.td.get("AOS_KEYS") or "softhsm") != "softhsm":
             self.skipTest("keys are not in SoftHSM")
         status, output = self.target.run("test -r /usr/lib/softhsm/libsofthsm2.so")
         self.assertEqual(status, 0, output)
