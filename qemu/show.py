@@ -1,5 +1,6 @@
 """`make qemu`: a Unit of guests from images to a service that survives a power cut without its cloud, with figures."""
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def _report(images: Images, ready: dict[str, dict[str, float]], memory: dict[str
     version = run(["qemu-system-x86_64", "--version"]).splitlines()[0]
     lines = [
         f"Written by `make qemu` on {datetime.now(UTC):%Y-%m-%d}: {describe()}; {version}, processor emulated (TCG).",
+        f"Load of the machine when it was written: {os.getloadavg()[0]:.0f}; the two guests alone make about 2.",
         "",
         "| node | unit | boot to ready, s | PSS, MiB |",
         "| --- | --- | --- | --- |",
