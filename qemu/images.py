@@ -112,7 +112,11 @@ def write_node(node: Node, root: Path, cloud_ip: str = CLOUD_IP) -> None:
     write(tree(node), root)
     units = root / "etc" / "systemd" / "system"
     units.mkdir(parents=True, exist_ok=True)
-    unused = (*_MASKED, *(() if node.nfs else _OF_NFS), *(() if node.data_disk else _OF_VOLUMES))
+    unused = [*_MASKED, *(() if node.nfs else _OF_NFS), *(() if node.data_disk else _OF_VOLUMES)]
+    if not node.is_main:
+        # aos-prov takes all Nodes that have registered, however many it was told to wait for: a test that wants both
+        # unmasks this.
+        unused.append("aos-iam-prov.service")
     for name in unused:
         (units / name).symlink_to("/dev/null")
     # Yocto's presets do this.

@@ -12,7 +12,7 @@ from qemu.guest import Guest
 from qemu.images import CLOUD_IP, DOMAIN, Images
 from qemu.unit import QemuUnit
 
-# IAM does not serve on Secondary Nodes yet.
+# The Secondary Node is not provisioned.
 DAEMONS: dict[str, tuple[str, ...]] = {"main": ("aos-iam", "aos-cm", "aos-sm"), "secondary": ()}
 _MIB = 1 << 20
 

@@ -122,7 +122,6 @@ def _save(target: Path, images: Images) -> None:
     unit = QemuUnit(target, images)
     try:
         unit.start()
-        # IAM does not serve on Secondary Nodes yet: it is as far there as it gets.
         unit.wait(partial(unit.main.run, *_PROVISIONABLE), 120, "the Main Node to be ready for provisioning")
         for guest in unit.nodes.values():
             # As small as it gets: what lies in caches is saved too.

@@ -41,9 +41,12 @@ def test_two_nodes_boot_and_reach_each_other(nspawn_unit: NspawnUnit) -> None:
     assert "1 received" in secondary.run("ping", "-c", "1", "-W", "10", MAIN_IP)
     assert secondary.run("getent", "ahostsv4", "main").startswith(MAIN_IP)
     nspawn_unit.wait(lambda: main.run("systemctl", "is-active", "aos-iam-prov"), 60, "IAM of the Main Node")
-    # IAM does not serve on Secondary Nodes yet; it says so, and systemd goes on trying.
+    secondary.run("systemctl", "unmask", "aos-iam-prov")
+    secondary.run("systemctl", "start", "--no-block", "aos-iam-prov")
     log = ("journalctl", "-u", "aos-iam-prov", "-o", "cat")
-    nspawn_unit.wait(lambda: "Init IAM" in secondary.run(*log), 60, "IAM of the Secondary Node to be started")
+    nspawn_unit.wait(
+        lambda: "Node connected" in main.run(*log), 60, "the Secondary Node to register with the Main Node"
+    )
     for node in (main, secondary):
         units = node.run("systemctl", "list-unit-files", "--no-legend", "aos-*").split()
         assert "aos-sm.service" in units

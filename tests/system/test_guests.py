@@ -150,8 +150,6 @@ def test_the_nodes_reach_each_other_and_only_main_the_cloud(unit: QemuUnit) -> N
     assert "1 received" in unit.secondary.run("ping", "-c", "1", "-W", "20", MAIN_IP)
     assert "1 received" in unit.main.run("ping", "-c", "1", "-W", "20", "172.31.9.1")
     assert unit.secondary.execute("ping", "-c", "1", "-W", "2", "172.31.9.1").code != 0
-    # IAM does not serve on Secondary Nodes yet, but it is started there.
-    assert "Init IAM" in unit.secondary.run("journalctl", "-u", "aos-iam-prov", "-o", "cat")
 
 
 def test_a_resumed_guest_knows_the_time(unit: QemuUnit) -> None:

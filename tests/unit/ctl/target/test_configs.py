@@ -1,6 +1,5 @@
 """Configuration files as the daemons read them."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,12 @@ import pytest
 
 from aoscore.cm.config import Config as CmConfig
 from aoscore.cm.config import load as load_cm
-from aoscore.common.errors import ConfigError
 from aoscore.ctl.target import Node, tree, write
+from aoscore.iam import app as iam_app
+from aoscore.iam.certhandler.tokenstore import TokenStoreParams
 from aoscore.iam.config import load as load_iam
+from aoscore.mp.config import load as load_mp
+from aoscore.sm import app as sm_app
 from aoscore.sm.config import load as load_sm
 from aoscore.sm.launcher.runtimes.container.config import load_container_config
 
@@ -44,20 +46,23 @@ def test_daemons_of_the_main_node_take_them(node: Node, tmp_path: Path) -> None:
     assert [module.id for module in iam.enabled_modules][:5] == ["online", "offline", "iam", "sm", "cm"]
 
 
-def test_daemons_of_a_secondary_node_take_them(tmp_path: Path) -> None:
-    etc = written(Node(kind="secondary"), tmp_path)
-    assert load_sm(etc / "sm.cfg").cm_server_url == "localhost:8093"
+@pytest.mark.parametrize("components", [("sm", "iam", "mp"), ("sm", "iam")])
+def test_daemons_of_a_secondary_node_take_them(components: tuple[str, ...], tmp_path: Path) -> None:
+    etc = written(Node(kind="secondary", components=components), tmp_path)
+    by_mp = "mp" in components
+    assert load_sm(etc / "sm.cfg").runtimes
+    iam = iam_app.load(etc / "iam.cfg")
+    assert iam.config.main_iam_public_server_url == ("localhost:8190" if by_mp else "main:8090")
+    assert set(iam.stores) == {"iam", "sm", "diskencryption"}
+    if by_mp:
+        assert load_mp(etc / "mp.cfg").role == "node"
 
 
-def test_what_our_daemons_cannot_do_yet_is_written_as_the_facts_say(tmp_path: Path) -> None:
-    """Each line here falls away with the daemon that learns it."""
-    etc = written(Node(kind="secondary"), tmp_path)
-    with pytest.raises(ConfigError, match="Secondary Nodes are not supported yet"):
-        load_iam(etc / "iam.cfg")
-    assert importlib.util.find_spec("aoscore.mp.config") is None, "feed mp.cfg to MP's reader"
-    # IAM's and SM's readers take the sections; what they name is refused where it is built.
-    assert config(MAIN, "iam")["certModules"][0]["plugin"] == "pkcs11module"
-    assert [runtime["plugin"] for runtime in config(MAIN, "sm")["runtimes"]] == ["container", "rootfs", "boot"]
+def test_keys_and_runtimes_are_taken_with_their_sections(tmp_path: Path) -> None:
+    etc = written(Node(components=("cm", "sm", "iam", "mp")), tmp_path)
+    assert all(isinstance(store, TokenStoreParams) for store in iam_app.load(etc / "iam.cfg").stores.values())
+    assert [kind for kind, _ in sm_app.load(etc / "sm.cfg").runtimes] == ["crun", "rootfs", "boot"]
+    assert load_mp(etc / "mp.cfg").role == "gateway"
 
 
 def test_values_that_differ_by_node() -> None:
