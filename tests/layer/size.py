@@ -32,8 +32,9 @@ UNSHIPPED = (
     ),
 )
 BEGIN, END = "<!-- layer size -->", "<!-- end of layer size -->"
-# The data of tests, and what only building needs: a recipe's package does not hold them either.
-_UNUSED = re.compile(r"(^|/)(tests?|__pycache__)/|\.(pyx|pxd|pyi|c|cpp|h|hpp)$")
+# The data of tests, what only building needs, and SQLite's own tools, which apsw adds to the packages of the registry
+# alone: a recipe's package does not hold them either.
+_UNUSED = re.compile(r"(^|/)(tests?|__pycache__|sqlite_extra_binaries)/|\.(pyx|pxd|pyi|c|cpp|h|hpp)$")
 
 
 def closure(names: list[str]) -> list[str]:
