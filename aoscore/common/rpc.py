@@ -252,7 +252,9 @@ async def _abort(context: Any, method: Callable[..., Any], error: BaseException)
         _log.error("Request failed: method=%s, error=%s", _describe(method), cause)
     else:
         _log.error("Request failed unexpectedly: method=%s", _describe(method), exc_info=cause)
-    await context.abort(grpc.StatusCode.INTERNAL, str(cause) or type(cause).__name__)
+    # An error may have a status of its own.
+    status = getattr(cause, "grpc_status", grpc.StatusCode.INTERNAL)
+    await context.abort(status, str(cause) or type(cause).__name__)
 
 
 def handler(method: F) -> F:

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc
 import msgspec
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
@@ -18,6 +19,12 @@ _QUEUE_LIMIT = 64
 
 class UnreachableError(FailedError):
     """The Node could not be asked, or did not answer; nothing is known of what it did."""
+
+
+class CallerTimeError(UnreachableError):
+    """The caller did not want to wait longer. Its own end of the call says the same, and either may be first."""
+
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class Exchange:
@@ -86,7 +93,7 @@ class NodeLink:
             async with asyncio.timeout(remaining_s):
                 return await answer
         except TimeoutError:
-            raise UnreachableError(f"node {self.node_id!r} did not answer in the time of the caller") from None
+            raise CallerTimeError(f"node {self.node_id!r} did not answer in the time of the caller") from None
 
     async def work(self, write: Write) -> None:
         """Write requests and await their answers, until cancelled. Raises UnreachableError when the Node is silent."""

@@ -2,7 +2,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from aoscore.common.errors import NotFoundError
+from aoscore.common.errors import FailedError, NotFoundError
 from aoscore.common.rpc import handler
 
 
@@ -18,6 +18,10 @@ class Context:
         raise grpc.aio.AbortError
 
 
+class LateError(FailedError):
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 class Servicer:
     @handler
     async def unary(self, request: str, context: Context) -> str:
@@ -25,6 +29,8 @@ class Servicer:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody there")
         if request == "error":
             raise NotFoundError("no such thing")
+        if request == "late":
+            raise LateError("too late")
         return request
 
     @handler
@@ -36,6 +42,7 @@ class Servicer:
 CASES = [
     ("own status", (grpc.StatusCode.UNAVAILABLE, "nobody there")),
     ("error", (grpc.StatusCode.INTERNAL, "no such thing")),
+    ("late", (grpc.StatusCode.DEADLINE_EXCEEDED, "too late")),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore.iam.iamserver.admission import Port
-from aoscore.iam.iamserver.nodelink import Exchange, NodeLink, UnreachableError
+from aoscore.iam.iamserver.nodelink import CallerTimeError, Exchange, NodeLink, UnreachableError
 from tests.support.running import until
 
 PAUSE = pb.IAMIncomingMessages(pause_node_request=pb.PauseNodeRequest(node_id="n2"))
@@ -93,7 +93,7 @@ async def test_caller_s_time_ends_and_its_late_answer_is_nobody_else_s() -> None
         later = bench.pause()
         unwritten = bench.pause(remaining_s=0.05)
         for task in (early, unwritten):
-            with pytest.raises(UnreachableError, match="time of the caller"):
+            with pytest.raises(CallerTimeError, match="time of the caller"):
                 await task
         assert bench.written == ["pause_node_request"] and not later.done()
         assert bench.link.on_reply("pause_node_response", pb.PauseNodeResponse())
