@@ -30,6 +30,7 @@ from aoscore.sm.launcher.runtimes.native.config import load_native_config
 from aoscore.sm.launcher.runtimes.native.engine import SystemdEngine
 from aoscore.sm.launcher.runtimes.native.unit import unit_name
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path
+from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import Resources
 from aoscore.sm.systemd import Systemd
 
@@ -80,6 +81,7 @@ def runtime() -> ContainerRuntime:
         networks=Networks(),
         permissions=Secrets(),
         resources=Resources(()),
+        disk_quotas=DiskQuotas(),
         output=JournalOutput(),
         history=RunHistory(ROOT / "history"),
         send_alert=alert,
