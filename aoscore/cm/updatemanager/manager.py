@@ -402,7 +402,7 @@ class UpdateManager:
         """Kinds that are being updated now."""
         if self._desired is None or self._phase in (Phase.NONE, Phase.DOWNLOADING, Phase.PENDING):
             return frozenset()
-        return await self._gate.part(plan.identity(self._desired))
+        return await self._part(self._desired)
 
     async def _configure(self, desired: DesiredStatus) -> Outcome:
         """Nodes and unit config. Errors are reported and do not keep the items from being updated."""
