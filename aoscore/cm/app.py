@@ -8,8 +8,9 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aoscore.cm import config as configuration
 from aoscore.cm.alerts import Alerts
@@ -61,7 +62,6 @@ from aoscore.cm.updatemanager.scheduler import UpdateScheduler
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.blobstore import BlobStore
-from aoscore.common.certs import load_certificates
 from aoscore.common.daemon import EXIT_OK, Option, Program, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
@@ -72,6 +72,9 @@ from aoscore.common.log import kv
 from aoscore.common.rpc import Server
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _log = logging.getLogger(__name__)
 
@@ -133,6 +136,12 @@ def _runtime_platforms(nodes: NodeInfoProvider) -> set[RuntimePlatform] | None:
     return platforms or None
 
 
+def _roots(ca_file: Path) -> Sequence[x509.Certificate]:
+    from aoscore.common.certs import load_certificates
+
+    return load_certificates(read_roots(ca_file), what=str(ca_file))
+
+
 def _link(config: Config, system_id: str, iam: IamPublicClient, worker: Worker, alert: Alert) -> CloudLink:
     return CloudLink(
         system_id,
@@ -181,7 +190,7 @@ async def _images(
         blobs,
         fetcher,
         worker,
-        roots=load_certificates(read_roots(config.ca_cert), what=str(config.ca_cert)),
+        roots=partial(_roots, config.ca_cert),
         runtimes=lambda: None if settings.all_platforms else _runtime_platforms(nodes),
     )
     return manager

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import grpc
 import msgspec
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from aoscore.common.aio import run_abandonable
-from aoscore.common.certs import load_chain_url, read_file_url, url_path
+from aoscore.common.certurls import read_chain_url, read_file_url, url_path
 from aoscore.common.errors import AosError, DeadlineError, FailedError, InvalidArgumentError, NotFoundError
 from aoscore.common.pkcs11.url import is_token_url, parse_token_url
 from aoscore.common.types import CertInfo
@@ -113,9 +112,11 @@ class TlsIdentity(TlsRoots, frozen=True):
         on_token = is_token_url(self.key_url)
         try:
             if on_token:
-                pem = b"".join(cert.public_bytes(Encoding.PEM) for cert in load_chain_url(self.cert_url))
                 # OpenSSL wants names of files; none of this belongs on a disk.
-                with _memory_file(pem) as chain, _memory_file(parse_token_url(self.key_url).provider_pem()) as key:
+                with (
+                    _memory_file(read_chain_url(self.cert_url)) as chain,
+                    _memory_file(parse_token_url(self.key_url).provider_pem()) as key,
+                ):
                     with TOKEN_LOCK:
                         context.load_cert_chain(chain, key)
             else:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from cryptography import x509
 
 from aoscore.common.aio import Service, Worker
-from aoscore.common.certs import load_certificates
 from aoscore.common.config import load_section
 from aoscore.common.daemon import Option, Program, run_daemon
 from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
@@ -49,6 +47,8 @@ from aoscore.iam.permissions import Permissions
 from aoscore.iam.provisioning import Provisioning
 
 if TYPE_CHECKING:
+    from cryptography import x509
+
     from aoscore.iam.identhandler.visidentifier import VisIdentifierParams
 
 _log = logging.getLogger(__name__)
@@ -294,10 +294,12 @@ def _stores(settings: Settings) -> dict[str, KeyStore]:
     return stores
 
 
-def _root_reader(ca_file: Path | None) -> Callable[[], Sequence[x509.Certificate]]:
+def _root_reader(ca_file: Path | None) -> "Callable[[], Sequence[x509.Certificate]]":
     """The roots of the Unit, read when they are needed: a new Unit may get the file later."""
 
-    def read() -> Sequence[x509.Certificate]:
+    def read() -> "Sequence[x509.Certificate]":
+        from aoscore.common.certs import load_certificates
+
         if ca_file is None or not ca_file.exists():
             return []
         return load_certificates(ca_file.read_bytes(), what=str(ca_file))

@@ -7,7 +7,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from aoscore.common.certs import file_url
+from aoscore.common.certurls import file_url
 from aoscore.common.keys import PrivateKey, private_key_pem
 from aoscore.common.tls import TlsIdentity
 
