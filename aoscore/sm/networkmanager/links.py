@@ -35,6 +35,7 @@ from aoscore.sm.networkmanager.model import (
     parse_subnet,
     veth_name,
 )
+from aoscore.sm.networkmanager.netlink import netlink_error, open_route
 
 ALIAS = "aos"
 INSIDE = "eth0"
@@ -82,7 +83,7 @@ class Links:
     @property
     def _ip(self) -> Any:
         if self._route is None:
-            self._route = _open_route()
+            self._route = open_route()
         return self._route
 
     def ensure_bridge(self, network: Network) -> list[str]:
@@ -175,7 +176,7 @@ class Links:
                 done.append("link")
             else:
                 # AosCore 9.1 shapes uploads there; without its ifb link everything would be dropped.
-                with contextlib.suppress(_netlink_error()):
+                with contextlib.suppress(netlink_error()):
                     self._ip.tc("del", "ingress", link["index"])
             self._own(link)
             done += self._enslave(link, self._need(network.bridge)["index"])
@@ -257,23 +258,10 @@ class Links:
 def _netlink_errors(what: str) -> Any:
     try:
         yield
-    except _netlink_error() as error:
+    except netlink_error() as error:
         raise RuntimeFailure(f"{what}: {os.strerror(error.code)}", error.code) from error
     except OSError as error:
         raise RuntimeFailure(f"{what}: {error.strerror or error}", error.errno or 0) from error
-
-
-def _netlink_error() -> Any:
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    return NetlinkError
-
-
-def _open_route() -> Any:
-    # Imported on use: it takes time and memory that a node without instances can save.
-    from pyroute2 import IPRoute
-
-    return IPRoute()
 
 
 def _index(name: str) -> int | None:
@@ -318,7 +306,7 @@ def _ensure_address(route: Any, index: int, wanted: tuple[str, int], **members: 
         return []
     # One that is to go may take the wanted one of the same subnet along: so all go.
     for address, prefix_length in present:
-        with contextlib.suppress(_netlink_error()):
+        with contextlib.suppress(netlink_error()):
             route.addr("del", index=index, address=address, prefixlen=prefix_length)
     route.addr("add", index=index, address=wanted[0], prefixlen=wanted[1], **members)
     return ["address"]
@@ -398,7 +386,7 @@ def _configure_inside(namespace: Path, address: tuple[str, int], gateway: str, u
     """In a thread of its own."""
     linux.setns(namespace, linux.CLONE_NEWNET)
     done = []
-    with contextlib.closing(_open_route()) as route:
+    with contextlib.closing(open_route()) as route:
         links = {link.get_attr("IFLA_IFNAME"): link for link in route.get_links()}
         inner = links[INSIDE]
         index = inner["index"]
