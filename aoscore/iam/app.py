@@ -33,6 +33,7 @@ from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.currentnode.state import StateStore
 from aoscore.iam.database import IamDatabase
 from aoscore.iam.iamclient.client import MainIamClient, Way
+from aoscore.iam.iamserver.access import AccessList
 from aoscore.iam.iamserver.admission import Evidence
 from aoscore.iam.iamserver.nodecontroller import NodeController
 from aoscore.iam.iamserver.nodes import LocalNode, NodeRouter, RemoteNode, system_id
@@ -154,8 +155,10 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
         return RemoteNode(node_id, remaining_s, nodes=nodes, keys=keys, controller=controller, identifier=identifier)
 
     router = NodeRouter(node, local, remote)
-    parts = Parts(node, nodes, certs, identifier, permissions, router, controller)
     secure = _is_secure(options.provisioning, node.info.state)
+    # Before there are certificates nobody can show one.
+    access = AccessList(config.access if secure else {}, certs.type_of)
+    parts = Parts(node, nodes, certs, identifier, permissions, router, controller, access)
     public_tls = _credentials(config, certs, require_client=False) if secure else None
     protected_tls = _credentials(config, certs, require_client=True) if secure else None
     protected_url = config.iam_protected_server_url
