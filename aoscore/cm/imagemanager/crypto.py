@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.padding import PKCS7
 
 from aoscore.cm.communication.messages import CertificateChain, DecryptInfo, SignInfo, SigningCertificate
+from aoscore.common.aio import raise_if_abandoned
 from aoscore.common.blobstore import file_digest
 from aoscore.common.certs import verify_chain
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotSupportedError, SignatureError
@@ -102,6 +103,7 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
             reader.seek(0)
             cipher = Cipher(algorithms.AES(info.block_key), modes.GCM(info.block_iv, tag)).decryptor()
             while left > 0:
+                raise_if_abandoned()
                 chunk = reader.read(min(_CHUNK_BYTES, left))
                 left -= len(chunk)
                 writer.write(cipher.update(chunk))
@@ -118,6 +120,7 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
         unpadder = PKCS7(_BLOCK_BYTES * 8).unpadder()
         try:
             while chunk := reader.read(_CHUNK_BYTES):
+                raise_if_abandoned()
                 writer.write(unpadder.update(plain.update(chunk)))
             writer.write(unpadder.update(plain.finalize()) + unpadder.finalize())
         except ValueError:

@@ -45,7 +45,7 @@ from aoscore.cm.launcher.nodedriver import DriverSettings, NodeDriver
 from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.storagestate.manager import DiskBudgets, Paths
-from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue, unbroken
 from aoscore.common.errors import AosError, DeadlineError, NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import (
@@ -205,17 +205,14 @@ class Launcher:
     async def run_instances(self, requests: Sequence[RunRequest]) -> None:
         """Run these instances and no others.
 
-        Stores the requests, waits for nodes that should be there, decides, stores the decision and hands it to the
-        nodes. Afterwards `statuses` shows every wanted instance: activating until its node has told of it.
+        Waits for nodes that should be there, stores the requests, decides, stores the decision and hands it to the
+        nodes. Afterwards `statuses` shows every wanted instance: activating until its node has told of it. A call that
+        is cancelled has done all of it or nothing.
         """
-        ordered = sorted_requests(requests)
-        await self._store.save_requests(ordered)
-        self._requests = ordered
-        self._hold = False
         await self._wait_for_nodes()
         async with self._lock:
             self._place_pause.reset()
-            await self._balance(rebalance=False, retry=True)
+            await self._balance(rebalance=False, retry=True, requests=sorted_requests(requests))
 
     def requests(self) -> list[RunRequest]:
         """What shall run now."""
@@ -382,9 +379,20 @@ class Launcher:
 
     # ---- decisions
 
-    async def _balance(self, *, rebalance: bool, retry: bool = False) -> None:
-        """Decide where everything runs, write it down, hand it to the nodes."""
+    async def _balance(self, *, rebalance: bool, retry: bool = False, requests: list[RunRequest] | None = None) -> None:
+        """Decide where everything runs, write it down, hand it to the nodes. Without new requests: for the old ones."""
         self._must_balance = False
+        # Nodes may take long to answer; nothing has changed until then.
+        loads = await self._loads()
+        await unbroken(self._decide(loads, requests, rebalance=rebalance, retry=retry))
+
+    async def _decide(
+        self, loads: Mapping[str, NodeMonitoring], requests: list[RunRequest] | None, *, rebalance: bool, retry: bool
+    ) -> None:
+        if requests is not None:
+            await self._store.save_requests(requests)
+            self._requests = requests
+            self._hold = False
         unloaded = self._unloaded_nodes()
         current = self._book.sites()
         items = {
@@ -402,7 +410,7 @@ class Launcher:
             if record.site and not (item := items[record.ident.item_id, record.version]).variants
         }
         decisions = orphans | place(
-            await self._with_loads(unloaded, current),
+            [_with_load(node, loads.get(node.node_id), current) for node in unloaded],
             [
                 _wanted(record, items[record.ident.item_id, record.version])
                 for record in records
@@ -520,25 +528,19 @@ class Launcher:
             ram_rule=_balancer_rule(rules.ram),
         )
 
-    async def _with_loads(self, nodes: Sequence[Node], current: Mapping[InstanceIdent, Site]) -> list[Node]:
-        return list(await asyncio.gather(*(self._with_load(node, current) for node in nodes)))
+    async def _loads(self) -> dict[str, NodeMonitoring]:
+        """How busy the nodes are; one that does not tell counts as idle."""
 
-    async def _with_load(self, node: Node, current: Mapping[InstanceIdent, Site]) -> Node:
-        """A node that does not tell how busy it is counts as idle."""
-        if node.presence is not Presence.ONLINE:
-            return node
-        try:
-            average = await self._sms.get_average_monitoring(node.node_id)
-        except AosError as error:
-            _log.warning(kv("Balancing without the load of a node", nodeID=node.node_id, error=error))
-            return node
-        loads: dict[tuple[InstanceIdent, str], Usage] = {}
-        for one in average.instances:
-            # A 9.1.0 SM does not tell the runtime (sm.md §2.3).
-            site = current.get(one.ident)
-            runtime_id = one.runtime_id or (site.runtime_id if site else "")
-            loads[one.ident, runtime_id] = Usage(one.data.cpu, one.data.ram)
-        return msgspec.structs.replace(node, load=Usage(average.node.cpu, average.node.ram), instance_loads=loads)
+        async def ask(node_id: str) -> NodeMonitoring | None:
+            try:
+                return await self._sms.get_average_monitoring(node_id)
+            except AosError as error:
+                _log.warning(kv("Balancing without the load of a node", nodeID=node_id, error=error))
+                return None
+
+        online = [node.node_id for node in self._nodes.nodes() if self._presence(node) is Presence.ONLINE]
+        averages = await asyncio.gather(*(ask(node_id) for node_id in online))
+        return {node_id: average for node_id, average in zip(online, averages, strict=True) if average is not None}
 
     def _driver(self, node_id: str) -> NodeDriver:
         driver = self._drivers.get(node_id)
@@ -646,6 +648,18 @@ class Launcher:
         except BaseException:
             self._book.put_back_changes(changed, deleted)
             raise
+
+
+def _with_load(node: Node, average: NodeMonitoring | None, current: Mapping[InstanceIdent, Site]) -> Node:
+    if average is None:
+        return node
+    loads: dict[tuple[InstanceIdent, str], Usage] = {}
+    for one in average.instances:
+        # A 9.1.0 SM does not tell the runtime (sm.md §2.3).
+        site = current.get(one.ident)
+        runtime_id = one.runtime_id or (site.runtime_id if site else "")
+        loads[one.ident, runtime_id] = Usage(one.data.cpu, one.data.ram)
+    return msgspec.structs.replace(node, load=Usage(average.node.cpu, average.node.ram), instance_loads=loads)
 
 
 def _wanted(record: InstanceRecord, item: Item) -> Wanted:
