@@ -29,6 +29,7 @@ from aoscore.cm.communication.messages import (
     StateAcceptance,
     UpdateState,
 )
+from aoscore.cm.communication.outbox import Outbox
 from aoscore.cm.config import Config
 from aoscore.cm.database import open_database
 from aoscore.cm.fileserver import BlobServer
@@ -133,7 +134,9 @@ def _runtime_platforms(nodes: NodeInfoProvider) -> set[RuntimePlatform] | None:
     return platforms or None
 
 
-def _link(config: Config, system_id: str, iam: IamPublicClient, worker: Worker, alert: Alert) -> CloudLink:
+def _link(
+    config: Config, system_id: str, iam: IamPublicClient, database: Database, worker: Worker, alert: Alert
+) -> CloudLink:
     return CloudLink(
         system_id,
         LinkSettings(
@@ -144,6 +147,7 @@ def _link(config: Config, system_id: str, iam: IamPublicClient, worker: Worker, 
         ),
         Identities(iam, config.ca_cert),
         worker,
+        outbox=Outbox(database),
         message_log=MessageLog(config.cloud_message_log) if config.cloud_message_log else None,
         unreadable=lambda error: alert(str(error)),
     )
@@ -196,7 +200,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     keeper = CertificateKeeper(iam, config.cert_storage, config.ca_cert)
     protected_iam = await stack.enter_async_context(IamClient(config.iam_protected_server_url, lambda: keeper.identity))
 
-    link = _link(config, await _system_id(iam), iam, worker, alert=lambda text: alerts.add_core_alert(text))
+    link = _link(config, await _system_id(iam), iam, database, worker, alert=lambda text: alerts.add_core_alert(text))
     nodes = NodeInfoProvider(iam, sm_timeout_s=config.node_info_provider.sm_connection_timeout)
     subjects = UnitSubjects(iam)
     alerts = Alerts(link, send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id)

@@ -87,6 +87,8 @@ OWN_TABLES: Final = (
     # Digest of the start list that a node confirmed last, so that a restart of CM sends nothing anew.
     "CREATE TABLE IF NOT EXISTS aoscore_launcher_confirmed (nodeID TEXT NOT NULL PRIMARY KEY, digest TEXT)",
     *UPDATE_GATE_TABLES,
+    # Messages that the cloud has not acknowledged yet, in their order.
+    "CREATE TABLE IF NOT EXISTS aoscore_outbox (txn TEXT NOT NULL PRIMARY KEY, type TEXT, frame BLOB)",
     # Checksum of a state that the cloud has not accepted yet.
     f"""CREATE TABLE IF NOT EXISTS aoscore_state_unaccepted (
         {_IDENT}, checksum BLOB,
