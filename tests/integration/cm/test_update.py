@@ -1,4 +1,4 @@
-"""A real CM between a cloud, an IAM process and a node: updates, going back, bad input, and kill -9 at every phase."""
+"""A real CM between a cloud, an IAM process and a node: updates, going back, bad input, kill -9 at random moments."""
 
 import asyncio
 import random
@@ -20,7 +20,6 @@ from tests.support.pki import TestCa
 from tests.support.sm import TestSm
 from tests.support.unitbed import UnitBed, shown_items, unit_bed
 
-PHASES = ["downloading", "pending", "installing", "launching", "activating", "finalizing"]
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -76,44 +75,6 @@ async def test_deploy_update_remove(bed: UnitBed) -> None:
     await bed.until(lambda: bed.running == {} and bed.statuses()[-1]["items"] == bed.statuses()[-1]["instances"] == [])
     assert await bed.stop() == 0
     assert " [ERR] " not in bed.log().replace("Cloud connection lost", "")
-
-
-@pytest.mark.parametrize("point", [f"{when} {phase}" for phase in PHASES for when in ("after", "before")])
-async def test_killed_at_every_phase_the_end_is_the_same(bed: UnitBed, point: str) -> None:
-    if point == "before downloading":
-        pytest.skip("nothing has begun then: the cloud repeats its wish")
-    await bed.start()
-    await deploy_first(bed)
-    await bed.stop()
-    wish = bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1))
-    await bed.start(point)
-    await bed.cloud.connected()
-    await bed.cloud.send_frame(wish)
-    await bed.died()
-    seen = len(bed.statuses())
-    await bed.start()
-    # The cloud says nothing more: what was accepted is on disk.
-    await bed.until(lambda: bed.phase == "none" and len(bed.statuses()) > seen)
-    await bed.full_status(lambda status: shown_items(status) == {"a 2.0.0": "installed", "b 1.0.0": "installed"})
-    await bed.until(lambda: bed.running == {"a": "2.0.0", "b": "1.0.0"})
-    assert bed.items == {"a 2.0.0": "installed", "b 1.0.0": "installed"}
-    files = {path.name for path in (bed.directory / "work" / "install" / "blobs" / "sha256").iterdir()}
-    assert files == {digest.removeprefix("sha256:") for digest in (*A2.blobs, *B1.blobs)}
-
-
-@pytest.mark.parametrize("point", ["after launching", "after activating", "after finalizing"])
-async def test_killed_while_going_back(bed: UnitBed, point: str) -> None:
-    await bed.start()
-    await deploy_first(bed)
-    await bed.stop()
-    bed.sm.broken_versions = {("a", "2.0.0")}
-    await bed.start(point)
-    await bed.cloud.connected()
-    await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2)))
-    await bed.died()
-    await bed.start()
-    await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed", "a 2.0.0": "failed"})
-    await bed.until(lambda: bed.running == {"a": "1.0.0"})
 
 
 async def test_killed_again_and_again_at_any_moment(bed: UnitBed) -> None:
