@@ -291,6 +291,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         UpdateStore(database),
         UpdateSettings(
             activating_s=config.update_manager.activating_timeout,
+            retry_pause_s=config.update_manager.retry_pause,
             placement_s=config.node_info_provider.sm_connection_timeout,
             max_remove_percent=config.update_manager.max_remove_percent,
             absent_means_keep=config.update_manager.absent_means_keep,

@@ -348,10 +348,10 @@ class ImageManager:
                     continue  # a platform that was not downloaded
 
     def _drop_partials(self) -> None:
-        """Deletes partial files that no version can use."""
-        needed = {digest.removeprefix("sha256:") for digest in self._reachable(self._items.all())}
+        """Deletes partial files that no version can use, or whose blob is in the store: a crash may leave both."""
+        needed = {digest for digest in self._reachable(self._items.all()) if not self._blobs.contains(digest)}
         for path in self._fetcher.idle_partials():
-            if path.name not in needed:
+            if f"sha256:{path.name}" not in needed:
                 path.unlink(missing_ok=True)
 
     async def evict(self, directory: Path, needed_bytes: int) -> None:

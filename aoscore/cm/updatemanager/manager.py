@@ -43,9 +43,7 @@ from aoscore.common.types import ConfigState
 _log = logging.getLogger(__name__)
 
 STEP_ATTEMPTS: Final = 5
-# A run that left something undone (a full disk, a blob that the cloud did not have) is repeated after these pauses.
-RETRY_FIRST_S: Final = 60.0
-RETRY_LIMIT_S: Final = 1800.0
+RETRY_GROWTH: Final = 30.0
 _RECHECK_S: Final = 1.0
 
 
@@ -125,6 +123,8 @@ class UpdateSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     activating_s: float
     placement_s: float
+    retry_pause_s: float = 60.0
+    """A run that left something undone (a full disk, a blob that the cloud did not have) is repeated after it."""
     max_remove_percent: int = 100
     absent_means_keep: bool = False
 
@@ -147,9 +147,8 @@ class UpdateManager:
         gate: UpdateGate,
         alert: Callable[[str], None],
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 60.0),
-        retry_pause: Backoff | None = None,
     ) -> None:
-        """`backoff` makes the pauses between attempts of one step, `retry_pause` those between whole runs."""
+        """`backoff` makes the pauses between attempts of one step."""
         self._store = store
         self._settings = settings
         self._images = images
@@ -166,7 +165,7 @@ class UpdateManager:
         self._desired: DesiredStatus | None = None
         self._tried = Tried()
         self._refused: DesiredStatus | None = None
-        self._retry_pause = retry_pause or Backoff(RETRY_FIRST_S, RETRY_LIMIT_S)
+        self._retry_pause = Backoff(settings.retry_pause_s, RETRY_GROWTH * settings.retry_pause_s)
         self._retry_at: float | None = None
         """When what did not work in the last run is tried again; None when there is no such thing."""
         self._run = 0

@@ -224,7 +224,7 @@ class FakeUnitConfigs:
 async def manager_of(
     unit: Unit, path: Path, retry_s: float = 3600.0, *, fota: Rule = AT_ONCE, sota: Rule = AT_ONCE, **more: Any
 ) -> AsyncIterator[UpdateManager]:
-    settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0} | more
+    settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0, "retry_pause_s": retry_s} | more
     async with Database(path / "cm.db", SCHEMA) as database:
         unit.gate = UpdateGate(GateStore(database), {Kind.FOTA: fota, Kind.SOTA: sota})
         manager = UpdateManager(
@@ -240,7 +240,6 @@ async def manager_of(
             gate=unit.gate,
             alert=unit.alerts.append,
             backoff=lambda: Backoff(0.01, 0.02),
-            retry_pause=Backoff(retry_s, retry_s),
         )
         async with running(manager):
             yield manager
