@@ -14,6 +14,7 @@ import signal
 import sqlite3
 import ssl
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,16 @@ class UnitBed:
     async def start(self, point: str = "never") -> None:
         """Start CM; returns when it says that it is ready, or has died where it was told to."""
         self.write_config()
+        lives = self.log().count("Init CM") if (self.directory / "cm.log").exists() else 0
         command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.support.unitbed", point]
         with (self.directory / "cm.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *command, "-c", str(self.config_file), "-v", "debug", stdout=log, stderr=log
             )
         async with asyncio.timeout(READY_S):
-            while "CM is ready" not in self.new_log() and self.process.returncode is None:
+            while self.process.returncode is None and (
+                self.log().count("Init CM") == lives or "CM is ready" not in self.new_log()
+            ):
                 await asyncio.sleep(0.02)
 
     def log(self) -> str:
@@ -254,12 +258,14 @@ def _die_at(point: str, root: Path) -> None:
     from aoscore.common.db import Database
 
     begin, _, number = point.partition(" ")
-    count, counting = 0, False
+    count, counting, lock = 0, False, threading.Lock()
     names = os.open(root / "steps", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def note(name: str) -> None:
         nonlocal count
-        if counting:
+        if not counting:
+            return
+        with lock:
             count += 1
             os.write(names, f"{count} {name}\n".encode())
             if count == int(number):

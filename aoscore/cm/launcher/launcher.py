@@ -189,7 +189,11 @@ class Launcher:
         self._prepared: dict[InstanceIdent, tuple[tuple[int, ...], Paths]] = {}
         self._balanced_for: list[Node] | None = None
         """Nodes as they were at the last decision, without their load."""
-        self._published: dict[tuple[InstanceIdent, str, str], UnitInstanceStatus] = {}
+        self._active: list[InstanceRecord] = []
+        """Records of the book that count now, and the same by node: as of the last decision."""
+        self._on_node: dict[str, list[InstanceRecord]] = {}
+        self._published: dict[str, dict[tuple[InstanceIdent, str], UnitInstanceStatus]] = {}
+        """What was told last, by node."""
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._arrived = asyncio.Event()
@@ -225,13 +229,20 @@ class Launcher:
 
     def statuses(self) -> list[UnitInstanceStatus]:
         """All wanted instances, then preinstalled components."""
-        found = [self._status(record) for record in self._book.active()]
-        for (ident, version), error in self._book.failures.items():
-            failed = InstanceStatus(ident, version, InstanceState.FAILED, error=to_error_info(error))
-            found.append(UnitInstanceStatus(failed, ""))
-        for node_id, driver in sorted(self._drivers.items()):
-            found += [UnitInstanceStatus(status, node_id) for status in driver.preinstalled()]
+        found = [self._status(record) for record in self._active] + self._unrecorded()
+        for node_id in sorted(self._drivers):
+            found += self._preinstalled(node_id)
         return found
+
+    def _unrecorded(self) -> list[UnitInstanceStatus]:
+        return [
+            UnitInstanceStatus(InstanceStatus(ident, version, InstanceState.FAILED, error=to_error_info(error)), "")
+            for (ident, version), error in self._book.failures.items()
+        ]
+
+    def _preinstalled(self, node_id: str) -> list[UnitInstanceStatus]:
+        driver = self._drivers.get(node_id)
+        return [UnitInstanceStatus(status, node_id) for status in driver.preinstalled()] if driver else []
 
     # ---- told by the nodes
 
@@ -290,6 +301,7 @@ class Launcher:
         self._overrides = list(stored.overrides)
         self._confirmed = stored.confirmed
         await self._flush()
+        self._take_over_book()
         for record in self._book.active():
             if record.site is not None:
                 item = self._load_item(record.ident.item_id, record.version, record.ident.type)
@@ -440,10 +452,18 @@ class Launcher:
                     _log.error(kv("Can't place instance", instance=record.ident, version=record.version, error=error))
         await self._drop_outdated()
         self._infos, self._errors, self._balanced_for = infos, errors, unloaded
+        self._take_over_book()
         self._storage.keep_watching(infos.keys() | orphans.keys())
         self._plan_next_try()
         self._drive(retry=retry)
         self._publish()
+
+    def _take_over_book(self) -> None:
+        """What is in the book counts from now on."""
+        self._active = self._book.active()
+        self._on_node = {}
+        for record in self._active:
+            self._on_node.setdefault(record.node_id, []).append(record)
 
     def _plan_next_try(self) -> None:
         self._place_due_s = None
@@ -549,7 +569,7 @@ class Launcher:
                 node_id,
                 self._sms.update_instances,
                 is_usable=lambda: any(node.is_usable for node in self._nodes.nodes() if node.node_id == node_id),
-                changed=self._publish,
+                changed=lambda: self._publish_node(node_id),
                 confirmed=self._confirmed.get(node_id),
                 save_confirmed=self._store.save_confirmed,
                 alert=self._alert,
@@ -563,7 +583,7 @@ class Launcher:
 
     def _drive(self, *, retry: bool = False) -> None:
         """Tell every driver what shall run on its node."""
-        known = {node.node_id for node in self._nodes.nodes()} | {record.node_id for record in self._book.active()}
+        known = {node.node_id for node in self._nodes.nodes()} | set(self._on_node)
         for node_id in sorted((known | set(self._drivers)) - {""}):
             self._driver(node_id).set_wanted(*self._wanted_on(node_id), retry=retry)
 
@@ -571,9 +591,7 @@ class Launcher:
         """What a node shall run, and what it shall be left alone with."""
         infos: list[InstanceInfo] = []
         leave: set[InstanceIdent] = set()
-        for record in self._book.active():
-            if record.node_id != node_id:
-                continue
+        for record in self._on_node.get(node_id, ()):
             info = self._infos.get(record.ident)
             if info is None:
                 leave.add(record.ident)
@@ -610,7 +628,7 @@ class Launcher:
         while True:
             await self._report_env.wait()
             self._report_env.clear()
-            report = self._results.take_report([record.ident for record in self._book.active()])
+            report = self._results.take_report([record.ident for record in self._active])
             if report is not None:
                 with log_and_continue(_log, "Can't report overridden environment variables"):
                     await self._link.send(report)
@@ -629,13 +647,24 @@ class Launcher:
         return UnitInstanceStatus(status, record.node_id, self._storage.checksum(record.ident))
 
     def _publish(self) -> None:
-        """Tell about instances that are others than before."""
-        present = {
-            (one.status.ident, one.status.version, one.node_id if one.status.ident.preinstalled else ""): one
-            for one in self.statuses()
-        }
-        changed = [one for key, one in present.items() if self._published.get(key) != one]
-        self._published = present
+        """Tell about all instances that are others than before."""
+        nodes = set(self._on_node) | set(self._drivers) | {""}
+        self._tell({node_id: self._statuses_on(node_id) for node_id in sorted(nodes)})
+
+    def _publish_node(self, node_id: str) -> None:
+        """The same for one node: its figures change often, and a Unit may have many."""
+        self._tell({node_id: self._statuses_on(node_id)})
+
+    def _statuses_on(self, node_id: str) -> list[UnitInstanceStatus]:
+        found = [self._status(record) for record in self._on_node.get(node_id, ())]
+        return found + (self._preinstalled(node_id) if node_id else self._unrecorded())
+
+    def _tell(self, present: Mapping[str, Sequence[UnitInstanceStatus]]) -> None:
+        changed: list[UnitInstanceStatus] = []
+        for node_id, statuses in present.items():
+            told = self._published.get(node_id, {})
+            self._published[node_id] = {(one.status.ident, one.status.version): one for one in statuses}
+            changed += [one for key, one in self._published[node_id].items() if told.get(key) != one]
         if changed:
             self.changed.publish(changed)
 

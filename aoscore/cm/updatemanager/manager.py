@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 STEP_ATTEMPTS: Final = 5
 RETRY_GROWTH: Final = 30.0
 _RECHECK_S: Final = 1.0
+_GATHER_S: Final = 0.1
 
 
 class Images(Protocol):
@@ -497,6 +498,9 @@ class UpdateManager:
         began = loop.time()
         limits = Limits(activating_s=self._settings.activating_s, placement_s=self._settings.placement_s)
         part = await self._part(desired)
+        if not plan.is_launched(part, plan.run_requests(desired, self._images.statuses()), self._launcher.requests()):
+            # A restart between "this version does not work" and the launch of its predecessor.
+            return Outcome.GO_BACK
         with self._launcher.changed.subscribe() as changes:
             while True:
                 items = self._images.statuses()
@@ -512,6 +516,10 @@ class UpdateManager:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_RECHECK_S):
                         await changes.get()
+                        # Many come at once: one look at all instances for all of them.
+                        await asyncio.sleep(_GATHER_S)
+                while not changes.empty():
+                    changes.get_nowait()
         broken = plan.versions_to_give_up(verdict.failed, items)
         for (item_id, version), error in verdict.failed.items():
             _log.error(kv("Instance does not run", itemID=item_id, version=version, error=error))

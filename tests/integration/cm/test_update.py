@@ -225,6 +225,21 @@ async def test_a_node_with_a_foreign_certificate_gets_nothing(tmp_path: Path, ia
         assert not stranger.received and "node-2" not in bed.log() and bed.is_alive
 
 
+async def test_a_node_with_the_certificate_of_another_gets_nothing(tmp_path: Path, iam: Iam) -> None:
+    """In AosCore 9.1 it gets all of that node (observed.md, defect 8)."""
+    async with unit_bed(tmp_path, iam, alerts={"sendPeriod": "100ms"}) as bed:
+        await bed.start()
+        await bed.until(lambda: bed.sm.received)
+        identity = iam.authority.identity(tmp_path, "unit-1")
+        async with TestSm("node-2").connected(bed.port, identity) as second:
+            await bed.until(lambda: "SM connected: nodeID=node-2" in bed.new_log() and second.received)
+        async with TestSm("node-1").connected(bed.port, identity) as thief:
+            async with asyncio.timeout(20):
+                await thief.ended.wait()
+        assert bed.new_log().count("SM connected: nodeID=node-1") == 1
+        await bed.until(lambda: any("claims to be node 'node-1'" in str(frame) for frame in bed.cloud.frames))
+
+
 async def test_start_without_cloud_and_wrong_configurations(tmp_path: Path, iam: Iam) -> None:
     async with unit_bed(tmp_path, iam) as bed:
         bed.extra = {"serviceDiscoveryUrl": "https://127.0.0.1:1/sd/v7/"}

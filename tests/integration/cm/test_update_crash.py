@@ -123,7 +123,7 @@ async def one_case(bed: UnitBed, saved: Snapshot, kind: str, step: int) -> bool:
             lambda: len(files(bed.directory / "work" / "install")) == len({d for i in images for d in i.blobs})
         )
         check_files(bed, *images)
-        assert bed.sm.config[0] == "1.0.1"
+        await bed.until(lambda: bed.sm.config[0] == "1.0.1")
     except AssertionError as error:
         error.add_note(f"killed at {kind} {steps[-1:]}")
         raise

@@ -447,6 +447,28 @@ async def test_a_crash_while_going_back(tmp_path: Path, after: str) -> None:
     assert unit.view == {"a 1": "installed", "a 2": "failed"} and unit.running == {"a": "1"}
 
 
+async def test_a_crash_between_the_verdict_and_the_way_back(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+    unit.crashing = {("a", "2")}
+    original, judged = unit.fail, asyncio.Event()
+
+    async def fail(item_id: str, version: str, error: AosError) -> None:
+        await original(item_id, version, error)
+        judged.set()
+        await asyncio.Event().wait()  # the process ends here
+
+    unit.fail = fail  # type: ignore[method-assign]
+    async with manager_of(unit, tmp_path) as manager:
+        await give(manager, desired(("a", "2")))
+        await judged.wait()
+    unit.fail = original  # type: ignore[method-assign]
+    async with manager_of(unit, tmp_path) as manager:
+        await finished(manager)
+    assert unit.view == {"a 1": "installed", "a 2": "failed"} and unit.running == {"a": "1"}
+
+
 async def test_a_new_item_that_does_not_run_stays(tmp_path: Path) -> None:
     unit = Unit()
     unit.crashing = {("a", "1")}
