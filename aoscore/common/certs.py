@@ -3,6 +3,7 @@
 Import on use in what a daemon loads at start: the library below takes 9 MB that most daemons do without when idle.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -59,6 +60,12 @@ def serial_hex(certificate: x509.Certificate) -> str:
 def issuer_der(certificate: x509.Certificate) -> bytes:
     """DER of the issuer's name."""
     return certificate.issuer.public_bytes()
+
+
+def key_digest(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """SHA-256 of the public key (its SubjectPublicKeyInfo, RFC 5280 §4.1.2.7)."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(holder.public_key().public_bytes(serialization.Encoding.DER, form)).digest()
 
 
 def common_names(certificate: x509.Certificate) -> list[str]:

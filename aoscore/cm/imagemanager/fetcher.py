@@ -303,6 +303,9 @@ class Fetcher:
             try:
                 await self._downloader.download(url, partial, size=info.size or None, progress=progress)
             except AosError as error:
+                if isinstance(error, NoSpaceError):
+                    # It has taken the last byte, which the database needs to say so.
+                    partial.unlink(missing_ok=True)
                 self._tell(info, url, received, DownloadState.INTERRUPTED, error)
                 raise
         if not url.startswith("file:"):

@@ -5,7 +5,6 @@ from typing import Any
 import msgspec
 
 from aoscore.common.rpc import peer_address, peer_certificate
-from aoscore.iam.nodekeys import key_digest
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -28,7 +27,7 @@ class Peer(msgspec.Struct, frozen=True):
         certificate = peer_certificate(context)
         if certificate is None:
             return cls(address, host)
-        from aoscore.common.certs import common_names, issuer_der, serial_hex
+        from aoscore.common.certs import common_names, issuer_der, key_digest, serial_hex
 
         return cls(
             address,
