@@ -493,7 +493,8 @@ def _components(raw: bytes, translate: bool) -> list[bytes]:
         raise _Fault(Code.NAME_NUL)
     if len(raw) > MAX_NAME:
         raise _Fault(Code.NAME_TOO_LONG)
-    if raw.startswith(b"/"):
+    # A lone slash is the root itself to umoci, and leads nowhere else.
+    if raw.startswith(b"/") and raw.strip(b"/"):
         raise _Fault(Code.NAME_ABSOLUTE)
     parts: list[bytes] = []
     for part in raw.split(b"/"):

@@ -325,6 +325,15 @@ def test_later_members_replace_earlier_ones(unpack: Unpack, tmp_path: Path) -> N
     assert sorted(one.name for one in tmp_path.iterdir()) == ["blob", "out", "outside"]
 
 
+@pytest.mark.parametrize("name", [b"/", b"//"])
+def test_slash_is_the_root_as_umoci_writes_it(unpack: Unpack, tmp_path: Path, name: bytes) -> None:
+    unpack(directory(name, mode=0o750) + member(b"f", b"1") + END)
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o750 and (tmp_path / "out/f").exists()
+    assert refused(unpack, symlink(name, b"x") + END).code is Code.NAME_EMPTY
+    assert refused(unpack, hard_link(b"h", name) + END).code is Code.LINK_TARGET
+    assert refused(unpack, directory(name + b".") + END).code is Code.NAME_ABSOLUTE
+
+
 def test_root_directory_gets_its_mode_and_time(unpack: Unpack, tmp_path: Path) -> None:
     unpack(directory(b"./", mode=0o750, uid=3, gid=4, mtime=99) + member(b"f") + END)
     assert tree(tmp_path / "out")["."][:4] == ("0o40750", 3, 4, 99 * 10**9)
