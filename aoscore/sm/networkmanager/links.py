@@ -102,6 +102,7 @@ class Links:
             elif _kind(link) != "bridge":
                 raise RuntimeFailure(f"link {network.bridge} is in the way, it is no bridge")
             index = link["index"]
+            _refuse_ipv6(network.bridge)
             if link.get_attr("IFLA_IFALIAS") != ALIAS or link.get_attr("IFLA_ADDRESS") != mac:
                 self._ip.link("set", index=index, ifalias=ALIAS, address=mac)
             wanted = (network.ip, subnet.prefixlen)
@@ -269,6 +270,13 @@ def _index(name: str) -> int | None:
         return socket.if_nametoindex(name)
     except OSError:
         return None
+
+
+def _refuse_ipv6(name: str) -> None:
+    """Networks of instances are IPv4 (grpc.md): without this, host and instances would reach each other by link-local
+    addresses that no rule is about. A kernel without IPv6 has no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
 
 
 def _kind(link: Any) -> str:
