@@ -96,6 +96,13 @@ async def run_program(
 
 
 async def start_program(
+    args: Sequence[str | Path], *, stdout: int = subprocess.DEVNULL, stderr: int = subprocess.DEVNULL
+) -> "subprocess.Popen[bytes]":
+    """Start a program as `spawn` does, without blocking."""
+    return await asyncio.to_thread(spawn, args, stdout=stdout, stderr=stderr)
+
+
+def spawn(
     args: Sequence[str | Path],
     *,
     stdout: int = subprocess.DEVNULL,
@@ -106,12 +113,11 @@ async def start_program(
 ) -> "subprocess.Popen[bytes]":
     """Start a program that outlives the call and this process: in a session of its own, nothing inherited.
 
-    `stdout` and `stderr` are file descriptors. Raises NotFoundError when the program is missing.
+    `stdout` and `stderr` are file descriptors. Raises NotFoundError when the program is missing. Blocks, and is not
+    asyncio's, whose processes are killed with the event loop.
     """
-    # Not by asyncio: its processes are killed with the event loop.
     try:
-        return await asyncio.to_thread(
-            subprocess.Popen,
+        return subprocess.Popen(
             args,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
