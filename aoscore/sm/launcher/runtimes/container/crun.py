@@ -20,7 +20,7 @@ import msgspec
 from aoscore.common.aio import unbroken
 from aoscore.common.config import from_json
 from aoscore.common.errors import ConfigError, DeadlineError, FailedError
-from aoscore.common.process import run_program, spawn
+from aoscore.common.process import run_blocking, run_program, spawn
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.engine import EngineState, Exit
@@ -127,12 +127,8 @@ class Crun:
 
     async def delete(self, instance_id: str) -> None:
         """Kill it if needed and remove its state and control groups; an unknown one is success."""
-        done = await run_program(
-            [*self._command, "delete", "--force", instance_id],
-            timeout_s=_COMMAND_TIMEOUT_S,
-            env=_ENVIRONMENT,
-            check=False,
-        )
+        command = [*self._command, "delete", "--force", instance_id]
+        done = await asyncio.to_thread(run_blocking, command, timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT)
         if done.code != 0:
             known = await self.list()
             if instance_id in known:
