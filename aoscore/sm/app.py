@@ -21,6 +21,7 @@ from aoscore.common.log import kv
 from aoscore.common.types import LogRequest, NodeInfo, SMInfo
 from aoscore.sm import cgroups, config, journal
 from aoscore.sm.alerts.journalalerts import CursorStore, JournalAlerts
+from aoscore.sm.alerts.limitalerts import LimitAlerts
 from aoscore.sm.alerts.rules import AlertRules
 from aoscore.sm.config import Config
 from aoscore.sm.database import open_database
@@ -184,7 +185,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         max_part_size_bytes=setup.config.logging.max_part_size_bytes,
         max_part_count=setup.config.logging.max_part_count,
     )
-    after: list[Service] = [monitoring, logs]
+    after: list[Service] = [monitoring, LimitAlerts(runtimes, layout, core.client.send), logs]
     if has_journal:
         after.append(JournalAlerts(setup.alert_rules, CursorStore(core.database), history, core.client.send))
     else:

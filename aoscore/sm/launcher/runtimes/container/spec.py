@@ -161,7 +161,9 @@ def _environment(source: SpecInput) -> list[str]:
 def _rlimits(quotas: Quotas) -> list[dict[str, Any]]:
     limits = {"RLIMIT_NOFILE": quotas.no_file_limit if quotas.no_file_limit is not None else _DEFAULT_NOFILE}
     if quotas.pids_limit is not None:
-        limits["RLIMIT_NPROC"] = quotas.pids_limit
+        # One more than AosCore 9.1 has: at an equal limit the kernel asks this one first, and never counts, for CM to
+        # hear of it, that the control group's was reached.
+        limits["RLIMIT_NPROC"] = quotas.pids_limit + 1
     return [{"type": name, "hard": value, "soft": value} for name, value in limits.items()]
 
 

@@ -53,6 +53,10 @@ def test_equals_the_recorded_spec() -> None:
     spec = build_spec(spec_input())
     spec["process"]["env"].remove(f"AOS_SERVICE_ID={IDENT.item_id}")
     recorded = json.loads(RECORDED.read_bytes())
+    # So that the control group's limit is the one that is reached, and counted.
+    [processes] = [limit for limit in spec["process"]["rlimits"] if limit["type"] == "RLIMIT_NPROC"]
+    assert processes["hard"] == processes["soft"] == 51
+    processes |= {"hard": 50, "soft": 50}
     # When memory is short, services go before the software of the node.
     assert spec["process"].pop("oomScoreAdj") == 500
     assert (spec.pop("ociVersion"), recorded.pop("ociVersion")) == ("1.0.2", "1.2.0")
