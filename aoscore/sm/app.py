@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from aoscore._speedups.unpack_types import Owners
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.daemon import Program, run_daemon
 from aoscore.common.db import Database
@@ -238,7 +239,7 @@ async def build_core(settings: Config, stack: contextlib.AsyncExitStack) -> Core
     )
     image_worker = await stack.enter_async_context(Worker("images", _IMAGE_THREADS))
     images = ImageManager(
-        await image_worker.run(ImageStore, settings.images_dir),
+        await image_worker.run(ImageStore, settings.images_dir, Owners(settings.image_manager.owners)),
         ItemTable(database),
         sm_client,
         Downloader(image_worker),

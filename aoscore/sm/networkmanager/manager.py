@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from aoscore.common.aio import Worker, log_and_continue
-from aoscore.common.errors import AosError, FailedError, NotFoundError
+from aoscore.common.errors import AlreadyExistsError, AosError, FailedError, NotFoundError
 from aoscore.common.log import kv
 from aoscore.common.types import (
     InstanceIdent,
@@ -41,6 +41,7 @@ from aoscore.sm.networkmanager.model import (
     NetworkConfig,
     Ports,
     StoredInstance,
+    alias,
     check_network_id,
     host_names,
     hosts_file,
@@ -228,6 +229,7 @@ class NetworkManager:
         rules = instance_rules(instance)
         try:
             async with self._network_lock(network_id):
+                self._check_name(instance)
                 await self._netlink.run(self._links.ensure_bridge, network)
                 await self._join_nodes(network)
                 attached = await self._backend.attach(instance_id, network, rules.ip, config)
@@ -352,6 +354,14 @@ class NetworkManager:
         self._networks[network_id] = network
         self._instances[instance_id] = instance
         return network, instance
+
+    def _check_name(self, instance: StoredInstance) -> None:
+        """Two items may ask for one host name; then the second has to wait (sm.md §12, D10)."""
+        wanted, network_id = alias(instance.config), instance.network_id
+        for other in self._attached(network_id) if wanted else ():
+            if other.instance_id != instance.instance_id and alias(other.config) == wanted:
+                holder = other.config.ident
+                raise AlreadyExistsError(f"host name {wanted} is that of instance {holder} in network {network_id}")
 
     async def _join_nodes(self, network: Network) -> None:
         """Join a network with the other nodes, or say once why that can't be."""
