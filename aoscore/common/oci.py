@@ -78,6 +78,7 @@ class ProcessConfig(_Document, frozen=True):
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     working_dir: str = ""
+    stop_signal: str = ""
 
 
 class RootFs(_Document, frozen=True):

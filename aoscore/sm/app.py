@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from aoscore._speedups.unpack_types import Owners
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.daemon import Program, run_daemon
 from aoscore.common.db import Database
@@ -21,6 +22,7 @@ from aoscore.common.log import kv
 from aoscore.common.types import LogRequest, NodeInfo, SMInfo
 from aoscore.sm import cgroups, config, journal
 from aoscore.sm.alerts.journalalerts import CursorStore, JournalAlerts
+from aoscore.sm.alerts.limitalerts import LimitAlerts
 from aoscore.sm.alerts.rules import AlertRules
 from aoscore.sm.config import Config
 from aoscore.sm.database import open_database
@@ -184,7 +186,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         max_part_size_bytes=setup.config.logging.max_part_size_bytes,
         max_part_count=setup.config.logging.max_part_count,
     )
-    after: list[Service] = [monitoring, logs]
+    after: list[Service] = [monitoring, LimitAlerts(runtimes, layout, core.client.send), logs]
     if has_journal:
         after.append(JournalAlerts(setup.alert_rules, CursorStore(core.database), history, core.client.send))
     else:
@@ -237,7 +239,7 @@ async def build_core(settings: Config, stack: contextlib.AsyncExitStack) -> Core
     )
     image_worker = await stack.enter_async_context(Worker("images", _IMAGE_THREADS))
     images = ImageManager(
-        await image_worker.run(ImageStore, settings.images_dir),
+        await image_worker.run(ImageStore, settings.images_dir, Owners(settings.image_manager.owners)),
         ItemTable(database),
         sm_client,
         Downloader(image_worker),

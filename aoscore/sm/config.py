@@ -38,7 +38,8 @@ class ImageManagerConfig(_Section, frozen=True):
 
     `images_part_limit_percent` bounds the store to a share of its file system, 0 means no bound.
     `first_layer_on_top` (own key): the first layer of a manifest covers the later ones, as AosCore 9.1 stacks them and
-    cloud images are built (sm-runtime.md §2.6); false takes the OCI order.
+    cloud images are built (sm-runtime.md §2.6); false takes the OCI order. `owners` (own key): ``root`` owns what is
+    unpacked, as with AosCore 9.1, or with ``archive`` whom the layers name.
     """
 
     image_path: Path | None = None
@@ -46,6 +47,7 @@ class ImageManagerConfig(_Section, frozen=True):
     update_item_ttl_s: Duration = msgspec.field(name="updateItemTtl", default=Duration(30 * 86400))
     remove_outdated_period_s: Duration = msgspec.field(name="removeOutdatedPeriod", default=Duration(86400))
     first_layer_on_top: bool = True
+    owners: Literal["root", "archive"] = "root"
 
 
 class LoggingConfig(_Section, frozen=True):

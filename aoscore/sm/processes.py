@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from aoscore.common.aio import comes_within
+from aoscore.common.errors import InvalidArgumentError
 
-_SIGTERM_BIT = 1 << (signal.SIGTERM - 1)
+_REAL_TIME = re.compile(r"RT(MIN|MAX)([+-][0-9]{1,2})?")
 
 
 class ProcessWatch:
@@ -46,7 +48,7 @@ class ProcessWatch:
         finally:
             loop.remove_reader(self._fd)
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: int) -> None:
         """Send a signal; nothing happens when it has ended."""
         if self._fd >= 0:
             with contextlib.suppress(ProcessLookupError):
@@ -62,17 +64,34 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def catches_sigterm(pid: int) -> bool:
-    """Whether the process has a handler for SIGTERM."""
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return any(line.startswith("SigCgt:") and int(line.split()[1], 16) & _SIGTERM_BIT for line in status.splitlines())
+    bit = 1 << (number - 1)
+    return any(line.startswith("SigCgt:") and int(line.split()[1], 16) & bit for line in status.splitlines())
 
 
-async def terminate(pid: int, timeout_s: float) -> None:
-    """SIGTERM, then wait for the end, at most `timeout_s`."""
+async def terminate(pid: int, timeout_s: float, number: int = signal.SIGTERM) -> None:
+    """Ask it to end by a signal, then wait for the end, at most `timeout_s`."""
     with ProcessWatch(pid) as process:
-        process.signal(signal.SIGTERM)
+        process.signal(number)
         await process.ended(timeout_s)
+
+
+def parse_signal(text: str) -> int:
+    """A signal as images name it: ``SIGQUIT``, ``QUIT``, ``3``, ``SIGRTMIN+3`` (OCI image-spec, StopSignal).
+
+    Raises InvalidArgumentError.
+    """
+    name = text.strip().upper().removeprefix("SIG")
+    number = int(name) if name.isascii() and name.isdigit() else 0
+    if match := _REAL_TIME.fullmatch(name):
+        number = signal.Signals[f"SIGRT{match[1]}"] + int(match[2] or 0)
+    elif f"SIG{name}" in signal.Signals.__members__:
+        number = signal.Signals[f"SIG{name}"]
+    if not 1 <= number <= signal.SIGRTMAX:
+        raise InvalidArgumentError(f"{text!r} is no signal")
+    return number

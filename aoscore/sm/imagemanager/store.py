@@ -40,9 +40,13 @@ MAX_LAYER_MEMBERS = 250_000
 class ImageStore:
     """See the module text."""
 
-    def __init__(self, root: Path) -> None:
-        """Creates the directories; work that an earlier process left half done is removed, downloads are kept."""
+    def __init__(self, root: Path, owners: Owners = Owners.ROOT) -> None:
+        """Creates the directories; work that an earlier process left half done is removed, downloads are kept.
+
+        `owners`: of what is unpacked.
+        """
         self.root = root
+        self._owners = owners
         self.blobs = BlobStore(root)
         self._layers = root / "layers" / "sha256"
         self._staging = root / "staging"
@@ -113,7 +117,7 @@ class ImageStore:
         tree = staging / "layer"
         tree.mkdir(mode=0o755, parents=True)
         try:
-            result = _unpack(blob, tree, media_type, max_bytes, self._spare_files(), progress)
+            result = _unpack(blob, tree, media_type, self._owners, max_bytes, self._spare_files(), progress)
             if result.blob_digest != digest:
                 raise ChecksumError(f"layer blob {digest} is damaged: its content is {result.blob_digest}")
             if result.diff_id != diff_id:
@@ -217,6 +221,7 @@ def _unpack(
     blob: Path,
     tree: Path,
     media_type: str,
+    owners: Owners,
     max_bytes: int,
     max_members: int,
     progress: Callable[[int], None] | None,
@@ -230,7 +235,7 @@ def _unpack(
             compression=compression,
             max_unpacked_bytes=max_bytes,
             max_members=max_members,
-            owners=Owners.ROOT,
+            owners=owners,
             sync=True,
             progress=progress,
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from aoscore.common.aio import Worker, log_and_continue
-from aoscore.common.errors import AosError, FailedError, NotFoundError
+from aoscore.common.errors import AlreadyExistsError, AosError, FailedError, NotFoundError
 from aoscore.common.log import kv
 from aoscore.common.types import (
     InstanceIdent,
@@ -41,6 +41,7 @@ from aoscore.sm.networkmanager.model import (
     NetworkConfig,
     Ports,
     StoredInstance,
+    alias,
     check_network_id,
     host_names,
     hosts_file,
@@ -353,7 +354,10 @@ class NetworkManager:
                 bridged[network_id] = None
             except AosError as error:
                 bridged[network_id] = error
-        wanted = [change for change in changes if bridged[change.network_id] is None]
+        names = {(one.network_id, alias(one.config)): one for one in self._instances.values() if one.host_if_name}
+        for change in changes:
+            change.error = bridged[change.network_id] or self._claim_name(self._instances[change.instance_id], names)
+        wanted = [change for change in changes if change.error is None]
         results = await self._backend.attach([self._attachment(change.instance_id) for change in wanted])
         up = []
         for change, result in zip(wanted, results, strict=True):
@@ -362,9 +366,18 @@ class NetworkManager:
             else:
                 up.append(change)
                 self._set_link(change.instance_id, result.host_if_name)
-        for change in changes:
-            change.error = change.error or bridged[change.network_id]
         return up, [change for change in changes if change.error is not None]
+
+    def _claim_name(
+        self, instance: StoredInstance, names: dict[tuple[str, str], StoredInstance]
+    ) -> AlreadyExistsError | None:
+        """Two items may ask for one host name; then the second has to wait (sm.md §12, D10)."""
+        wanted = alias(instance.config)
+        holder = names.setdefault((instance.network_id, wanted), instance)
+        if not wanted or holder.instance_id == instance.instance_id:
+            return None
+        whose = f"instance {holder.config.ident} in network {instance.network_id}"
+        return AlreadyExistsError(f"host name {wanted} is that of {whose}")
 
     async def _detach(self, changes: Sequence["_Change"]) -> list["_Change"]:
         """Take links down; those that are. An instance that is not known has none of the rest either."""

@@ -135,15 +135,19 @@ def netns_path(instance_id: str) -> Path:
     return NETNS_DIR / instance_id
 
 
-def host_names(config: NetworkConfig, network_id: str) -> list[str]:
-    """All names of an instance, aliases first.
+def alias(config: NetworkConfig) -> str:
+    """The host name that the item asks for, empty when it asks for none.
 
-    Only the first instance of an item gets its bare host name, further ones get it with their index (sm.md §12, D10).
+    Only the first instance of an item gets it bare, further ones get it with their index (sm.md §12, D10).
     """
+    index = config.ident.instance
+    return f"{config.hostname}-{index}" if config.hostname and index else config.hostname
+
+
+def host_names(config: NetworkConfig, network_id: str) -> list[str]:
+    """All names of an instance, its alias first."""
     ident = config.ident
-    names = []
-    if config.hostname:
-        names.append(config.hostname if ident.instance == 0 else f"{config.hostname}-{ident.instance}")
+    names = [alias(config)] if config.hostname else []
     long_name = f"{ident.subject_id}.{ident.item_id}"
     names += [f"{ident.instance}.{long_name}", f"{ident.instance}.{long_name}.{network_id}"]
     if ident.instance == 0:

@@ -93,6 +93,18 @@ async def test_graceful_stop_before_kill(host: ContainerRuntime, tmp_path: Path)
     assert output(tmp_path, info).splitlines()[-1] == "bye"
 
 
+async def test_signal_that_the_image_names(host: ContainerRuntime, tmp_path: Path) -> None:
+    info = instance()
+    script = "trap 'echo bye; exit 0' QUIT; trap 'echo wrong' TERM; echo started; while true; do sleep 0.1; done"
+    made = image(tmp_path, script)
+    process = msgspec.structs.replace(made.image_config.config, stop_signal="SIGQUIT")
+    config = msgspec.structs.replace(made.image_config, config=process)
+    await host.start_instance(info, msgspec.structs.replace(made, image_config=config))
+    await until(lambda: "started" in output(tmp_path, info))
+    await host.stop_instance(info.ident)
+    assert output(tmp_path, info).splitlines()[-1] == "bye"
+
+
 async def test_child_behind_a_shell_is_stopped_gracefully(host: ContainerRuntime, tmp_path: Path) -> None:
     info = instance()
     await host.start_instance(info, image(tmp_path, f'/bin/sh -c "{GRACEFUL}"; sleep 100'))

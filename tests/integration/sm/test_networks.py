@@ -14,8 +14,9 @@ from pathlib import Path
 import apsw
 import pytest
 
-from aoscore.common.errors import AosError
-from aoscore.common.types import FirewallRule
+from aoscore.common.errors import AlreadyExistsError, AosError
+from aoscore.common.types import FirewallRule, InstanceIdent
+from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.networkmanager import nft
 from aoscore.sm.networkmanager.model import NetworkConfig, Ports, netns_path, veth_name
 from aoscore.sm.networkmanager.traffic import TABLE, Counted, StoredTraffic, Totals, Traffic
@@ -143,6 +144,19 @@ async def test_rows_that_can_not_be_used_keep_nobody_else_down(
         for number in range(4):
             await networks.attach(name(number), "owner", NetworkConfig(ident(number)))
             await networks.detach(name(number))
+
+
+async def test_a_host_name_is_given_once(tmp_path: Path) -> None:
+    first, second = (InstanceIdent(item, "subject", 0) for item in ("one", "two"))
+    async with manager(tmp_path, FakeCm()) as networks:
+        await networks.attach(instance_id(first), "owner", NetworkConfig(first, hostname="web"))
+        taken = "host name web is that of instance one:subject:0 in network owner"
+        with pytest.raises(AlreadyExistsError, match=taken):
+            await networks.attach(instance_id(second), "owner", NetworkConfig(second, hostname="web"))
+        assert not netns_path(instance_id(second)).exists() and netns_path(instance_id(first)).exists()
+        await networks.detach(instance_id(first))
+        await networks.attach(instance_id(second), "owner", NetworkConfig(second, hostname="web"))
+        await networks.detach(instance_id(second))
 
 
 async def test_bandwidth(tmp_path: Path) -> None:

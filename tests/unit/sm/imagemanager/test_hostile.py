@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from aoscore._speedups.unpack import Owners
 from aoscore.common.errors import AosError, InvalidArgumentError, NoSpaceError
 from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_LAYER_TAR, MEDIA_TYPE_LAYER_ZSTD
 from aoscore.sm.imagemanager import store as store_module
@@ -185,6 +186,16 @@ def test_names_with_odd_bytes_stay_what_they_are(store: ImageStore) -> None:
     made = [os.fsencode(path.name) for path in (store.tree(sha256(layer)) / "odd").iterdir()]
     assert sorted(made) == sorted(ODD_NAMES)
     store.verify_layer(sha256(layer), sha256(layer), again=True)
+
+
+def test_owners_are_those_of_the_archive_only_when_asked_for(store: ImageStore, tmp_path: Path) -> None:
+    layer = member(b"f", b"1", uid=1234, gid=5678) + END
+    unpack(store, layer)
+    assert (store.tree(sha256(layer)) / "f").stat().st_uid == 0
+    keeping = ImageStore(tmp_path / "other", Owners.ARCHIVE)
+    unpack(keeping, layer)
+    found = (keeping.tree(sha256(layer)) / "f").stat()
+    assert (found.st_uid, found.st_gid) == (1234, 5678)
 
 
 @pytest.mark.parametrize(

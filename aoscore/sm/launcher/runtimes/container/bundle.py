@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import stat
 import time
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,8 @@ class BundleRecord(msgspec.Struct, frozen=True, rename="camel"):
     run_parameters: RunParameters = RunParameters()
     resources: tuple[str, ...] = ()
     """Names of the node's resources that it uses."""
+    stop_signal: int = signal.SIGTERM.value
+    """What asks it to end."""
 
 
 class Bundle:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.oci import ItemConfig
-from aoscore.common.types import InstanceInfo
+from aoscore.common.types import InstanceInfo, NodeInfo
 from aoscore.sm.imagemanager.model import InstalledImage
 from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord, prepare_state, prepare_storage
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.seccomp import default_profile
-from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec
+from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec, check_platform
 from aoscore.sm.networkmanager.model import AttachedNetwork
+from aoscore.sm.processes import parse_signal
 from aoscore.sm.resourcemanager.disks import disks_of
 from aoscore.sm.resourcemanager.quotas import STATES, STORAGES, Claim, DiskQuotas
 from aoscore.sm.resourcemanager.resources import Resources
@@ -23,14 +24,19 @@ class Preparation:
     """Fills bundles. Blocking; called from worker threads."""
 
     def __init__(
-        self, config: ContainerConfig, cpu: CpuCapacity, resources: Resources, disk_quotas: DiskQuotas
+        self,
+        config: ContainerConfig,
+        node: NodeInfo,
+        resources: Resources,
+        disk_quotas: DiskQuotas,
     ) -> None:
         if config.state_dir is None or config.storage_dir is None:
             raise InvalidArgumentError("paths of the container runtime are not filled, load_container_config does it")
         self._config = config
         self._state_dir = config.state_dir
         self._storage_dir = config.storage_dir
-        self._cpu = cpu
+        self._cpu = CpuCapacity(sum(cpu.num_cores for cpu in node.cpus) or 1, node.max_dmips)
+        self._architectures = {cpu.arch_info.architecture for cpu in node.cpus} - {""}
         self._resources = resources
         self._disk_quotas = disk_quotas
 
@@ -44,6 +50,7 @@ class Preparation:
         self, bundle: Bundle, info: InstanceInfo, image: InstalledImage, network: AttachedNetwork, secret: str
     ) -> BundleRecord:
         """Write spec, record and files, mount the root file system. Raises AosError or OSError naming the thing."""
+        check_platform(image.image_config, self._architectures)
         item = image.item_config or ItemConfig()
         binds = self._config.host_binds if item.base_layer_is_node_rootfs else ()
         state = prepare_state(self._state_dir, info.state_path, info.uid, info.gid)
@@ -78,6 +85,7 @@ class Preparation:
             overlays=bundle.plan_overlays(layers, binds),
             run_parameters=item.run_parameters,
             resources=tuple(resource.name for resource in item.resources),
+            stop_signal=parse_signal(image.image_config.config.stop_signal or "SIGTERM"),
         )
         bundle.write_record(record)
         bundle.write_spec(spec)

@@ -39,9 +39,8 @@ from aoscore.sm.launcher.runtimes.container.engine import Engine, EngineState
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 from aoscore.sm.launcher.runtimes.container.preparation import Preparation
-from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity
 from aoscore.sm.networkmanager.model import AttachedNetwork, NetworkConfig, netns_path, network_config
-from aoscore.sm.processes import catches_sigterm, terminate
+from aoscore.sm.processes import catches, terminate
 from aoscore.sm.resourcemanager.quotas import DiskQuotas
 from aoscore.sm.resourcemanager.resources import ResourceError, Resources
 
@@ -102,14 +101,13 @@ class ContainerRuntime:
     ) -> None:
         """`engine` is crun unless another one is given."""
         self.info = runtime_info(runtime_type, node, max_instances=MAX_INSTANCES)
-        cpu = CpuCapacity(sum(cpu.num_cores for cpu in node.cpus) or 1, node.max_dmips)
         self._config = config
         self._layout = layout
         self._networks = networks
         self._permissions = permissions
         self._resources = resources
         self._send_alert = send_alert
-        self._preparation = Preparation(config, cpu, resources, disk_quotas)
+        self._preparation = Preparation(config, node, resources, disk_quotas)
         self.changed: Broadcast[InstanceStatus] = Broadcast(f"statuses of runtime {runtime_type}")
         self.reboot_due = asyncio.Event()
         self._worker = Worker("container", _THREADS)
@@ -294,19 +292,20 @@ class ContainerRuntime:
         container.report(InstanceState.INACTIVE)
 
     async def _end_processes(self, container: Container) -> None:
-        """SIGTERM to whoever listens to it; what is left gets SIGKILL later, by ``crun delete``.
+        """SIGTERM, or what the image names, to whoever listens; what is left gets SIGKILL later, by ``crun delete``.
 
-        The first process of a pid namespace ignores SIGTERM unless it has a handler. Where it has none, the others
+        The first process of a pid namespace ignores a signal unless it has a handler. Where it has none, the others
         with one get the signal, so that a service behind a shell script can finish its work too; where nobody
         listens, waiting would be in vain.
         """
-        listeners = [container.pid] if catches_sigterm(container.pid) else []
+        number = container.record.stop_signal
+        listeners = [container.pid] if catches(container.pid, number) else []
         if not listeners:
             pids = self._layout.processes(self._engine.cgroup(container.id))
-            listeners = [pid for pid in pids if catches_sigterm(pid)]
+            listeners = [pid for pid in pids if catches(pid, number)]
         async with asyncio.TaskGroup() as tasks:
             for pid in listeners:
-                tasks.create_task(terminate(pid, float(self._config.stop_timeout_s)))
+                tasks.create_task(terminate(pid, float(self._config.stop_timeout_s), number))
 
     async def _clean(self, name: str, record: BundleRecord | None) -> None:
         """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""

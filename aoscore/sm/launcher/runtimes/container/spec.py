@@ -5,7 +5,7 @@ what AosCore 9.1 writes, order of mounts and variables included, but for the ver
 profile, limits that the node sets, and that services are ended first when the node's memory is short.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ _MIN_CPU_QUOTA_US = 1000
 _DEFAULT_NOFILE = 1024
 # Among all that the kernel can choose from when memory is short, a service is better than the software of the node.
 _OOM_SCORE = 500
+# Names of the kernel for what images call otherwise, and what a processor runs beside its own.
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i386": "386", "i686": "386"}
+_ALSO_RUNS = {"amd64": "386", "arm64": "arm"}
 _CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 _BASE_ENV = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm")
 _MASKED_PATHS = [
@@ -109,6 +112,19 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
     return spec
 
 
+def check_platform(image: ImageConfig, architectures: Set[str]) -> None:
+    """Raise InvalidArgumentError for an image of another system or processor (sm-runtime.md §8).
+
+    `architectures` are those of the node; none means that they are not known.
+    """
+    if image.os not in ("", "linux"):
+        raise InvalidArgumentError(f"the image is for {image.os!r}, this node runs linux")
+    known = {_ARCHITECTURES.get(name, name) for name in architectures}
+    known |= {_ALSO_RUNS[name] for name in known if name in _ALSO_RUNS}
+    if image.architecture and known and _ARCHITECTURES.get(image.architecture, image.architecture) not in known:
+        raise InvalidArgumentError(f"the image is for {image.architecture!r}, this node has {', '.join(sorted(known))}")
+
+
 def override_statuses(overrides: Iterable[EnvVar]) -> tuple[EnvVarStatus, ...]:
     """The answer to each override variable of the desired state."""
     statuses = []
@@ -161,7 +177,9 @@ def _environment(source: SpecInput) -> list[str]:
 def _rlimits(quotas: Quotas) -> list[dict[str, Any]]:
     limits = {"RLIMIT_NOFILE": quotas.no_file_limit if quotas.no_file_limit is not None else _DEFAULT_NOFILE}
     if quotas.pids_limit is not None:
-        limits["RLIMIT_NPROC"] = quotas.pids_limit
+        # One more than AosCore 9.1 has: at an equal limit the kernel asks this one first, and never counts, for CM to
+        # hear of it, that the control group's was reached.
+        limits["RLIMIT_NPROC"] = quotas.pids_limit + 1
     return [{"type": name, "hard": value, "soft": value} for name, value in limits.items()]
 
 

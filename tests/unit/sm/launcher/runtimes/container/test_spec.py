@@ -16,6 +16,7 @@ from aoscore.sm.launcher.runtimes.container.spec import (
     CpuCapacity,
     SpecInput,
     build_spec,
+    check_platform,
     cpu_quota_us,
     override_statuses,
 )
@@ -53,10 +54,37 @@ def test_equals_the_recorded_spec() -> None:
     spec = build_spec(spec_input())
     spec["process"]["env"].remove(f"AOS_SERVICE_ID={IDENT.item_id}")
     recorded = json.loads(RECORDED.read_bytes())
+    # So that the control group's limit is the one that is reached, and counted.
+    [processes] = [limit for limit in spec["process"]["rlimits"] if limit["type"] == "RLIMIT_NPROC"]
+    assert processes["hard"] == processes["soft"] == 51
+    processes |= {"hard": 50, "soft": 50}
     # When memory is short, services go before the software of the node.
     assert spec["process"].pop("oomScoreAdj") == 500
     assert (spec.pop("ociVersion"), recorded.pop("ociVersion")) == ("1.0.2", "1.2.0")
     assert spec == recorded
+
+
+@pytest.mark.parametrize(
+    ("os", "architecture", "node", "refused"),
+    [
+        ("linux", "amd64", {"amd64"}, ""),
+        ("", "", {"amd64"}, ""),
+        ("linux", "amd64", {"x86_64"}, ""),
+        ("linux", "386", {"amd64"}, ""),
+        ("linux", "arm", {"aarch64"}, ""),
+        ("linux", "riscv64", set(), ""),
+        ("windows", "amd64", {"amd64"}, "for 'windows', this node runs linux"),
+        ("linux", "arm64", {"amd64"}, "for 'arm64', this node has 386, amd64"),
+        ("linux", "amd64", {"arm64"}, "for 'amd64', this node has arm, arm64"),
+    ],
+)
+def test_image_for_another_machine(os: str, architecture: str, node: set[str], refused: str) -> None:
+    image = ImageConfig(os=os, architecture=architecture)
+    if not refused:
+        check_platform(image, node)
+        return
+    with pytest.raises(InvalidArgumentError, match=refused):
+        check_platform(image, node)
 
 
 def test_limits_of_the_node() -> None:
