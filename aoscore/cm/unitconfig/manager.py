@@ -96,8 +96,8 @@ class UnitConfigManager:
                     await self._set_on(node, config)
                 await unbroken(self._keep(config, touched))
             finally:
-                # After an error, or when the caller does not want it any more.
-                for node in touched:
+                # Nodes that connected meanwhile; all of them after an error, or when the caller has left.
+                for node in self._connected():
                     if node.node_id not in self._applied:
                         self._to_bring.put_nowait(node)
 
