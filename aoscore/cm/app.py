@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from aoscore.cm import config as configuration
-from aoscore.cm.alerts import Alerts
+from aoscore.cm.alerts import Alerts, AlertStore
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import (
@@ -220,7 +220,9 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     link = _link(config, system_id, iam, database, worker, alert=lambda text: alerts.add_core_alert(text))
     nodes = NodeInfoProvider(iam, sm_timeout_s=config.node_info_provider.sm_connection_timeout)
     subjects = UnitSubjects(iam)
-    alerts = Alerts(link, send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id)
+    alerts = Alerts(
+        link, AlertStore(database), send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id
+    )
     if database.recovered is not None:
         alerts.add_core_alert(f"database was damaged and begun anew, the old one is {database.recovered.name}")
     storage = StorageState(
