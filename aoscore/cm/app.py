@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aoscore.cm import config as configuration
 from aoscore.cm.alerts import Alerts, AlertStore
@@ -51,7 +51,7 @@ from aoscore.cm.networkmanager.manager import NetworkManager
 from aoscore.cm.networkmanager.routes import read_routes
 from aoscore.cm.networkmanager.store import NetworkStore
 from aoscore.cm.nodeinfo import NodeInfoProvider
-from aoscore.cm.smcontroller.admission import SmAdmission, key_digest
+from aoscore.cm.smcontroller.admission import SmAdmission
 from aoscore.cm.smcontroller.controller import Receivers, SmController
 from aoscore.cm.storagestate.manager import StorageState
 from aoscore.cm.storagestate.store import StateStore
@@ -64,7 +64,6 @@ from aoscore.cm.updatemanager.scheduler import UpdateScheduler
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.blobstore import BlobStore
-from aoscore.common.certs import load_certificates, load_chain_url
 from aoscore.common.daemon import EXIT_OK, Option, Program, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
@@ -75,6 +74,9 @@ from aoscore.common.log import kv
 from aoscore.common.rpc import Server
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +116,8 @@ class BlobUrlSource:
 
 async def _main_keys(iam: IamPublicClient, worker: Worker) -> set[bytes]:
     """Digests of the keys of the Main Node's certificates, as far as it has them."""
+    from aoscore.common.certs import key_digest, load_chain_url
+
     keys = set()
     for cert_type in MAIN_TYPES:
         try:
@@ -148,6 +152,12 @@ def _runtime_platforms(nodes: NodeInfoProvider) -> set[RuntimePlatform] | None:
             for entry in node.runtimes
         )
     return platforms or None
+
+
+def _roots(ca_file: Path) -> Sequence[x509.Certificate]:
+    from aoscore.common.certs import load_certificates
+
+    return load_certificates(read_roots(ca_file), what=str(ca_file))
 
 
 def _link(
@@ -201,7 +211,7 @@ async def _images(
         blobs,
         fetcher,
         worker,
-        roots=load_certificates(read_roots(config.ca_cert), what=str(config.ca_cert)),
+        roots=partial(_roots, config.ca_cert),
         runtimes=lambda: None if settings.all_platforms else _runtime_platforms(nodes),
     )
     return manager

@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from aoscore.common.certs import file_url
+from aoscore.common.certurls import file_url
 from aoscore.common.keys import PrivateKey, private_key_pem
 from aoscore.common.tls import TlsIdentity
 
@@ -133,3 +133,15 @@ class TestCa:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in dns]), False)
         cert = builder.sign(issuer.key if issuer else key, hashes.SHA256())
         return Issued(key, [cert, *(issuer.chain if issuer else [])])
+
+
+class Relayed(TlsIdentity, frozen=True):
+    """Takes the way of a key on a token."""
+
+    @property
+    def on_token(self) -> bool:
+        return True
+
+
+def relayed(identity: TlsIdentity) -> TlsIdentity:
+    return Relayed(identity.ca_file, identity.cert_url, identity.key_url)

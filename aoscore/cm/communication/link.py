@@ -26,7 +26,6 @@ from aoscore.cm.communication.messages import Message, message_type
 from aoscore.cm.communication.outbox import Outbox, StoredMessage
 from aoscore.cm.communication.session import LASTING, Session
 from aoscore.common.aio import Backoff, Broadcast, Worker, comes_within, log_and_continue
-from aoscore.common.certs import load_chain_url
 from aoscore.common.errors import AosError, DeadlineError, FailedError, WrongStateError
 from aoscore.common.http import request
 from aoscore.common.log import kv
@@ -288,7 +287,9 @@ class CloudLink:
     async def _discover(self, identity: TlsIdentity | None) -> None:
         """Asks for addresses, one service after the other, one redirect each."""
         certificate = None
-        if identity is not None:
+        if identity is not None and not self._settings.override_discovery_url:
+            from aoscore.common.certs import load_chain_url
+
             certificate = (await self._worker.run(load_chain_url, identity.cert_url))[0]
         urls = discovery.discovery_urls(
             configured=self._settings.discovery_url,

@@ -12,10 +12,9 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
-from cryptography import x509
 
 from aoscore.cm.communication.messages import (
     CertificateChain,
@@ -23,7 +22,6 @@ from aoscore.cm.communication.messages import (
     ItemState,
     SigningCertificate,
 )
-from aoscore.cm.imagemanager.crypto import Signers
 from aoscore.cm.imagemanager.fetcher import Fetch, Fetcher
 from aoscore.cm.imagemanager.platforms import RuntimePlatform, select_manifests
 from aoscore.cm.imagemanager.store import Item, ItemStore
@@ -41,6 +39,11 @@ from aoscore.common.errors import (
     to_error_info,
 )
 from aoscore.common.log import kv
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from aoscore.cm.imagemanager.crypto import Signers
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +76,11 @@ class ImageManager:
         fetcher: Fetcher,
         worker: Worker,
         *,
-        roots: Sequence[x509.Certificate],
+        roots: Callable[[], Sequence[x509.Certificate]],
         runtimes: Callable[[], Collection[RuntimePlatform] | None] = lambda: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """`roots` gives the certificates at which chains of signers may end, read when they are needed."""
         self._settings = settings
         self._items = items
         self._blobs = blobs
@@ -162,7 +166,7 @@ class ImageManager:
         partial files stay.
         """
         async with self._lock:
-            signers = await self._worker.run(Signers, certificates, chains, self._roots)
+            signers = await self._worker.run(self._signers, certificates, chains)
             wanted = {(item.item_id, item.version) for item in items}
             left_over = [
                 item
@@ -264,6 +268,12 @@ class ImageManager:
             _log.error(kv("Item is not sound", itemID=item.item_id, version=item.version, error=error))
             return False
         return True
+
+    def _signers(self, certificates: Sequence[SigningCertificate], chains: Sequence[CertificateChain]) -> Signers:
+        # Import on use: between updates nothing is signed or decrypted.
+        from aoscore.cm.imagemanager.crypto import Signers
+
+        return Signers(certificates, chains, self._roots())
 
     async def _change(self, *items: Item, forget: Iterable[Item] = ()) -> None:
         """Stores, then tells, whatever becomes of the caller meanwhile. What is forgotten is told as removed."""

@@ -18,19 +18,18 @@ nobody                 learn; with an alert if the node has another one
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from enum import Enum
-from typing import Any, Final
-
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from typing import TYPE_CHECKING, Any, Final
 
 from aoscore.common.db import Database
 from aoscore.common.errors import SignatureError
 from aoscore.common.log import kv
 from aoscore.common.rpc import peer_certificate
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +50,6 @@ def judge(node_id: str, *, is_main: bool, owner: str | None, is_of_unit: bool) -
     if is_main or owner == node_id:
         return Verdict.ACCEPT
     return Verdict.REFUSE if owner is not None or not is_of_unit else Verdict.LEARN
-
-
-def key_digest(certificate: x509.Certificate) -> bytes:
-    """SHA-256 of the public key (its SubjectPublicKeyInfo, RFC 5280 §4.1.2.7)."""
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(certificate.public_key().public_bytes(serialization.Encoding.DER, form)).digest()
 
 
 class SmAdmission:
@@ -93,14 +86,16 @@ class SmAdmission:
 
     async def admit_certificate(self, node_id: str, certificate: x509.Certificate) -> None:
         """The same for a certificate that TLS has checked."""
+        from aoscore.common.certs import common_names, key_digest
+
         key = key_digest(certificate)
         # A new node comes with several calls at once.
         async with self._lock:
             owner = self._owners.get(key)
             if owner != node_id and key not in self._main:
                 self._main = frozenset(await self._main_keys())
-            names = [str(name.value) for name in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
-            verdict = judge(node_id, is_main=key in self._main, owner=owner, is_of_unit=self._system_id in names)
+            is_of_unit = self._system_id in common_names(certificate)
+            verdict = judge(node_id, is_main=key in self._main, owner=owner, is_of_unit=is_of_unit)
             if verdict is Verdict.LEARN:
                 await self._learn(node_id, key)
         if verdict is Verdict.REFUSE:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from aoscore.cm import database
-from aoscore.cm.smcontroller.admission import MAX_KEYS_PER_NODE, SmAdmission, Verdict, judge, key_digest
+from aoscore.cm.smcontroller.admission import MAX_KEYS_PER_NODE, SmAdmission, Verdict, judge
+from aoscore.common.certs import key_digest
 from aoscore.common.db import Database, Schema
 from aoscore.common.errors import SignatureError
 from tests.support.pki import TestCa
