@@ -89,6 +89,9 @@ OWN_TABLES: Final = (
     *UPDATE_GATE_TABLES,
     # Alerts that wait for a connection to the cloud.
     "CREATE TABLE IF NOT EXISTS aoscore_alerts (alert TEXT)",
+    # What certificates say, so that they need not be read again.
+    """CREATE TABLE IF NOT EXISTS aoscore_certificate_notes (
+        sha256 BLOB, topic TEXT, note TEXT, PRIMARY KEY (sha256, topic, note))""",
     # Which node has shown which key (SHA-256 of the public key).
     "CREATE TABLE IF NOT EXISTS aoscore_sm_keys (key BLOB NOT NULL PRIMARY KEY, nodeID TEXT)",
     # Messages that the cloud has not acknowledged yet, in their order.

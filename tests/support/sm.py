@@ -175,3 +175,11 @@ class TestSm:
                 error=common.ErrorInfo(aos_code=5, message="not found") if failed else common.ErrorInfo(),
                 env_vars=[pb.EnvVarStatus(name=one.name, error=common.ErrorInfo()) for one in info.env_vars],
             )
+
+
+async def stay_connected(sm: TestSm, port: int, identity: TlsIdentity) -> None:
+    """An SM connects again whenever CM was gone."""
+    while True:
+        async with sm.connected(port, identity):
+            await sm.ended.wait()
+        await asyncio.sleep(0.1)
