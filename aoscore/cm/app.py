@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from aoscore.cm import config as configuration
-from aoscore.cm.alerts import Alerts
+from aoscore.cm.alerts import Alerts, AlertStore
+from aoscore.cm.certnotes import CertificateNotes
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import (
@@ -161,7 +162,13 @@ def _roots(ca_file: Path) -> Sequence[x509.Certificate]:
 
 
 def _link(
-    config: Config, system_id: str, iam: IamPublicClient, database: Database, worker: Worker, alert: Alert
+    config: Config,
+    system_id: str,
+    iam: IamPublicClient,
+    database: Database,
+    notes: CertificateNotes,
+    worker: Worker,
+    alert: Alert,
 ) -> CloudLink:
     return CloudLink(
         system_id,
@@ -174,6 +181,7 @@ def _link(
         Identities(iam, config.ca_cert),
         worker,
         outbox=Outbox(database),
+        notes=notes,
         message_log=MessageLog(config.cloud_message_log) if config.cloud_message_log else None,
         unreadable=lambda error: alert(str(error)),
     )
@@ -227,10 +235,14 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     protected_iam = await stack.enter_async_context(IamClient(config.iam_protected_server_url, lambda: keeper.identity))
 
     system_id = await _system_id(iam)
-    link = _link(config, system_id, iam, database, worker, alert=lambda text: alerts.add_core_alert(text))
+    notes = CertificateNotes(database)
+    await notes.load()
+    link = _link(config, system_id, iam, database, notes, worker, alert=lambda text: alerts.add_core_alert(text))
     nodes = NodeInfoProvider(iam, sm_timeout_s=config.node_info_provider.sm_connection_timeout)
     subjects = UnitSubjects(iam)
-    alerts = Alerts(link, send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id)
+    alerts = Alerts(
+        link, AlertStore(database), send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id
+    )
     if database.recovered is not None:
         alerts.add_core_alert(f"database was damaged and begun anew, the old one is {database.recovered.name}")
     storage = StorageState(
@@ -262,7 +274,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         launcher.on_node_alert(node_id, alert)
 
     admission = SmAdmission(
-        database, system_id, main_keys=partial(_main_keys, iam, worker), alert=alerts.add_core_alert
+        database, notes, system_id, main_keys=partial(_main_keys, iam, worker), alert=alerts.add_core_alert
     )
     await admission.load()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -42,6 +43,12 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
         raise
     if durable:
         fsync_dir(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a `write_atomic` of this file left when its process was killed; to be called while nobody writes."""
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def safe_join(root: Path, relative: str) -> Path:

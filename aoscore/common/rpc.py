@@ -138,13 +138,18 @@ async def _open_relayed_channel(address: str, tls: TlsIdentity) -> grpc.aio.Chan
     return channel
 
 
+def peer_certificate_der(context: Any) -> bytes | None:
+    """The same as `peer_certificate`, unparsed."""
+    if (relayed := _relayed(context)) is not None:
+        return relayed.certificate
+    if shown := context.auth_context().get("x509_pem_cert"):
+        return first_der(shown[0], what="certificate of the caller")
+    return None
+
+
 def peer_certificate(context: Any) -> "x509.Certificate | None":
     """The certificate that the caller of a service method has shown; None without one (public port, plain text)."""
-    der = None
-    if (relayed := _relayed(context)) is not None:
-        der = relayed.certificate
-    elif shown := context.auth_context().get("x509_pem_cert"):
-        der = first_der(shown[0], what="certificate of the caller")
+    der = peer_certificate_der(context)
     if der is None:
         return None
     from aoscore.common.certs import load_der

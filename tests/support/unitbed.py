@@ -30,7 +30,7 @@ from tests.support.cloud import Document, FakeCloud
 from tests.support.iam import TYPES, Iam, free_port
 from tests.support.images import BlobCloud, Image, Signer, desired
 from tests.support.pki import TestCa
-from tests.support.sm import TestSm
+from tests.support.sm import TestSm, stay_connected
 
 READY_S = 30.0
 SYSTEM_ID = "unit-1"
@@ -224,7 +224,7 @@ async def unit_bed(
     identity = await asyncio.to_thread(_sm_identity, iam)
     try:
         async with bed.cloud.running(), bed.blobs.running():
-            node = asyncio.create_task(_stay_connected(bed.sm, sm_port or bed.port, identity))
+            node = asyncio.create_task(stay_connected(bed.sm, sm_port or bed.port, identity))
             try:
                 yield bed
             finally:
@@ -232,14 +232,6 @@ async def unit_bed(
                 await asyncio.gather(node, return_exceptions=True)
     finally:
         await bed.kill()
-
-
-async def _stay_connected(sm: TestSm, port: int, identity: TlsIdentity) -> None:
-    """An SM connects again whenever CM was gone."""
-    while True:
-        async with sm.connected(port, identity):
-            await sm.ended.wait()
-        await asyncio.sleep(0.1)
 
 
 def _sm_identity(iam: Iam) -> TlsIdentity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -78,16 +79,16 @@ def certificate_urls(certificate: x509.Certificate) -> list[str]:
     return [f"https://{organizations[0].value!s}:{DISCOVERY_PORT}"] if organizations else []
 
 
-def discovery_urls(*, configured: str, override: str, certificate: x509.Certificate | None) -> list[str]:
+def discovery_urls(*, configured: str, override: str, named: Sequence[str]) -> list[str]:
     """The URLs to ask, in this order.
 
-    An override stands alone. Else what the certificate names comes first and the configured URL last. The path is
+    An override stands alone. Else what the certificate has `named` comes first and the configured URL last. The path is
     always that of the configured URL (cloud-protocol §1.2, trap b).
 
     Raises:
         NotFoundError: nothing says where the cloud is.
     """
-    found = [override] if override else [*(certificate_urls(certificate) if certificate else ()), configured]
+    found = [override] if override else [*named, configured]
     path = urlsplit(configured).path or "/"
     urls = []
     for url in found:

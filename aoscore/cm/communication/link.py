@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from aoscore.cm.certnotes import CertificateNotes
 from aoscore.cm.communication import discovery
 from aoscore.cm.communication.discovery import REDIRECT, REPEAT_LATER, Addresses, Answer
 from aoscore.cm.communication.envelope import EnvelopeError, Received
@@ -26,6 +27,7 @@ from aoscore.cm.communication.messages import Message, message_type
 from aoscore.cm.communication.outbox import Outbox, StoredMessage
 from aoscore.cm.communication.session import LASTING, Session
 from aoscore.common.aio import Backoff, Broadcast, Worker, comes_within, log_and_continue
+from aoscore.common.certurls import first_der, read_chain_url
 from aoscore.common.errors import AosError, DeadlineError, FailedError, WrongStateError
 from aoscore.common.http import request
 from aoscore.common.log import kv
@@ -44,6 +46,7 @@ RECONNECT_LIMIT_S: Final = 600.0
 # A connection that lived this long was no accident: the next trouble begins with short pauses again.
 STABLE_AFTER_S: Final = 60.0
 MISSED_PONGS: Final = 2
+_TOPIC: Final = "cloud"
 _TOPIC_QUEUE: Final = 256
 
 
@@ -102,15 +105,20 @@ class CloudLink:
         worker: Worker,
         *,
         outbox: Outbox | None = None,
+        notes: CertificateNotes | None = None,
         message_log: MessageLog | None = None,
         unreadable: Callable[[AosError], None] = lambda _: None,
     ) -> None:
-        """`outbox` keeps messages that must arrive; `unreadable` is told of frames and messages that cannot be read."""
+        """`outbox` keeps messages that must arrive, `notes` what our certificate says.
+
+        `unreadable` is told of frames and messages that cannot be read.
+        """
         self._system_id = system_id
         self._settings = settings
         self._identities = identities
         self._worker = worker
         self._outbox = outbox
+        self._notes = notes
         self._finished: list[str] = []
         self._has_finished = asyncio.Event()
         self._message_log = message_log
@@ -284,17 +292,28 @@ class CloudLink:
         )
         return discovery.parse_answer(response.status, response.body, url)
 
+    async def _named_urls(self, cert_url: str) -> list[str]:
+        """Where our certificate says the cloud is."""
+        der = first_der(await self._worker.run(read_chain_url, cert_url), what=cert_url)
+        if self._notes is not None and (noted := self._notes.find(der, _TOPIC)):
+            return msgspec.json.decode(noted[0], type=list[str])
+        from aoscore.common.certs import load_der
+
+        urls = discovery.certificate_urls(load_der(der, what=cert_url))
+        if self._notes is not None:
+            with log_and_continue(_log, "Can't note what the certificate says"):
+                await self._notes.add(der, _TOPIC, msgspec.json.encode(urls).decode())
+        return urls
+
     async def _discover(self, identity: TlsIdentity | None) -> None:
         """Asks for addresses, one service after the other, one redirect each."""
-        certificate = None
+        named: list[str] = []
         if identity is not None and not self._settings.override_discovery_url:
-            from aoscore.common.certs import load_chain_url
-
-            certificate = (await self._worker.run(load_chain_url, identity.cert_url))[0]
+            named = await self._named_urls(identity.cert_url)
         urls = discovery.discovery_urls(
             configured=self._settings.discovery_url,
             override=self._settings.override_discovery_url,
-            certificate=certificate,
+            named=named,
         )
         failure: AosError = FailedError("no service discovery URL works")
         for url in urls:

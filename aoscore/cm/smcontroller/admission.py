@@ -21,18 +21,17 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from aoscore.cm.certnotes import CertificateNotes
 from aoscore.common.db import Database
 from aoscore.common.errors import SignatureError
 from aoscore.common.log import kv
-from aoscore.common.rpc import peer_certificate
-
-if TYPE_CHECKING:
-    from cryptography import x509
+from aoscore.common.rpc import peer_certificate_der
 
 _log = logging.getLogger(__name__)
 
+_TOPIC: Final = "node"
 MAX_KEYS_PER_NODE: Final = 4
 """The newest ones count: the SM may come back with the old certificate while it is being renewed."""
 
@@ -58,6 +57,7 @@ class SmAdmission:
     def __init__(
         self,
         database: Database,
+        notes: CertificateNotes,
         system_id: str,
         *,
         main_keys: Callable[[], Awaitable[Collection[bytes]]],
@@ -65,6 +65,7 @@ class SmAdmission:
     ) -> None:
         """`main_keys` gives the digests of the Main Node's present keys; it is asked for keys that are not known."""
         self._database = database
+        self._notes = notes
         self._system_id = system_id
         self._main_keys = main_keys
         self._alert = alert
@@ -79,15 +80,18 @@ class SmAdmission:
 
     async def admit(self, node_id: str, context: Any) -> None:
         """Raises SignatureError when the caller of a service method may not speak for a node."""
-        certificate = peer_certificate(context)
-        if certificate is None:
+        der = peer_certificate_der(context)
+        if der is None:
             raise SignatureError(f"node {node_id!r} shows no certificate")
-        await self.admit_certificate(node_id, certificate)
+        await self.admit_certificate(node_id, der)
 
-    async def admit_certificate(self, node_id: str, certificate: x509.Certificate) -> None:
+    async def admit_certificate(self, node_id: str, der: bytes) -> None:
         """The same for a certificate that TLS has checked."""
-        from aoscore.common.certs import common_names, key_digest
+        if node_id in self._notes.find(der, _TOPIC):
+            return
+        from aoscore.common.certs import common_names, key_digest, load_der
 
+        certificate = load_der(der, what=f"certificate of node {node_id!r}")
         key = key_digest(certificate)
         # A new node comes with several calls at once.
         async with self._lock:
@@ -98,6 +102,8 @@ class SmAdmission:
             verdict = judge(node_id, is_main=key in self._main, owner=owner, is_of_unit=is_of_unit)
             if verdict is Verdict.LEARN:
                 await self._learn(node_id, key)
+            if verdict is not Verdict.REFUSE:
+                await self._notes.add(der, _TOPIC, node_id)
         if verdict is Verdict.REFUSE:
             whose = f"that of node {owner!r}" if owner else "of another Unit"
             error = SignatureError(f"a stranger claims to be node {node_id!r}: its certificate is {whose}")

@@ -12,7 +12,7 @@ from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.unitconfig.config import node_config_text, pick_node_config
 from aoscore.common.aio import Broadcast, Worker, log_and_continue, unbroken
 from aoscore.common.errors import AosError, WrongStateError, from_error_info, to_error_info
-from aoscore.common.files import write_atomic
+from aoscore.common.files import remove_unfinished, write_atomic
 from aoscore.common.log import kv
 from aoscore.common.semver import SemVer
 from aoscore.common.types import ConfigState, NodeConfigStatus
@@ -96,8 +96,8 @@ class UnitConfigManager:
                     await self._set_on(node, config)
                 await unbroken(self._keep(config, touched))
             finally:
-                # After an error, or when the caller does not want it any more.
-                for node in touched:
+                # Nodes that connected meanwhile; all of them after an error, or when the caller has left.
+                for node in self._connected():
                     if node.node_id not in self._applied:
                         self._to_bring.put_nowait(node)
 
@@ -124,6 +124,7 @@ class UnitConfigManager:
             self._worker.close()
 
     def _load(self) -> None:
+        remove_unfinished(self._path)
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:

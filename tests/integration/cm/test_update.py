@@ -1,6 +1,7 @@
 """A real CM between a cloud, an IAM process and a node: updates, going back, bad input, kill -9 at random moments."""
 
 import asyncio
+import contextlib
 import random
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -91,6 +92,54 @@ async def test_killed_again_and_again_at_any_moment(bed: UnitBed) -> None:
             await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), ("b", "1.0.0", B1)))
     await bed.until(lambda: bed.phase == "none" and bed.running == {"a": "2.0.0", "b": "1.0.0"})
     assert bed.items == {"a 2.0.0": "installed", "b 1.0.0": "installed"}
+
+
+async def _hang(bed: UnitBed, phase: str, stack: contextlib.AsyncExitStack) -> dict[str, object]:
+    """Have the step of a phase wait for somebody who says nothing; more members for the desired status."""
+    match phase:
+        case "downloading":
+            server = await asyncio.start_server(_say_nothing, "127.0.0.1", 0)
+            await stack.enter_async_context(server)
+            port = server.sockets[0].getsockname()[1]
+            bed.blobs.change(A2.layers[0], urls=(f"http://127.0.0.1:{port}/x",))
+        case "installing":
+            bed.sm.silent_about_config = True
+            return {"unitConfig": {"version": "1.0.1", "nodes": [{"nodeGroupSubject": {"codename": "main"}}]}}
+        case "launching":
+            bed.sm.average = None
+        case "activating":
+            bed.sm.silent = True
+    return {}
+
+
+async def _say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
+
+
+@pytest.mark.parametrize("phase", ["downloading", "installing", "launching", "activating"])
+async def test_a_newer_wish_breaks_off_what_waits(bed: UnitBed, phase: str) -> None:
+    """Each of these steps would wait for five seconds or more; a newer wish is followed at once."""
+    await bed.start()
+    await deploy_first(bed)
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        more = await _hang(bed, phase, stack)
+        frames = len(bed.sm.received)
+        await bed.cloud.send_frame(bed.wish(("a", "2.0.0", A2), **more))
+        await bed.until(lambda: f"Update: phase={phase}" in bed.new_log().rpartition("Update starts")[2])
+        if phase != "downloading":
+            await bed.until(lambda: len(bed.sm.received) > frames)
+        begin = loop.time()
+        await bed.cloud.send_frame(bed.wish(("a", "3.0.0", A3)))
+        await bed.until(lambda: "Update: phase=downloading" in bed.new_log().rpartition("Update begins anew")[2])
+        assert loop.time() - begin < 3  # a second, and the rest for a busy machine
+        bed.sm.silent = bed.sm.silent_about_config = False
+        bed.sm.average = pb.AverageMonitoring(node_monitoring=pb.MonitoringData(timestamp={}))
+        if phase == "activating":
+            bed.sm.send(node_instances_status=bed.sm._full_list())
+        await bed.full_status(lambda status: shown_items(status) == {"a 3.0.0": "installed"})
+        await bed.until(lambda: bed.running == {"a": "3.0.0"})
 
 
 async def test_a_version_that_does_not_run_gives_way(bed: UnitBed) -> None:

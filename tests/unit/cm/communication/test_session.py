@@ -60,6 +60,7 @@ CSR = IssueUnitCertificates(requests=())
 
 
 def test_nothing_leaves_without_a_connection_and_all_of_it_in_order_afterwards() -> None:
+    """And nobody looks meanwhile: AosCore 9.1 burns a core (observed.md, defect 3)."""
     bench = Bench(connected=False)
     bench.send(VARS)
     bench.send(CSR)

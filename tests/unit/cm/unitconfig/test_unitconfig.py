@@ -47,7 +47,13 @@ class FakeSms:
         self.configs: dict[str, tuple[str, int]] = {}
         self.refuse: set[str] = set()
         self.hanging: set[str] = set()
+        self._released = asyncio.Event()
         self.calls: list[tuple[str, str]] = []
+
+    def release(self) -> None:
+        """What hangs goes on."""
+        self.hanging.clear()
+        self._released.set()
 
     async def get_node_config_status(self, node_id: str) -> NodeConfigStatus:
         self.calls.append(("get", node_id))
@@ -61,7 +67,7 @@ class FakeSms:
     async def set_node_config(self, node_id: str, config: str, version: str) -> NodeConfigStatus:
         self.calls.append(("set", node_id))
         if node_id in self.hanging:
-            await asyncio.Event().wait()
+            await self._released.wait()
         if node_id not in self.refuse or version == "1.0.0":
             self.configs[node_id] = (version, json.loads(config)["priority"])
         return self._answer(node_id, version)
@@ -135,6 +141,19 @@ async def test_update_that_is_not_wanted_any_more_leaves_no_node_behind(tmp_path
         bed.sms.hanging.clear()
         await until(lambda: bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)})
         assert bed.manager.current() == config("1.0.0")
+
+
+async def test_node_that_connects_in_the_middle_of_an_update_gets_the_new_config(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "a")
+    async with running(bed.manager):
+        bed.sms.hanging.add("a")
+        update = asyncio.create_task(bed.manager.update(config("1.0.0")))
+        await until(lambda: ("set", "a") in bed.sms.calls)
+        bed.nodes.set(unit_node("b"))
+        await asyncio.sleep(0.01)  # it is looked at while there is no config yet
+        bed.sms.release()
+        await update
+        await until(lambda: bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)})
 
 
 async def test_node_that_connects_is_configured_once(tmp_path: Path) -> None:
