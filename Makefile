@@ -48,7 +48,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 unit: setup
-	$(BIN)/pytest tests/unit tests/wire -n $(JOBS) -q
+	$(BIN)/pytest tests/unit tests/wire tests/fuzz -n $(JOBS) -q
 
 integration: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/integration -n $(JOBS) -q

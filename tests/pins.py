@@ -138,7 +138,7 @@ def main() -> int:
         run.append(series)
         print(f"pins: {series} on {interpreter}", flush=True)
         python, tree = prepare(series, interpreter)
-        command = [python, "-m", "pytest", "tests/unit", "tests/wire", "-n", arguments.jobs, "-q"]
+        command = [python, "-m", "pytest", "tests/unit", "tests/wire", "tests/fuzz", "-n", arguments.jobs, "-q"]
         if subprocess.run(command, cwd=tree, check=False).returncode != 0:
             failed.append(series)
     if failed:

@@ -133,7 +133,7 @@ include "_unpack_feed.pxi"
 include "_unpack_header.pxi"
 
 cdef enum:
-    PROGRESS_BYTES = 4 << 20
+    PROGRESS_BYTES = 1 << 20
     OWNERS_ARCHIVE = 0
     OWNERS_ROOT = 1
     OWNERS_PROCESS = 2

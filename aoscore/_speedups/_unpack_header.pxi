@@ -390,8 +390,12 @@ cdef int check_name(const Text *raw, bint translate, char *path, size_t *length,
         return NAME_NUL
     if raw.size > MAX_NAME:
         return NAME_TOO_LONG
-    if raw.data[0] == c"/":
+    # A lone slash is the root itself to umoci, and leads nowhere else.
+    while index < raw.size and raw.data[index] == c"/":
+        index += 1
+    if index and index < raw.size:
         return NAME_ABSOLUTE
+    index = 0
     base[0] = 0
     while index < raw.size:
         start = index

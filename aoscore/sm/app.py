@@ -14,7 +14,7 @@ from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.daemon import Program, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
-from aoscore.common.errors import AosError, ConfigError
+from aoscore.common.errors import AosError, ConfigError, InvalidArgumentError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
@@ -47,6 +47,7 @@ from aoscore.sm.logprovider.source import FileSource, JournalSource, LogSource
 from aoscore.sm.monitoring.monitor import Monitoring
 from aoscore.sm.networkmanager.cni import DEFAULT, CniSettings, load_config_list
 from aoscore.sm.networkmanager.manager import NetworkManager
+from aoscore.sm.networkmanager.model import Ports, parse_ports
 from aoscore.sm.networkmanager.store import NetworkStore
 from aoscore.sm.resourcemanager.devices import DeviceWatch
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
@@ -82,6 +83,7 @@ class Setup:
     alert_rules: AlertRules
     cni: CniSettings | None
     """Set when CNI plugins connect the instances."""
+    host_ports: tuple[Ports, ...] | None
 
 
 def load(path: Path) -> Setup:
@@ -103,7 +105,11 @@ def load(path: Path) -> Setup:
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: 'journalAlerts.filter': {error}") from error
-    return Setup(loaded, tuple(runtimes), rules, _cni_settings(loaded.network))
+    try:
+        host_ports = None if loaded.network.host_ports is None else tuple(map(parse_ports, loaded.network.host_ports))
+    except InvalidArgumentError as error:
+        raise ConfigError(f"{path}: 'network.hostPorts': {error}") from error
+    return Setup(loaded, tuple(runtimes), rules, _cni_settings(loaded.network), host_ports)
 
 
 def _cni_settings(network: config.NetworkConfig) -> CniSettings | None:
@@ -121,6 +127,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         core.client.networks,
         cni=setup.cni,
         traffic_period=setup.config.network.traffic_period,
+        host_ports=setup.host_ports,
     )
     disk_quotas = DiskQuotas()
     layout = await core.worker.run(cgroups.probe)

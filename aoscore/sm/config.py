@@ -82,12 +82,14 @@ class NetworkConfig(_Section, frozen=True):
     """Networks of instances (own section).
 
     `backend`: who connects instances with their bridge, SM itself or CNI plugins. `traffic_period`: after it, UTC, the
-    traffic of instances counts anew.
+    traffic of instances counts anew. `host_ports`: ports of the node that instances reach beside its DNS server, such
+    as ``8088/tcp``; left out, they reach all of them, as with AosCore 9.1.
     """
 
     backend: Literal["builtin", "cni"] = "builtin"
     cni: CniConfig = CniConfig()
     traffic_period: Period = "day"
+    host_ports: tuple[str, ...] | None = None
 
 
 class RuntimeConfig(_Section, frozen=True):

@@ -29,7 +29,7 @@ OPENEMBEDDED = ("meta-oe", "meta-python", "meta-networking")
 WANTED = """
     abseil-cpp autoconf-archive c-ares ccid cmocka cryptsetup dnsmasq googlebenchmark googletest jansson jsoncpp
     libaio libdevmapper libmnl libnftnl libssh libusb-compat lvm2 nftables opensc pcsc-lite pkcs11-provider protobuf
-    python3-grpcio python3-grpcio-tools python3-h11 python3-protobuf python3-pyudev python3-systemd
+    python3-grpcio python3-grpcio-tools python3-h11 python3-protobuf python3-pyroute2 python3-pyudev python3-systemd
     python3-zstandard re2 softhsm thin-provisioning-tools
 """
 # Modules of aoscore.ctl that the recipe leaves out.

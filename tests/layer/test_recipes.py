@@ -136,7 +136,7 @@ def test_one_build_directory_has_what_both_images_select() -> None:
 def test_an_unselected_component_pulls_nothing_in() -> None:
     store = parser.parse(RECIPE, AOS_COMPONENTS="iam")
     needed = set().union(*(parser.depends(store, package) for package in parser.package_names(store)))
-    assert not needed & {"crun", "conmon", "nftables", "python3-pyudev", "aoscore-cm"}
+    assert not needed & {"crun", "conmon", "nftables", "python3-pyroute2", "python3-pyudev", "aoscore-cm"}
     assert "python3-websockets" in needed, "IAM asks VIS servers"
     mp = parser.parse(RECIPE, AOS_COMPONENTS="mp", AOS_MAIN_NODE="0")
     needed = set().union(*(parser.depends(mp, package) for package in parser.package_names(mp)))

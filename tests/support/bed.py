@@ -58,19 +58,9 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     marker = item.get_closest_marker("timeout")
     limit_s = _TIMEOUT_S if marker is None else max(_TIMEOUT_S, marker.args[0] + _GRACE_S)
     directory = tempfile.mkdtemp(prefix="aoscore-test-")
-    args = [
-        *UNSHARE,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        f"--basetemp={directory}/t",
-        item.nodeid,
-    ]
+    args = [*UNSHARE, sys.executable, "-m", "pytest"]
+    # "-rP": what a test that passes has printed, for who asks for it here.
+    args += ["-q", "-rP", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={directory}/t", item.nodeid]
     try:
         done = subprocess.run(
             args,
@@ -91,7 +81,10 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     text = output.decode(errors="replace")
     if code == 0 and " skipped" in text.splitlines()[-1]:
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, text))]
-    return [_report(item, "passed" if code == 0 else "failed", None if code == 0 else text)]
+    report = _report(item, "passed" if code == 0 else "failed", None if code == 0 else text)
+    if code == 0:
+        report.sections.append(("Captured stdout inside", text))
+    return [report]
 
 
 def enter() -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from aoscore.common.config import from_json
@@ -19,7 +19,7 @@ from aoscore.sm.database import open_database
 from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.networkmanager.cni import CniSettings
 from aoscore.sm.networkmanager.manager import NetworkManager
-from aoscore.sm.networkmanager.model import NetworkConfig
+from aoscore.sm.networkmanager.model import NetworkConfig, Ports
 from aoscore.sm.networkmanager.store import NetworkStore
 from tests.support.running import running
 
@@ -68,11 +68,13 @@ def name(number: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def manager(directory: Path, cm: FakeCm, cni: CniSettings | None = None) -> AsyncIterator[NetworkManager]:
+async def manager(
+    directory: Path, cm: FakeCm, cni: CniSettings | None = None, host_ports: Sequence[Ports] | None = None
+) -> AsyncIterator[NetworkManager]:
     """A running network manager with a database in `directory`."""
     database: Database = open_database(directory / "servicemanager.db", MIGRATIONS, directory / "merged")
     async with database:
-        made = NetworkManager(NetworkStore(database), cm, cni=cni, dns_dir=Path("/run/aos/dns"))
+        made = NetworkManager(NetworkStore(database), cm, cni=cni, host_ports=host_ports, dns_dir=Path("/run/aos/dns"))
         async with running(made):
             yield made
 

@@ -172,6 +172,7 @@ class NodeHalf:
                 alert=self._alert,
                 log=self._log,
             ),
+            admit=None,
         )
         self.unit_config = UnitConfigManager(directory / "unit.cfg", self.nodes, self.controller)
         self.launcher = Launcher(

@@ -43,7 +43,9 @@ class TestSm:
         self.updates: list[pb.UpdateInstances] = []
         self.received: list[pb.SMIncomingMessages] = []
         self.config = ("", "")
-        self.average = pb.AverageMonitoring(node_monitoring=pb.MonitoringData(timestamp={}))
+        self.average: pb.AverageMonitoring | None = pb.AverageMonitoring(
+            node_monitoring=pb.MonitoringData(timestamp={})
+        )
         self.network_updates: list[net.InstanceNetworkUpdateNotification] = []
         self.networks: Any = None
         self.blobs: Any = None
@@ -136,7 +138,7 @@ class TestSm:
                 state = "installed" if self.config[0] else "absent"
                 self.config = (request.version, request.node_config)
                 self._config_status(request.version, state)
-            case "get_average_monitoring":
+            case "get_average_monitoring" if self.average is not None:
                 self.send(average_monitoring=self.average)
 
     def _config_status(self, version: str, state: str | None = None) -> None:

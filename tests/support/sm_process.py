@@ -1,8 +1,11 @@
-"""SM as a process of its own with the test runtime: `python -m tests.support.sm_process CONFIG [KILL_AT]`.
+"""SM as a process of its own that may kill itself: `python -m tests.support.sm_process CONFIG [KILL_AT] [whole]`.
 
 With KILL_AT the process kills itself with SIGKILL right before its KILL_AT-th persistent step, counted from the first
 UpdateInstances that stops something. Steps are: begin and end of each database transaction, and every rename, removal
 and directory in the working directory or among the notes of the runtime.
+
+It has the test runtime; "whole" is the program as it is, with containers and networks, where files count as steps when
+they get their names and the programs that SM starts do not count.
 """
 
 import argparse
@@ -10,7 +13,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ from aoscore.sm.launcher.launcher import Launcher
 from tests.support.processes import NoMonitoring, NoNetworks, ProcessRuntime, empty_log
 
 _FILE_EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "subprocess.Popen"})
+_WHOLE_EVENTS = frozenset({"os.rename"})
 
 
-def kill_at(step: int, root: Path) -> None:
+def kill_at(step: int, root: Path, events: Set[str]) -> None:
     """See the module text. Writes the number and name of each step to `<root>/steps`."""
     count = 0
     counting = False
@@ -42,8 +46,9 @@ def kill_at(step: int, root: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _FILE_EVENTS and (event == "subprocess.Popen" or str(arguments[0]).startswith(str(root))):
-            note(f"{event} {Path(str(arguments[0])).name}")
+        if event in events and (event == "subprocess.Popen" or str(arguments[0]).startswith(str(root))):
+            # A new name says more than that of a temporary file.
+            note(f"{event} {Path(str(arguments[event == 'os.rename'])).name}")
 
     original: Callable[..., Any] = Database.write
 
@@ -82,9 +87,13 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        kill_at(int(sys.argv[2]), Path(sys.argv[1]).parent)
+    whole = "whole" in sys.argv[2:]
+    if len(sys.argv) > 2 and sys.argv[2].isdigit():
+        kill_at(int(sys.argv[2]), Path(sys.argv[1]).parent, _WHOLE_EVENTS if whole else _FILE_EVENTS)
+    options = ["-c", sys.argv[1], "-v", "debug"]
+    if whole:
+        raise SystemExit(run_daemon(app.PROGRAM, options))
     program = Program(
         name="aos_servicemanager", title="SM", default_config="aos_servicemanager.cfg", load=load, build=build
     )
-    raise SystemExit(run_daemon(program, ["-c", sys.argv[1], "-v", "debug"]))
+    raise SystemExit(run_daemon(program, options))

@@ -97,15 +97,27 @@ def answering(instance: int | str, *what: str) -> set[str]:
 
 
 @contextlib.contextmanager
-def started_inside(number: int, script: str, *args: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A Python program in an instance's namespace that prints "up" when it is."""
-    command = ["ip", "netns", "exec", name(number), sys.executable, "-c", script, *args]
+def _started(*command: str) -> Iterator["subprocess.Popen[bytes]"]:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
         assert program.stdout is not None and program.stdout.readline() == b"up\n"
         try:
             yield program
         finally:
             program.kill()
+
+
+@contextlib.contextmanager
+def started_inside(number: int, script: str, *args: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A Python program in an instance's namespace that prints "up" when it is."""
+    with _started("ip", "netns", "exec", name(number), sys.executable, "-c", script, *args) as program:
+        yield program
+
+
+@contextlib.contextmanager
+def serving_here(*ports: int) -> Iterator[None]:
+    """Listen on ports of the node itself, TCP and UDP."""
+    with _started(sys.executable, "-c", SERVE, *map(str, ports)):
+        yield
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ BLOCK = 512
 READ_BYTES = 1 << 16
 SLICE_BYTES = 1 << 10  # compressed bytes per step of zstd, which cannot bound its output otherwise
 OUTPUT_BYTES = 1 << 18
-PROGRESS_BYTES = 4 << 20
+PROGRESS_BYTES = 1 << 20
 MAX_NAME = 4095
 MAX_COMPONENT = 255
 MAX_DEPTH = 256  # deeper trees break programs that recurse, such as those that delete them
@@ -133,7 +133,7 @@ def unpack_layer(
     and for directories made for them. uid_shift, gid_shift: added to each owner (user namespaces). xattrs: set
     ``user.*`` (on files and directories) and ``security.capability`` (on files); all others are counted and left
     out. allow_devices: device nodes other than 0:0 are made, not refused. sync: all of it is on the disk before
-    this returns. progress: called with the number of unpacked bytes every few MiB; what it raises ends the work and
+    this returns. progress: called with the number of unpacked bytes every MiB; what it raises ends the work and
     is passed on.
 
     The digests are returned, not compared: the caller knows what it expects, and must look before it uses the tree.
@@ -493,7 +493,8 @@ def _components(raw: bytes, translate: bool) -> list[bytes]:
         raise _Fault(Code.NAME_NUL)
     if len(raw) > MAX_NAME:
         raise _Fault(Code.NAME_TOO_LONG)
-    if raw.startswith(b"/"):
+    # A lone slash is the root itself to umoci, and leads nowhere else.
+    if raw.startswith(b"/") and raw.strip(b"/"):
         raise _Fault(Code.NAME_ABSOLUTE)
     parts: list[bytes] = []
     for part in raw.split(b"/"):

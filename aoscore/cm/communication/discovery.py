@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
-from cryptography import x509
 
 from aoscore.cm.communication.messages import PROTOCOL_VERSION
 from aoscore.cm.communication.reader import read
 from aoscore.common.errors import FailedError, InvalidArgumentError, NotFoundError
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 DISCOVERY_PORT: Final = 9000
 MIN_DELAY_S: Final = 1.0
@@ -63,6 +65,8 @@ def parse_answer(status: int, body: bytes, url: str) -> Answer:
 
 def certificate_urls(certificate: x509.Certificate) -> list[str]:
     """Discovery URLs in a Unit's `online` certificate: the URIs of its Issuer Alternative Name, else by its O."""
+    from cryptography import x509
+
     try:
         names = certificate.extensions.get_extension_for_class(x509.IssuerAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)

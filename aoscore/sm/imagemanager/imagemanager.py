@@ -18,7 +18,7 @@ from typing import Protocol
 from aoscore.common.aio import Broadcast, Worker, log_and_continue
 from aoscore.common.blobstore import check_digest
 from aoscore.common.download import Downloader
-from aoscore.common.errors import AosError, ChecksumError, InvalidArgumentError, NotFoundError
+from aoscore.common.errors import AosError, ChecksumError, InvalidArgumentError, NotFoundError, OutOfRangeError
 from aoscore.common.files import available_bytes
 from aoscore.common.log import kv
 from aoscore.common.oci import (
@@ -33,8 +33,8 @@ from aoscore.common.oci import (
 from aoscore.common.types import CoreAlert, ItemType
 from aoscore.sm.imagemanager.items import ItemRow, ItemTable
 from aoscore.sm.imagemanager.model import InstalledImage, ItemKey, Payload
-from aoscore.sm.imagemanager.space import Space, Usage
-from aoscore.sm.imagemanager.store import ImageStore
+from aoscore.sm.imagemanager.space import Space, Usage, kept_bytes
+from aoscore.sm.imagemanager.store import MAX_LAYER_BYTES, ImageStore
 
 _log = logging.getLogger(__name__)
 
@@ -199,25 +199,26 @@ class ImageManager:
             except (NotFoundError, ChecksumError, InvalidArgumentError) as error:
                 await self._give_up(key, error)
 
-    async def sweep(self) -> None:
-        """Delete blobs, layers and partial downloads that no item refers to."""
+    async def sweep(self) -> int:
+        """Delete blobs, layers and partial downloads that no item refers to; how many there were."""
         async with self._sweeping:
             self._touched = set(self._in_work)
             complete = {*self._rows, *self._damaged}
             unused = await self._worker.run(self._find_unused, complete, complete | (self._wanted or frozenset()))
             # From the look at `_touched` to the end of a deletion nothing is awaited, so no install comes between.
+            unused = {one for one in unused if one not in self._touched and one not in self._in_work}
             for digest in unused:
-                if digest not in self._touched and digest not in self._in_work:
-                    self._store.discard(digest)
+                self._store.discard(digest)
             await self._worker.run(self._store.empty_trash)
             if unused:
                 _log.info(kv("Unused files deleted", count=len(unused)))
+            return len(unused)
 
     async def _evict(self) -> bool:
-        """Delete the item that has been unwanted for the longest time."""
+        """Delete the item that has been unwanted for the longest time, then what broken installs have left."""
         outdated = [row for row in self._rows.values() if row.removed_ns is not None]
         if not outdated:
-            return False
+            return await self.sweep() > 0
         await self._delete(min(outdated, key=lambda row: (row.removed_ns or 0, row.key)).key)
         await self.sweep()
         return True
@@ -263,16 +264,18 @@ class ImageManager:
     async def _document(self, descriptor: Descriptor, keep: Callable[[str], None]) -> bytes:
         if descriptor.size > MAX_DOCUMENT_BYTES:
             raise InvalidArgumentError(f"document {descriptor.digest} of {descriptor.size} bytes is too large")
-        await self._blob(descriptor, keep)
+        await self._blob(descriptor, keep, limit_bytes=MAX_DOCUMENT_BYTES)
         return await self._worker.run(self._store.blobs.read, descriptor.digest, MAX_DOCUMENT_BYTES)
 
-    async def _blob(self, descriptor: Descriptor, keep: Callable[[str], None]) -> None:
-        """Have a verified blob in the store."""
+    async def _blob(
+        self, descriptor: Descriptor, keep: Callable[[str], None], *, limit_bytes: int = MAX_LAYER_BYTES
+    ) -> None:
+        """Have a verified blob in the store. `limit_bytes` holds for one whose size is not told."""
         digest = check_digest(descriptor.digest)
         keep(digest)
         async with self._locked(digest):
             if not await self._is_good_blob(digest):
-                await self._download(descriptor)
+                await self._download(descriptor, limit_bytes)
 
     async def _is_good_blob(self, digest: str) -> bool:
         try:
@@ -285,23 +288,28 @@ class ImageManager:
             return False
         return True
 
-    async def _download(self, descriptor: Descriptor) -> None:
+    async def _download(self, descriptor: Descriptor, limit_bytes: int) -> None:
         digest, size_bytes = descriptor.digest, descriptor.size
+        if size_bytes < 0:
+            raise InvalidArgumentError(f"blob {digest} can't have {size_bytes} bytes")
         urls = await self._source.blob_urls([digest])
         if len(urls) != 1 or not urls[0]:
             raise NotFoundError(f"CM knows no address of blob {digest}")
         partial = self._store.partial(digest)
         have_bytes = partial.stat().st_size if partial.exists() else 0
         async with self._space.reserve(max(0, size_bytes - have_bytes), f"blob {digest}") as reservation:
-            await self._downloader.download(
-                urls[0],
-                partial,
-                size=size_bytes or None,
-                progress=lambda done_bytes, _: reservation.written(done_bytes - have_bytes),
-            )
+
+            def progress(done_bytes: int, total_bytes: int | None) -> None:
+                if not size_bytes and max(done_bytes, total_bytes or 0) > limit_bytes:
+                    raise OutOfRangeError(f"blob {digest} is larger than {limit_bytes} bytes")
+                self._space.check(f"blob {digest}")
+                reservation.written(done_bytes - have_bytes)
+
             try:
+                await self._downloader.download(urls[0], partial, size=size_bytes or None, progress=progress)
                 await self._worker.run(self._store.blobs.adopt, partial, digest)
-            except ChecksumError:
+            except (ChecksumError, OutOfRangeError):
+                # No beginning of what is wanted.
                 partial.unlink(missing_ok=True)
                 raise
 
@@ -322,15 +330,23 @@ class ImageManager:
             await self._worker.run(self._store.forget_layer, digest, diff_id)
             await self._blob(descriptor, keep)
             wanted_bytes = await self._worker.run(self._store.unpacked_bytes, digest, descriptor.media_type)
+            if wanted_bytes > MAX_LAYER_BYTES:
+                raise InvalidArgumentError(f"layer {digest} of {wanted_bytes} bytes is larger than {MAX_LAYER_BYTES}")
             async with self._space.reserve(wanted_bytes, f"layer {diff_id}") as reservation:
+
+                def progress(done_bytes: int) -> None:
+                    # By the disk, not by the archive: a thousand empty files take room too.
+                    self._space.check(f"layer {diff_id}")
+                    reservation.written(done_bytes)
+
                 await self._worker.run(
                     self._store.unpack,
                     digest,
                     diff_id,
                     descriptor.media_type,
                     # The archive may lie about its size, but never take more than there is.
-                    max_bytes=wanted_bytes + max(0, self._space.free_bytes()),
-                    progress=reservation.written,
+                    max_bytes=min(wanted_bytes + max(0, self._space.free_bytes()), MAX_LAYER_BYTES),
+                    progress=progress,
                 )
 
     @contextlib.asynccontextmanager
@@ -461,4 +477,5 @@ def _disk_usage(store: ImageStore) -> Usage:
         stat = os.statvfs(store.root)
         return stat.f_blocks * stat.f_frsize
 
-    return Usage(lambda: available_bytes(store.root), total, store.used_bytes)
+    kept = kept_bytes(total())
+    return Usage(lambda: available_bytes(store.root) - kept, total, store.used_bytes)

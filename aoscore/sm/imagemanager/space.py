@@ -9,12 +9,21 @@ from aoscore.common.log import kv
 
 _log = logging.getLogger(__name__)
 
+_KEPT_BYTES = 64 * 1024 * 1024
+_KEPT_PART = 20
+
+
+def kept_bytes(total_bytes: int) -> int:
+    """What images leave free of a file system of that size: SM's database and others must go on writing there."""
+    return min(_KEPT_BYTES, total_bytes // _KEPT_PART)
+
 
 class Usage:
     """What the space keeper must know, as functions so that tests can have a small disk."""
 
     def __init__(self, available: Callable[[], int], total: Callable[[], int], used: Callable[[], int]) -> None:
-        """Bytes free for us and in all on the file system; bytes that the store takes."""
+        """Bytes free for us (below 0 when less is free than is to be kept) and in all on the file system; bytes that
+        the store takes."""
         self.available = available
         self.total = total
         self.used = used
@@ -59,6 +68,12 @@ class Space:
             yield reservation
         finally:
             self._reservations.discard(reservation)
+
+    def check(self, what: str) -> None:
+        """Raise NoSpaceError once the disk is full but for what is kept: what takes more than it said must stop."""
+        missing_bytes = -self._usage.available()
+        if missing_bytes > 0:
+            raise NoSpaceError(f"{what} takes more disk than it said, {missing_bytes} bytes are missing")
 
     def free_bytes(self) -> int:
         """What can be promised now."""

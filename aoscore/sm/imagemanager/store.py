@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aoscore._speedups.unpack import Compression, Owners, UnpackError, UnpackResult, unpack_layer
+from aoscore._speedups.unpack import Code, Compression, Owners, UnpackError, UnpackResult, unpack_layer
 from aoscore.common.blobstore import BlobStore, check_digest
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NoSpaceError, NotFoundError, RuntimeFailure
 from aoscore.common.files import fsync_dir, remove_tree, write_atomic
@@ -26,8 +26,15 @@ _LINK = re.compile(r"sha256:[0-9a-f]{64}")
 _LINK_BYTES = 71
 _READ_BYTES = 1024 * 1024
 _GZIP_TAIL_BYTES = 4
+_GZIP_BEST_RATIO = 1032
+"""Nothing packs better than that with deflate (RFC 1951), so who says so lies."""
 _GUESSED_GROWTH = 3
 _TRASH = "trash-"
+
+MAX_LAYER_BYTES = 8 << 30
+"""Longest layer, packed or not."""
+MAX_LAYER_MEMBERS = 250_000
+"""Most members of one: a multiple of what is met in real images. Each costs an inode, and memory while unpacking."""
 
 
 class ImageStore:
@@ -106,7 +113,7 @@ class ImageStore:
         tree = staging / "layer"
         tree.mkdir(mode=0o755, parents=True)
         try:
-            result = _unpack(blob, tree, media_type, max_bytes, progress)
+            result = _unpack(blob, tree, media_type, max_bytes, self._spare_files(), progress)
             if result.blob_digest != digest:
                 raise ChecksumError(f"layer blob {digest} is damaged: its content is {result.blob_digest}")
             if result.diff_id != diff_id:
@@ -169,8 +176,15 @@ class ImageStore:
             if media_type.endswith("+gzip") and packed_bytes > _GZIP_TAIL_BYTES:
                 # The gzip trailer holds the size modulo 2^32.
                 file.seek(-_GZIP_TAIL_BYTES, os.SEEK_END)
-                return max(packed_bytes, int.from_bytes(file.read(_GZIP_TAIL_BYTES), "little"))
+                told_bytes = int.from_bytes(file.read(_GZIP_TAIL_BYTES), "little")
+                return max(packed_bytes, min(told_bytes, packed_bytes * _GZIP_BEST_RATIO))
         return packed_bytes * _GUESSED_GROWTH if media_type.endswith("+zstd") else packed_bytes
+
+    def _spare_files(self) -> int:
+        """How many files one layer may bring: half of what the file system has left at most."""
+        status = os.statvfs(self.root)
+        # 0 in all: made as needed.
+        return min(MAX_LAYER_MEMBERS, status.f_favail // 2) if status.f_files else MAX_LAYER_MEMBERS
 
     def _diff_ids(self) -> Iterator[str]:
         for path in self._layers.iterdir():
@@ -200,7 +214,12 @@ class ImageStore:
 
 
 def _unpack(
-    blob: Path, tree: Path, media_type: str, max_bytes: int, progress: Callable[[int], None] | None
+    blob: Path,
+    tree: Path,
+    media_type: str,
+    max_bytes: int,
+    max_members: int,
+    progress: Callable[[int], None] | None,
 ) -> UnpackResult:
     """Unpack with errors in our terms."""
     try:
@@ -210,11 +229,14 @@ def _unpack(
             tree,
             compression=compression,
             max_unpacked_bytes=max_bytes,
+            max_members=max_members,
             owners=Owners.ROOT,
             sync=True,
             progress=progress,
         )
     except UnpackError as error:
+        if error.code is Code.MEMBER_LIMIT and max_members < MAX_LAYER_MEMBERS:
+            raise NoSpaceError(f"layer {blob.name} has more than {max_members} files, half of what fit") from error
         raise InvalidArgumentError(f"layer {blob.name} can't be unpacked: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -227,26 +249,41 @@ def tree_digest(tree: Path, *, follow_links: bool = False) -> str:
 
     With `follow_links` as AosCore 9.1 computes it: a link to a file adds a line with the path it resolves to.
     """
-    # Bytes: names need not be valid UTF-8. Without recursion: a layer may be deep.
+    # Bytes: names need not be valid UTF-8.
     root = os.path.realpath(os.fsencode(tree))
-    files: list[bytes] = []
-    directories = [root]
-    while directories:
-        with os.scandir(directories.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    directories.append(entry.path)
-                elif entry.is_file(follow_symlinks=False):
-                    files.append(entry.path)
-                elif follow_links and entry.is_file():
-                    files.append(os.path.realpath(entry.path))
+    files = _files_by_path(root, follow_links)
     total = hashlib.sha256()
-    for path in sorted(files):
+    # A link leads anywhere, also to files that were met already.
+    for path in sorted(files) if follow_links else files:
         relative = os.path.relpath(path, root)
         if b"\n" in relative:
             raise InvalidArgumentError(f"{os.fsdecode(relative)!r} has a line break in its name")
         total.update(_file_hash(path).encode() + b"  " + relative + b"\n")
     return f"sha256:{total.hexdigest()}"
+
+
+def _files_by_path(root: bytes, follow_links: bool) -> Iterator[bytes]:
+    """Regular files in the bytewise order of their paths, but for what links lead to.
+
+    Without recursion, since a tree may be deep; a directory is listed when its turn comes, since it may be large.
+    """
+    waiting = [root + b"/"]
+    while waiting:
+        path = waiting.pop()
+        if not path.endswith(b"/"):
+            yield path
+            continue
+        found = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    # So it comes where the paths of its files belong: after "a.txt", before "a0".
+                    found.append(entry.path + b"/")
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(entry.path)
+                elif follow_links and entry.is_file():
+                    found.append(os.path.realpath(entry.path))
+        waiting += sorted(found, reverse=True)
 
 
 def _file_hash(path: bytes) -> str:

@@ -3,6 +3,9 @@
 The table is always written as a whole, from nothing: what the kernel has afterwards depends on the given state alone,
 and packets see either the old or the new table. No other table is ever touched.
 
+What instances may ask of the node itself is not limited unless the node says so: services written for AosCore 9.1 may
+use any port of it (sm-runtime.md §7, D36).
+
 A packet between two instances meets the rules of both: first those of the sender, which pass it on rather than accept
 it, then those of the receiver, which decide. So it does not matter who was started first (D35).
 """
@@ -63,8 +66,13 @@ def instance_rules(instance: StoredInstance) -> InstanceRules:
     )
 
 
-def ruleset(networks: Iterable[Network], instances: Sequence[InstanceRules]) -> list[Command]:
-    """The transaction that makes the table what the state says."""
+def ruleset(
+    networks: Sequence[Network], instances: Sequence[InstanceRules], host_ports: Sequence[Ports] | None = None
+) -> list[Command]:
+    """The transaction that makes the table what the state says.
+
+    `host_ports` are the node's own ports that instances reach beside its DNS server; None leaves all of them open.
+    """
     established = match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "in")
     commands = [
         *TABLE.begin(),
@@ -80,6 +88,8 @@ def ruleset(networks: Iterable[Network], instances: Sequence[InstanceRules]) -> 
         commands.append(TABLE.rule("postrouting", [subnet, leaves, {"masquerade": None}]))
     for instance in instances:
         commands += _instance_commands(instance)
+    if host_ports is not None:
+        commands += _host_commands([network.bridge for network in networks], host_ports)
     if instances:
         # Senders first, then receivers; what is left comes from an instance and goes outside.
         for direction in ("saddr", "daddr"):
@@ -88,6 +98,20 @@ def ruleset(networks: Iterable[Network], instances: Sequence[InstanceRules]) -> 
         sources = {"set": [instance.ip for instance in instances]}
         commands.append(TABLE.rule("forward", [match(ip("saddr"), sources), _ACCEPT]))
     return commands
+
+
+def _host_commands(bridges: Sequence[str], ports: Sequence[Ports]) -> Iterable[Command]:
+    """What comes from bridges to the node itself, by whatever address and protocol."""
+    yield TABLE.add("chain", "input", type="filter", hook="input", prio=0, policy="accept")
+    yield TABLE.add("chain", "host")
+    if bridges:
+        from_bridge = match({"meta": {"key": "iifname"}}, {"set": sorted(bridges)})
+        yield TABLE.rule("input", [from_bridge, {"jump": {"target": "host"}}])
+    yield TABLE.rule("host", [match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "in"), _ACCEPT])
+    yield TABLE.rule("host", [match({"meta": {"key": "l4proto"}}, "icmp"), _ACCEPT])
+    for allowed in (Ports("tcp", 53, 53), Ports("udp", 53, 53), *ports):
+        yield TABLE.rule("host", [_port_match(allowed), _ACCEPT])
+    yield TABLE.rule("host", [_DROP])
 
 
 def _instance_commands(instance: InstanceRules) -> Iterable[Command]:

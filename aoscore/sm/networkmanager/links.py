@@ -98,6 +98,7 @@ class Links:
                 done.append("bridge")
             elif link.kind != "bridge":
                 raise RuntimeFailure(f"link {network.bridge} is in the way, it is no bridge")
+            _refuse_ipv6(network.bridge)
             if link.alias != ALIAS or link.address != mac:
                 self._host.do(netlink.change_link(link.index, alias=ALIAS, address=mac))
             wanted = Address(network.ip, subnet.prefixlen)
@@ -267,6 +268,13 @@ def _index(name: str) -> int | None:
         return socket.if_nametoindex(name)
     except OSError:
         return None
+
+
+def _refuse_ipv6(name: str) -> None:
+    """Networks of instances are IPv4 (grpc.md): without this, host and instances would reach each other by link-local
+    addresses that no rule is about. A kernel without IPv6 has no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
 
 
 def _ours(links: Iterable[Link]) -> set[str]:

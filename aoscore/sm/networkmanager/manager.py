@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from aoscore.common.aio import Worker, log_and_continue
-from aoscore.common.errors import AosError, FailedError
+from aoscore.common.errors import AosError, FailedError, NotFoundError
 from aoscore.common.log import kv
 from aoscore.common.types import (
     InstanceIdent,
@@ -39,12 +39,14 @@ from aoscore.sm.networkmanager.model import (
     AttachedNetwork,
     Network,
     NetworkConfig,
+    Ports,
     StoredInstance,
     check_network_id,
     host_names,
     hosts_file,
     netns_path,
     node_network,
+    prefix_length,
     resolv_conf,
     wishes,
 )
@@ -95,9 +97,10 @@ class NetworkManager:
         *,
         cni: CniSettings | None = None,
         traffic_period: Period = "day",
+        host_ports: Sequence[Ports] | None = None,
         dns_dir: Path = DNS_DIR,
     ) -> None:
-        """With `cni` instances are connected by CNI plugins, otherwise by ourselves."""
+        """With `cni` instances are connected by CNI plugins, otherwise by ourselves. `host_ports`: see `ruleset`."""
         self._store = store
         self._cm = cm
         self._dns_dir = dns_dir
@@ -109,6 +112,7 @@ class NetworkManager:
         if cni is not None:
             self._backend = CniBackend(self._links, self._netlink, self._files, cni)
         self._traffic = Traffic(store, traffic_period)
+        self._host_ports = host_ports
         self._networks: dict[str, Network] = {}
         self._instances: dict[str, StoredInstance] = {}
         self._dns: dict[str, DnsServer] = {}
@@ -147,8 +151,14 @@ class NetworkManager:
         self._networks = {network.network_id: network for network in await self._store.load_networks()}
         for instance in await self._store.load_instances():
             network = self._networks.get(instance.network_id)
-            if network is None:
-                _log.warning(kv("Instance of an unknown network forgotten", id=instance.instance_id))
+            try:
+                if network is None:
+                    raise NotFoundError(f"network {instance.network_id} is not known")
+                prefix_length(network.subnet)
+                instance_rules(instance)
+            except AosError as error:
+                # One row must not keep all others down; CM allocates anew when the instance starts.
+                _log.warning(kv("Stored network of instance can't be used", id=instance.instance_id, reason=error))
                 await self._store.remove_instance(instance.instance_id, None)
                 continue
             if instance.host_if_name and not netns_path(instance.instance_id).exists():
@@ -497,6 +507,7 @@ class NetworkManager:
             rules = ruleset(
                 [self._networks[network_id] for network_id in sorted(networks)],
                 [instance_rules(instance) for instance in sorted(up, key=lambda item: item.instance_id)],
+                self._host_ports,
             )
             await self._traffic.change(counted, not_counted, rules)
 

@@ -1,5 +1,6 @@
 """The network manager's tables, as AosCore 9.1 writes them (database.md §3)."""
 
+import logging
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -8,10 +9,14 @@ import msgspec
 
 from aoscore.common.config import from_json, to_json
 from aoscore.common.db import Database
+from aoscore.common.errors import InvalidArgumentError
+from aoscore.common.log import kv
 from aoscore.common.types import FirewallRule, InstanceIdent, InstanceNetwork
 from aoscore.sm.networkmanager.model import Network, NetworkConfig, StoredInstance, bridge_name, host_names, vlan_name
 from aoscore.sm.networkmanager.traffic import StoredTraffic
 from aoscore.sm.resourcemanager.resources import HostConfig
+
+_log = logging.getLogger(__name__)
 
 _NS = 1_000_000_000
 
@@ -79,11 +84,22 @@ class NetworkStore:
         ]
 
     async def load_instances(self) -> list[StoredInstance]:
-        """Instances with a network; rows of old versions, without content, are left out."""
+        """Instances with a network; rows of old versions, without content, are left out.
+
+        A row that cannot be read is logged, left in the file and skipped.
+        """
         rows = await self._database.select(
             "SELECT instanceID, networkID, networkConfig, allocatedParams, hostIfName FROM instancenetwork"
         )
-        return [_instance_from_row(row) for row in rows if row[2] and row[3]]
+        instances = []
+        for row in rows:
+            if not row[2] or not row[3]:
+                continue
+            try:
+                instances.append(_instance_from_row(row))
+            except InvalidArgumentError as error:
+                _log.error(kv("Stored network of instance can't be read, skipped", id=row[0], error=error))
+        return instances
 
     async def save(self, *rows: tuple[Network, StoredInstance]) -> None:
         """Insert or replace instances together with their networks."""

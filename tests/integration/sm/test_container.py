@@ -15,12 +15,15 @@ import pytest
 from aoscore.common.errors import AosError, NotFoundError
 from aoscore.common.oci import Quotas, ResourceRef
 from aoscore.common.types import EnvVar, InstanceState, InstanceStatus
+from aoscore.sm import cgroups
 from aoscore.sm.launcher.runtimes.base import instance_id
+from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.networkmanager.model import netns_path
 from aoscore.sm.processes import is_alive
+from aoscore.sm.resourcemanager.disks import disks_of
 from aoscore.sm.resourcemanager.resources import HostConfig, MountConfig, ResourceConfig
-from tests.support import containers
+from tests.support import bed, containers
 from tests.support.containers import image, instance, output, runtime
 from tests.support.running import running, until
 
@@ -152,6 +155,29 @@ async def test_memory_limit(host: ContainerRuntime, tmp_path: Path) -> None:
         failed = await state(statuses, InstanceState.FAILED)
     assert failed.error is not None
     assert (failed.error.exit_code, failed.error.message) == (137, "killed by SIGKILL (137), out of memory")
+
+
+async def test_limits_that_the_node_sets(tmp_path: Path) -> None:
+    [(major, minor)] = disks_of([tmp_path]) or pytest.skip(f"{tmp_path} is on no disk")
+    made = runtime(tmp_path, default_pids_limit=25, disk_speed=DiskSpeed(write_bytes_per_s=1 << 20, reads_per_s=500))
+    layout = cgroups.probe()
+    group = f"{bed.cgroup_parent()}/{instance_id(instance().ident)}"
+
+    def limits(controller: str, name: str) -> str:
+        tree = layout.unified if layout.version == 2 else layout.controllers[controller]
+        return Path(f"{tree}{group}/{name}").read_text()
+
+    async with running(made):
+        await made.adopt([])
+        await made.start_instance(instance(), image(tmp_path, FOREVER))
+        assert limits("pids", "pids.max") == "25\n"
+        if layout.version == 2:
+            assert f"{major}:{minor} rbps=max wbps=1048576 riops=500 wiops=max" in limits("io", "io.max")
+        else:
+            assert f"{major}:{minor} 1048576" in limits("blkio", "blkio.throttle.write_bps_device")
+            assert f"{major}:{minor} 500" in limits("blkio", "blkio.throttle.read_iops_device")
+        assert Path(f"/proc/{made.sample_targets()[0].pid}/oom_score_adj").read_text() == "500\n"
+        await made.stop_instance(instance().ident)
 
 
 async def test_root_is_read_only_and_the_host_hidden(tmp_path: Path) -> None:

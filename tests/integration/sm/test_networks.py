@@ -1,6 +1,7 @@
 """Instance networks on real links, nftables and dnsmasq: who reaches whom, names, adoption after kill -9."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,16 +11,29 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import apsw
 import pytest
 
 from aoscore.common.errors import AosError
 from aoscore.common.types import FirewallRule
 from aoscore.sm.networkmanager import nft
-from aoscore.sm.networkmanager.model import NetworkConfig, netns_path, veth_name
+from aoscore.sm.networkmanager.model import NetworkConfig, Ports, netns_path, veth_name
 from aoscore.sm.networkmanager.traffic import TABLE, Counted, StoredTraffic, Totals, Traffic
 from aoscore.sm.smclient.network import FirewallUpdate
 from tests.support.networks import FakeCm, ident, manager, name
-from tests.support.traffic import SINK, SOURCE, UDP_SINK, UDP_SOURCE, answering, inside, link_names, measured, serving
+from tests.support.running import until
+from tests.support.traffic import (
+    SINK,
+    SOURCE,
+    UDP_SINK,
+    UDP_SOURCE,
+    answering,
+    inside,
+    link_names,
+    measured,
+    serving,
+    serving_here,
+)
 
 pytestmark = pytest.mark.net
 
@@ -87,6 +101,47 @@ async def test_who_reaches_whom(tmp_path: Path, first: int) -> None:
             await networks.update_firewall(FirewallUpdate(ident(2), (late,)))
             assert answering(2, *to_beta) == exposed | {"tcp:172.31.2.3:9102"}
         for number in configs:
+            await networks.detach(name(number))
+
+
+async def test_ports_of_the_node_are_open_only_where_it_says_so(tmp_path: Path) -> None:
+    config = NetworkConfig(ident(0))
+    node = {f"{proto}:172.31.1.1:{port}" for proto in ("tcp", "udp") for port in (53, 9000, 9001)}
+    names = {"tcp:172.31.1.1:53", "udp:172.31.1.1:53"}
+    with serving_here(9000, 9001):
+        async with manager(tmp_path, FakeCm()) as networks:
+            await networks.attach(name(0), "owner", config)
+            assert answering(0, *node - names) == node - names
+            addresses = subprocess.run(["ip", "-6", "-j", "address"], check=True, capture_output=True).stdout
+            links = {one["ifname"] for one in json.loads(addresses) if one.get("addr_info")}
+            assert not {link for link in links if link.startswith("br-")}, "no way around by IPv6"
+        async with manager(tmp_path, FakeCm(), host_ports=(Ports("tcp", 9001, 9001),)) as networks:
+            assert answering(0, *node - names) == {"tcp:172.31.1.1:9001"}
+            assert inside(0, "ping", "-c1", "-W1", "172.31.1.1").returncode == 0
+            # dnsmasq listens on TCP too.
+            await until(lambda: answering(0, "tcp:172.31.1.1:53"))
+            await networks.detach(name(0))
+            assert chains() == {"forward", "postrouting", "input", "host"}
+
+
+async def test_rows_that_can_not_be_used_keep_nobody_else_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cm = FakeCm()
+    async with manager(tmp_path, cm) as networks:
+        for number in range(4):
+            await networks.attach(name(number), "owner", NetworkConfig(ident(number)))
+    with contextlib.closing(apsw.Connection(str(tmp_path / "servicemanager.db"))) as connection:
+        change = "UPDATE instancenetwork SET {} WHERE instanceID = ?"
+        connection.execute(change.format("networkConfig = '{nonsense'"), (name(0),))
+        connection.execute(change.format('allocatedParams = \'{"ip": "nowhere"}\''), (name(1),))
+        connection.execute(change.format("networkID = 'other'"), (name(2),))
+    async with manager(tmp_path, cm) as networks:
+        assert [state.ident for state in networks.states()] == [ident(3)]
+        assert netns_path(name(3)).exists() and not netns_path(name(0)).exists()
+        assert caplog.text.count("Stored network of instance can't be") == 3
+        for number in range(4):
+            await networks.attach(name(number), "owner", NetworkConfig(ident(number)))
             await networks.detach(name(number))
 
 

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 # Modules of other components, of tests and of the local cloud: not there where only the extra `cm` is installed.
-NOT_INSTALLED = "psutil pyudev zstandard dbus_fast aiohttp jsonschema jwt yaml pytest hypothesis Cython grpc_tools"
+NOT_INSTALLED = (
+    "psutil pyroute2 pyudev zstandard dbus_fast aiohttp jsonschema jwt yaml pytest hypothesis Cython grpc_tools"
+)
 
 PROGRAM = f"""
 import sys

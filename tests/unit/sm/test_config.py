@@ -13,6 +13,7 @@ from aoscore.sm import app
 from aoscore.sm.config import load
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.networkmanager.cni import CniSettings
+from aoscore.sm.networkmanager.model import Ports
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "sm.cfg"
 MINIMAL: dict[str, Any] = {
@@ -116,6 +117,8 @@ def runtime(**changes: Any) -> dict[str, Any]:
         (runtime(plugin="rootfs", config={"healthCheckServices": "x"}), r"runtimes\[0\].config"),
         (runtime(config={"crunExecutble": "x"}), r"runtimes\[0\].config.crunExecutble"),
         (runtime(config={"hostBinds": "usr"}), r"runtimes\[0\].config"),
+        (runtime(config={"diskSpeed": {"writeSpeed": -1}}), r"runtimes\[0\].config.*can't be below 0"),
+        (runtime(config={"diskSpeed": {"writSpeed": 1}}), r"runtimes\[0\].config"),
         ({"runtimes": [{"plugin": "container", "type": "a"}] * 2}, r"'runtimes\[1\].type' 'a' is used twice"),
     ],
 )
@@ -142,6 +145,16 @@ def test_program_ends_with_a_clear_error(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 78
     assert "unknown key 'workngDir'" in done.stdout + done.stderr
+
+
+def test_ports_of_the_node_are_checked(tmp_path: Path) -> None:
+    document = json.loads(EXAMPLE.read_text())
+    assert app.load(EXAMPLE).host_ports is None
+    document["network"] = {"hostPorts": ["8088", "5000-5010/udp"]}
+    assert app.load(write(tmp_path, document)).host_ports == (Ports("tcp", 8088, 8088), Ports("udp", 5000, 5010))
+    document["network"] = {"hostPorts": ["http"]}
+    with pytest.raises(ConfigError, match=r"'network.hostPorts': 'http' is no port"):
+        app.load(write(tmp_path, document))
 
 
 def test_cni_plugins_are_chosen_with_their_list(tmp_path: Path) -> None:

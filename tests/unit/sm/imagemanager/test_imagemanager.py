@@ -10,10 +10,19 @@ import pytest
 
 from aoscore.common.aio import Worker
 from aoscore.common.download import Downloader
-from aoscore.common.errors import AosError, ChecksumError, InvalidArgumentError, NoSpaceError, NotFoundError
+from aoscore.common.errors import (
+    AosError,
+    ChecksumError,
+    InvalidArgumentError,
+    NoSpaceError,
+    NotFoundError,
+    OutOfRangeError,
+)
+from aoscore.common.fileserver import FileServer
 from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_LAYER_TAR
 from aoscore.common.types import CoreAlert, ItemType
 from aoscore.sm.database import open_database
+from aoscore.sm.imagemanager import imagemanager
 from aoscore.sm.imagemanager.imagemanager import ImageManager
 from aoscore.sm.imagemanager.items import ItemTable
 from aoscore.sm.imagemanager.model import ItemKey
@@ -305,6 +314,37 @@ async def test_space_is_taken_from_the_item_unwanted_longest(bed: Bed) -> None:
         assert bed.asked == []
         await manager.install(old)
         assert old.manifest_digest in bed.asked
+
+
+async def test_leftovers_of_broken_installs_are_space_too(bed: Bed) -> None:
+    broken, good = bed.item("broken", [APP], diff_ids=[sha256(b"other")]), bed.item("good", [BASE])
+    async with bed.manager() as manager:
+        manager.want({broken, good})
+        with pytest.raises(ChecksumError):
+            await manager.install(broken)
+        leftover = bed.images / "blobs" / "sha256" / sha256(packed(APP)).removeprefix("sha256:")
+        assert leftover.exists()
+        bed.free_bytes = 0
+        manager.want({good})
+        grow = asyncio.create_task(_free_when_gone(bed, leftover))
+        await manager.install(good)
+        await grow
+
+
+async def test_blobs_of_unknown_size_have_a_limit(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = bed.item("a", [APP])
+    server = FileServer("127.0.0.1:0", lambda target: bed.blobs.path(target.lstrip("/")))
+    async with running(server):
+
+        async def urls(digests: list[str]) -> list[str]:
+            return [f"http://127.0.0.1:{server.port}/{digest.removeprefix('sha256:')}" for digest in digests]
+
+        monkeypatch.setattr(bed, "blob_urls", urls)
+        monkeypatch.setattr(imagemanager, "MAX_DOCUMENT_BYTES", 100)
+        async with bed.manager() as manager:
+            with pytest.raises(OutOfRangeError, match="larger than 100 bytes"):
+                await manager.install(key)
+            assert not list((bed.images / "downloads").iterdir())
 
 
 async def _free_when_gone(bed: Bed, path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from aoscore.common.errors import NoSpaceError
-from aoscore.sm.imagemanager.space import Space, Usage
+from aoscore.sm.imagemanager.space import Space, Usage, kept_bytes
 
 
 class Disk:
@@ -61,3 +61,19 @@ async def test_share_of_the_disk() -> None:
     assert space.free_bytes() == 50
     async with space.reserve(120, "a"):
         assert disk.outdated == 0
+
+
+async def test_what_takes_more_than_it_said_is_stopped() -> None:
+    disk = Disk(free=300)
+    space = Space(disk.usage, 0, disk.evict)
+    async with space.reserve(200, "a"):
+        disk.free = 0
+        space.check("a")
+        # Below what is kept for others.
+        disk.free = -5
+        with pytest.raises(NoSpaceError, match=r"a takes more disk than it said, 5 bytes are missing"):
+            space.check("a")
+
+
+def test_a_part_of_the_disk_is_left_to_others() -> None:
+    assert (kept_bytes(100 << 20), kept_bytes(64 << 30)) == (5 << 20, 64 << 20)

@@ -2,6 +2,8 @@
 
 import socket
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -21,11 +23,12 @@ def test_new_links() -> None:
     assert (vlan.kind, vlan.parent, vlan.vlan_id) == ("vlan", 7, 4094)
     pair = netlink.new_pair("veth1", 9, "eth0", "02:a0:00:00:00:03", 5)
     assert (as_link(pair).kind, as_link(pair).master, as_link(pair).is_up) == ("veth", 9, True)
-    info = netlink._decoded(netlink._decoded(pair.body[16:])[18])
-    peer = netlink._decoded(info[2])[1]
-    inner = netlink._link(peer)
-    assert (inner.name, inner.address, inner.is_up) == ("eth0", "02:a0:00:00:00:03", False)
-    assert netlink._decoded(peer[16:])[28] == struct.pack("=I", 5)
+    peer = netlink._read(netlink._classes().link, pair.body).get_nested(
+        "IFLA_LINKINFO", "IFLA_INFO_DATA", "VETH_INFO_PEER"
+    )
+    inner = {name: peer.get_attr(name) for name in ("IFLA_IFNAME", "IFLA_ADDRESS", "IFLA_NET_NS_FD")}
+    assert inner == {"IFLA_IFNAME": "eth0", "IFLA_ADDRESS": "02:a0:00:00:00:03", "IFLA_NET_NS_FD": 5}
+    assert not peer["flags"]
 
 
 def test_changes_say_only_what_is_given() -> None:
@@ -35,14 +38,16 @@ def test_changes_say_only_what_is_given() -> None:
     assert netlink.delete_link(3).body == struct.pack("=BxHiII", 0, 0, 3, 0, 0)
 
 
-def test_attributes_are_padded_and_nested() -> None:
-    data = netlink._encoded({1: "ab", 2: {3: 7}, 4: b""})
-    assert len(data) % 4 == 0
-    outer = netlink._decoded(data)
-    assert outer[1] == b"ab\0" and outer[4] == b""
-    assert netlink._decoded(outer[2]) == {3: struct.pack("=I", 7)}
-    # What is cut off or says that it has no size ends the reading, and never loops.
-    assert netlink._decoded(struct.pack("=HH", 0, 9) + struct.pack("=HH", 400, 1) + b"x") == {9: b"", 1: b"x"}
+def test_only_the_messages_of_the_library_are_loaded() -> None:
+    """In a process of its own: others may have loaded all of it here."""
+    code = (
+        "import sys\n"
+        "from aoscore.sm.networkmanager.netlink import Route\n"
+        "with Route() as route: assert route.link('lo')\n"
+        "print('pyroute2.netlink.rtnl.ifinfmsg' in sys.modules, 'pyroute2.ndb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_the_loopback_link() -> None:

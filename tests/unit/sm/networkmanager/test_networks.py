@@ -166,6 +166,22 @@ def test_rules_of_one_instance() -> None:
     assert rules_of(commands, "postrouting") == ["ip saddr == 172.17.0.0/16 oifname != br-00000001 masquerade"]
 
 
+def test_ports_of_the_node() -> None:
+    """Open to instances unless the node says which are (D36)."""
+    assert not any("input" in str(command) for command in ruleset([NETWORK], [instance_rules(INSTANCE)]))
+    commands = ruleset([NETWORK], [], (Ports("tcp", 8088, 8090),))
+    assert rules_of(commands, "input") == ['iifname == ["br-00000001"] jump']
+    assert rules_of(commands, "host") == [
+        'state ["established", "related"] accept',
+        "l4proto == icmp accept",
+        "tcp dport == 53 accept",
+        "udp dport == 53 accept",
+        "tcp dport == [8088, 8090] accept",
+        "drop",
+    ]
+    assert rules_of(ruleset([], [], ()), "input") == []
+
+
 def test_only_our_table_is_named() -> None:
     commands = ruleset([NETWORK], [instance_rules(INSTANCE)])
     for command in commands:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from aoscore.common.config import Duration, load_section
+from aoscore.common.errors import ConfigError
 
 
 class OutputKind(StrEnum):
@@ -17,13 +18,32 @@ class OutputKind(StrEnum):
     FILES = "files"
 
 
+class DiskSpeed(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """How fast one instance may use each disk that it has files on; 0 means as fast as it can.
+
+    Item configurations have no such limits, so they are the node's and equal for all instances.
+    """
+
+    read_bytes_per_s: int = msgspec.field(name="readSpeed", default=0)
+    write_bytes_per_s: int = msgspec.field(name="writeSpeed", default=0)
+    reads_per_s: int = msgspec.field(name="readOperations", default=0)
+    writes_per_s: int = msgspec.field(name="writeOperations", default=0)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether any of them is set."""
+        return self != DiskSpeed()
+
+
 class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     """The object ``runtimes[].config`` of a container runtime.
 
     Own keys: `conmon_executable`; `cgroup_parent`; `host_files` (bound read-only at the same place where the host has
     them); `seccomp` (whether the default profile is applied); `stop_timeout` (between SIGTERM and SIGKILL);
     `settle_time` (a process that lives that long is active); `restart_limit` (longest pause between restarts);
-    `output` and, for files, `output_dir`, `output_max_size` (bytes per instance).
+    `output` and, for files, `output_dir`, `output_max_size` (bytes per instance); `default_pids_limit` (processes of an
+    instance whose item names no limit, 0 for none: one that forks without end must not take the node along);
+    `disk_speed`.
     """
 
     runtime_dir: Path = Path("/run/aos/runtime")
@@ -41,6 +61,8 @@ class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     stop_timeout_s: Duration = msgspec.field(name="stopTimeout", default=Duration(10))
     settle_time_s: Duration = msgspec.field(name="settleTime", default=Duration(0.1))
     restart_limit_s: Duration = msgspec.field(name="restartLimit", default=Duration(60))
+    default_pids_limit: int = 4096
+    disk_speed: DiskSpeed = DiskSpeed()
     output: OutputKind = OutputKind.AUTO
     output_dir: Path | None = None
     output_max_size_bytes: int = msgspec.field(name="outputMaxSize", default=1024 * 1024)
@@ -52,9 +74,16 @@ def load_container_config(raw: dict[str, Any], *, path: Path, where: str, workin
     Raises ConfigError naming file and key.
     """
     config = load_section(raw, ContainerConfig, path=path, where=where)
+    check_limits(config.default_pids_limit, config.disk_speed, path=path, where=where)
     return msgspec.structs.replace(
         config,
         storage_dir=config.storage_dir or working_dir / "storages",
         state_dir=config.state_dir or working_dir / "states",
         output_dir=config.output_dir or working_dir / "instancelogs",
     )
+
+
+def check_limits(pids_limit: int, disk_speed: DiskSpeed, *, path: Path, where: str) -> None:
+    """Raise ConfigError for limits below 0."""
+    if min(pids_limit, *msgspec.structs.astuple(disk_speed)) < 0:
+        raise ConfigError(f"{path}: '{where}': 'defaultPidsLimit' and 'diskSpeed' can't be below 0")

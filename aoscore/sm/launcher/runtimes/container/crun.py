@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 30.0
 _CREATE_TIMEOUT_S = 60.0
+# What carries the output of a service that floods it must not take the CPU from others.
+_CONMON_NICE = 10
 # conmon writes the exit code right after the container has ended.
 _EXIT_CODE_WAIT_S = 2.0
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -123,6 +125,10 @@ class Crun:
         created = from_json(line, _Created, what=f"conmon's answer for container {instance_id}")
         if created.data <= 0:
             raise FailedError(f"can't create container {instance_id}: {created.message.strip() or 'no reason given'}")
+        # Only now: the container would be as nice as it.
+        if (conmon := conmon_pid(bundle)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, conmon, _CONMON_NICE)
         return created.data
 
     async def delete(self, instance_id: str) -> None:

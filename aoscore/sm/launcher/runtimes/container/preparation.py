@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from aoscore.common.errors import InvalidArgumentError
@@ -13,6 +14,7 @@ from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.seccomp import default_profile
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec
 from aoscore.sm.networkmanager.model import AttachedNetwork
+from aoscore.sm.resourcemanager.disks import disks_of
 from aoscore.sm.resourcemanager.quotas import STATES, STORAGES, Claim, DiskQuotas
 from aoscore.sm.resourcemanager.resources import Resources
 
@@ -63,6 +65,9 @@ class Preparation:
                 state=state,
                 storage=storage,
                 seccomp=default_profile(platform.machine()) if self._config.seccomp else None,
+                default_pids_limit=self._config.default_pids_limit,
+                disk_speed=self._config.disk_speed,
+                disks=self._disks(image.layers, state, storage),
             )
         )
         layers = image.layers[::-1]
@@ -80,3 +85,6 @@ class Preparation:
         bundle.make_mount_points(spec["mounts"], layers, binds)
         bundle.mount_rootfs(record.overlays)
         return record
+
+    def _disks(self, layers: Sequence[Path], *writable: Path | None) -> list[tuple[int, int]]:
+        return disks_of([*layers, *filter(None, writable)]) if self._config.disk_speed.is_limited else []

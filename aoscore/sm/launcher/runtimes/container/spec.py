@@ -1,8 +1,8 @@
 """The OCI runtime spec of an instance, from image config, item config and instance info (sm-runtime.md §2.4).
 
 Pure: what had to be looked up on the host (device numbers, group ids, the secret) comes in as values. The result equals
-what AosCore 9.1 writes, order of mounts and variables included, but for the version, ``AOS_SERVICE_ID`` and a seccomp
-profile.
+what AosCore 9.1 writes, order of mounts and variables included, but for the version, ``AOS_SERVICE_ID``, a seccomp
+profile, limits that the node sets, and that services are ended first when the node's memory is short.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ from aoscore.common.errors import InvalidArgumentError, to_error_info
 from aoscore.common.oci import ImageConfig, ItemConfig, Quotas
 from aoscore.common.types import EnvVar, EnvVarStatus, InstanceInfo
 from aoscore.sm.launcher.runtimes.base import instance_id
+from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
 from aoscore.sm.resourcemanager.resources import DeviceNode, GrantedResource
 from aoscore.sm.resourcemanager.resources import MountConfig as Mount
 
@@ -23,6 +24,8 @@ OCI_VERSION = "1.0.2"
 CPU_PERIOD_US = 100_000
 _MIN_CPU_QUOTA_US = 1000
 _DEFAULT_NOFILE = 1024
+# Among all that the kernel can choose from when memory is short, a service is better than the software of the node.
+_OOM_SCORE = 500
 _CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 _BASE_ENV = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm")
 _MASKED_PATHS = [
@@ -56,6 +59,10 @@ class SpecInput(msgspec.Struct, frozen=True):
     state: Path | None = None
     storage: Path | None = None
     seccomp: Mapping[str, Any] | None = None
+    default_pids_limit: int = 0
+    disk_speed: DiskSpeed = DiskSpeed()
+    disks: Sequence[tuple[int, int]] = ()
+    """Major and minor number of what `disk_speed` is about."""
 
 
 def build_spec(source: SpecInput) -> dict[str, Any]:
@@ -76,6 +83,7 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
             "capabilities": {kind: list(_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
             "rlimits": _rlimits(quotas),
             "noNewPrivileges": True,
+            "oomScoreAdj": _OOM_SCORE,
         },
         "root": {"path": str(source.rootfs), "readonly": False},
         "hostname": source.item.hostname or instance_id(info.ident),
@@ -216,8 +224,23 @@ def _resources(quotas: Quotas, source: SpecInput) -> dict[str, Any]:
         result["memory"] = {"limit": quotas.ram_limit}
     if quotas.cpu_dmips_limit is not None:
         result["cpu"] = {"quota": cpu_quota_us(quotas.cpu_dmips_limit, source.cpu), "period": CPU_PERIOD_US}
-    if quotas.pids_limit is not None:
-        result["pids"] = {"limit": quotas.pids_limit}
+    pids_limit = source.default_pids_limit or None if quotas.pids_limit is None else quotas.pids_limit
+    if pids_limit is not None:
+        result["pids"] = {"limit": pids_limit}
+    speed = source.disk_speed
+    rates = {
+        "throttleReadBpsDevice": speed.read_bytes_per_s,
+        "throttleWriteBpsDevice": speed.write_bytes_per_s,
+        "throttleReadIOPSDevice": speed.reads_per_s,
+        "throttleWriteIOPSDevice": speed.writes_per_s,
+    }
+    disk_limits = {
+        name: [{"major": major, "minor": minor, "rate": rate} for major, minor in source.disks]
+        for name, rate in rates.items()
+        if rate and source.disks
+    }
+    if disk_limits:
+        result["blockIO"] = disk_limits
     return result
 
 

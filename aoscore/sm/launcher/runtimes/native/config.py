@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from aoscore.common.config import Duration, load_section
-from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, OutputKind
+from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, DiskSpeed, OutputKind, check_limits
 from aoscore.sm.launcher.runtimes.native.unit import CGROUP_PARENT
 
 
@@ -24,6 +24,8 @@ class NativeConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     stop_timeout_s: Duration = msgspec.field(name="stopTimeout", default=Duration(10))
     settle_time_s: Duration = msgspec.field(name="settleTime", default=Duration(0.3))
     restart_limit_s: Duration = msgspec.field(name="restartLimit", default=Duration(60))
+    default_pids_limit: int = 4096
+    disk_speed: DiskSpeed = DiskSpeed()
 
     def as_container(self) -> ContainerConfig:
         """What the parts that both runtimes share are told."""
@@ -38,6 +40,8 @@ class NativeConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
             stop_timeout_s=self.stop_timeout_s,
             settle_time_s=self.settle_time_s,
             restart_limit_s=self.restart_limit_s,
+            default_pids_limit=self.default_pids_limit,
+            disk_speed=self.disk_speed,
             output=OutputKind.JOURNAL,
         )
 
@@ -48,6 +52,7 @@ def load_native_config(raw: dict[str, Any], *, path: Path, where: str, working_d
     Raises ConfigError naming file and key.
     """
     config = load_section(raw, NativeConfig, path=path, where=where)
+    check_limits(config.default_pids_limit, config.disk_speed, path=path, where=where)
     return msgspec.structs.replace(
         config,
         storage_dir=config.storage_dir or working_dir / "storages",

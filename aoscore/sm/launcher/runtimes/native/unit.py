@@ -53,6 +53,7 @@ def unit_properties(spec: Mapping[str, Any], instance_id: str, command: Sequence
         # Without the flag systemd would replace $NAME in arguments.
         Property("ExecStartEx", "a(sasas)", ("1", command[0], str(len(command)), *command, "1", "no-env-expand")),
         *_limits(resources),
+        *_disks(resources.get("blockIO", {})),
         *_devices(resources.get("devices", ())),
         _text("SyslogIdentifier", instance_id),
         _text("StandardOutput", "journal"),
@@ -83,6 +84,21 @@ def _limits(resources: Mapping[str, Any]) -> Iterable[Property]:
     if cpu := resources.get("cpu"):
         yield _number("CPUQuotaPerSecUSec", cpu["quota"] * 1_000_000 // cpu["period"])
         yield _number("CPUQuotaPeriodUSec", cpu["period"])
+
+
+_DISK_LIMITS = (
+    ("throttleReadBpsDevice", "IOReadBandwidthMax"),
+    ("throttleWriteBpsDevice", "IOWriteBandwidthMax"),
+    ("throttleReadIOPSDevice", "IOReadIOPSMax"),
+    ("throttleWriteIOPSDevice", "IOWriteIOPSMax"),
+)
+
+
+def _disks(limits: Mapping[str, Sequence[Mapping[str, int]]]) -> Iterable[Property]:
+    for key, name in _DISK_LIMITS:
+        if disks := limits.get(key):
+            words = [word for one in disks for word in (f"/dev/block/{one['major']}:{one['minor']}", str(one["rate"]))]
+            yield Property(name, "a(st)", (str(len(disks)), *words))
 
 
 def _devices(rules: Iterable[Mapping[str, Any]]) -> Iterable[Property]:

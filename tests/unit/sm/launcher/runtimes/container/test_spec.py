@@ -10,6 +10,7 @@ import pytest
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.oci import ImageConfig, ItemConfig, ProcessConfig, Quotas
 from aoscore.common.types import EnvVar, InstanceIdent, InstanceInfo
+from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
 from aoscore.sm.launcher.runtimes.container.seccomp import default_profile
 from aoscore.sm.launcher.runtimes.container.spec import (
     CpuCapacity,
@@ -52,8 +53,29 @@ def test_equals_the_recorded_spec() -> None:
     spec = build_spec(spec_input())
     spec["process"]["env"].remove(f"AOS_SERVICE_ID={IDENT.item_id}")
     recorded = json.loads(RECORDED.read_bytes())
+    # When memory is short, services go before the software of the node.
+    assert spec["process"].pop("oomScoreAdj") == 500
     assert (spec.pop("ociVersion"), recorded.pop("ociVersion")) == ("1.0.2", "1.2.0")
     assert spec == recorded
+
+
+def test_limits_of_the_node() -> None:
+    limits = build_spec(spec_input(item=ItemConfig()))["linux"]["resources"]
+    assert "pids" not in limits and "blockIO" not in limits
+    speed = DiskSpeed(write_bytes_per_s=1000, reads_per_s=10)
+    more = spec_input(item=ItemConfig(), default_pids_limit=100, disk_speed=speed, disks=((8, 0), (259, 1)))
+    limits = build_spec(more)["linux"]["resources"]
+    assert limits["pids"] == {"limit": 100}
+    assert limits["blockIO"] == {
+        "throttleWriteBpsDevice": [
+            {"major": 8, "minor": 0, "rate": 1000},
+            {"major": 259, "minor": 1, "rate": 1000},
+        ],
+        "throttleReadIOPSDevice": [{"major": 8, "minor": 0, "rate": 10}, {"major": 259, "minor": 1, "rate": 10}],
+    }
+    # The item's own limit holds, and so does 0.
+    own = msgspec.structs.replace(more, item=ItemConfig(quotas=Quotas(pids_limit=5)), disks=())
+    assert build_spec(own)["linux"]["resources"] == {"devices": limits["devices"], "pids": {"limit": 5}}
 
 
 def test_later_variable_replaces_earlier_in_place() -> None:

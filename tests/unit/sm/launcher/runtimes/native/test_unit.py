@@ -8,6 +8,7 @@ import pytest
 from aoscore.common.errors import ConfigError
 from aoscore.common.oci import ImageConfig, ItemConfig, ProcessConfig, Quotas
 from aoscore.common.types import InstanceIdent, InstanceInfo
+from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec
 from aoscore.sm.launcher.runtimes.native.config import load_native_config
 from aoscore.sm.launcher.runtimes.native.unit import native_spec, unit_name, unit_properties
@@ -55,6 +56,11 @@ def test_limits_are_those_of_a_container() -> None:
     unlimited = properties(spec(item=ItemConfig()))
     assert unlimited["MemoryMax"] == unlimited["TasksMax"] == ("t", (f"{2**64 - 1}",))
     assert "CPUQuotaPerSecUSec" not in unlimited
+    speed = DiskSpeed(read_bytes_per_s=1000, writes_per_s=10)
+    disks = properties(spec(disk_speed=speed, disks=((8, 0), (8, 16))))
+    assert disks["IOReadBandwidthMax"] == ("a(st)", ("2", "/dev/block/8:0", "1000", "/dev/block/8:16", "1000"))
+    assert disks["IOWriteIOPSMax"] == ("a(st)", ("2", "/dev/block/8:0", "10", "/dev/block/8:16", "10"))
+    assert not {"IOWriteBandwidthMax", "IOReadIOPSMax"} & disks.keys()
     assert all(unlimited[f"{what}Accounting"] == ("b", ("true",)) for what in ("CPU", "Memory", "Tasks", "IO"))
 
 
