@@ -95,7 +95,9 @@ async def run_program(
     return finished
 
 
-def run_blocking(args: Sequence[str | Path], *, timeout_s: float, env: Mapping[str, str] | None = None) -> Finished:
+def run_blocking(
+    args: Sequence[str | Path], *, timeout_s: float, stdin: bytes = b"", env: Mapping[str, str] | None = None
+) -> Finished:
     """`run_program` for a worker thread and a program that says little: it costs a third of the CPU time.
 
     Raises NotFoundError when the program is missing, DeadlineError when it had to be killed.
@@ -103,7 +105,7 @@ def run_blocking(args: Sequence[str | Path], *, timeout_s: float, env: Mapping[s
     try:
         done = subprocess.run(
             args,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
             capture_output=True,
             env=dict(env) if env is not None else None,
             timeout=timeout_s,

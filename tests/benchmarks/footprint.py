@@ -14,8 +14,10 @@ from pathlib import Path
 
 from aoscore.ctl.demo import Demo
 from aoscore.ctl.host import describe
+from tests.support.pages import put_section
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = ROOT / "docs" / "footprint.md"
 DAEMONS = ("iam", "cm", "sm")
 # AosCore 9.1 (C++) on a machine of the same size (observed.md, "Figures"): PSS in MB, start to ready in s.
 REFERENCE = {"iam": (41, "0.10 to 0.15"), "cm": (74, "0.15 to 0.22"), "sm": (70, "0.17 to 0.28")}
@@ -24,7 +26,7 @@ STARTS = 7
 
 
 def main() -> int:
-    """Measure, print the page, write docs/footprint.md."""
+    """Measure, print the table, write it into docs/footprint.md."""
     with tempfile.TemporaryDirectory(prefix="aos-footprint-") as directory:
         demo = Demo(Path(directory) / "demo", ROOT / ".venv-tools")
         try:
@@ -33,12 +35,12 @@ def main() -> int:
         finally:
             demo.down()
     print(text)
-    (ROOT / "docs" / "footprint.md").write_text(text)
+    put_section(PAGE, "daemons", "Daemons of a Main Node with one running service", text)
     return 0
 
 
 def report(demo: Path) -> str:
-    """The page, from a demo that runs in `demo`."""
+    """The section, from a demo that runs in `demo`."""
     pids = {name: daemon_pid(demo, name) for name in DAEMONS}
     time.sleep(IDLE_S)
     before = {name: cpu_s(pid) for name, pid in pids.items()}
@@ -52,11 +54,7 @@ def report(demo: Path) -> str:
         f"| {REFERENCE[name][1]} | {busy[name]:.2f} | {modules[name]} |"
         for name in DAEMONS
     )
-    return f"""# Footprint
-
-Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
-
-## Daemons of a Main Node with one running service
+    return f"""{written()}
 
 | daemon | PSS, MB | RSS, MB | PSS of 9.1, MB | start to ready, s | the same of 9.1, s | idle CPU, % | modules |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -70,6 +68,11 @@ work, PSS and RSS come from `/proc/PID/smaps_rollup`, CPU from `/proc/PID/stat` 
 debug, monitoring every 5 s instead of 35 s. Start to ready is the median of {STARTS} starts after `kill -9`, from the
 start of the process to `READY=1`. Modules: loaded at import.
 """
+
+
+def written() -> str:
+    """When and where figures were taken."""
+    return f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}."
 
 
 def daemon_pid(demo: Path, name: str) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tests.layer.wheelfiles import build
+from tests.support.pages import put_section
 
 BUDGET_MIB = 60
 COMPONENTS = ("cm", "sm", "iam")
@@ -31,7 +32,6 @@ UNSHIPPED = (
         for name in ("demo", "host", "keeper", "localcloud", "machine", "sandbox", "webservice")
     ),
 )
-BEGIN, END = "<!-- layer size -->", "<!-- end of layer size -->"
 # The data of tests, what only building needs, and SQLite's own tools, which apsw adds to the packages of the registry
 # alone: a recipe's package does not hold them either.
 _UNUSED = re.compile(r"(^|/)(tests?|__pycache__|sqlite_extra_binaries)/|\.(pyx|pxd|pyi|c|cpp|h|hpp)$")
@@ -115,12 +115,7 @@ def main() -> None:
     text = table(sizes)
     print(text)
     if len(sys.argv) > 1:
-        page = Path(sys.argv[1])
-        old = page.read_text()
-        if BEGIN not in old:
-            old += f"\n## What it adds to an image\n\n{BEGIN}\n{END}\n"
-        begin, end = old.index(BEGIN) + len(BEGIN), old.index(END)
-        page.write_text(f"{old[:begin]}\n\n{text}\n{old[end:]}")
+        put_section(Path(sys.argv[1]), "layer size", "What it adds to an image", text)
     if sum(size for _, size in sizes) > BUDGET_MIB * 1024 * 1024:
         raise SystemExit(f"more than the budget of {BUDGET_MIB} MiB")
 

@@ -16,26 +16,40 @@ from pathlib import Path
 import pytest
 
 from tests import beds
+from tests.support import debian
 
 MARKERS = frozenset(("net", "container"))
-_INSIDE = "AOSCORE_TEST_INSIDE"
+INSIDE = "AOSCORE_TEST_INSIDE"
+"""Set inside, to the name of the control group."""
+UNSHARE = ("unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
 _TIMEOUT_S = 120.0
 _GRACE_S = 30.0
 
 
 def is_inside() -> bool:
     """Whether this process runs in the namespaces of one test."""
-    return _INSIDE in os.environ
+    return INSIDE in os.environ
 
 
 def cgroup_parent() -> str:
     """Control group for everything the test starts, below the mounts."""
-    return f"/aoscore-test-{os.environ[_INSIDE]}"
+    return f"/aoscore-test-{os.environ[INSIDE]}"
+
+
+def first_uid() -> int:
+    """User of the test's first instance, with 299 after it for others.
+
+    The kernel counts a user's processes on the whole machine, other tests included.
+    """
+    return 100_000 + 300 * int(os.environ[INSIDE])
 
 
 def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     """Run one test in namespaces; its reports."""
-    if lacks := beds.lacking(mark.name for mark in item.iter_markers()):
+    lacks = beds.lacking(mark.name for mark in item.iter_markers())
+    # Inside there is no network to fetch anything from.
+    lacks = lacks or debian.fetch(name for mark in item.iter_markers("debian") for name in mark.args)
+    if lacks:
         if "CI" in os.environ:
             return [_report(item, "failed", lacks)]
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {lacks}"))]
@@ -44,15 +58,14 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     marker = item.get_closest_marker("timeout")
     limit_s = _TIMEOUT_S if marker is None else max(_TIMEOUT_S, marker.args[0] + _GRACE_S)
     directory = tempfile.mkdtemp(prefix="aoscore-test-")
-    args = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", sys.executable]
+    args = [*UNSHARE, sys.executable, "-m", "pytest"]
     # "-rP": what a test that passes has printed, for who asks for it here.
-    args += ["-m", "pytest", "-q", "-rP", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    args += [f"--basetemp={directory}/t", item.nodeid]
+    args += ["-q", "-rP", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={directory}/t", item.nodeid]
     try:
         done = subprocess.run(
             args,
             cwd=item.config.rootpath,
-            env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {_INSIDE: name},
+            env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {INSIDE: name},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -64,7 +77,7 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
         code, output = -1, (error.stdout or b"") + f"\nkilled after {limit_s:g} s".encode()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        _remove_cgroups(f"aoscore-test-{name}")
+        remove_cgroups(f"aoscore-test-{name}")
     text = output.decode(errors="replace")
     if code == 0 and " skipped" in text.splitlines()[-1]:
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, text))]
@@ -98,7 +111,8 @@ def _report(item: pytest.Item, outcome: str, detail: object) -> pytest.TestRepor
     )
 
 
-def _remove_cgroups(name: str) -> None:
+def remove_cgroups(name: str) -> None:
+    """Remove control groups called `name` with all below them."""
     root = Path("/sys/fs/cgroup")
     deadline_s = time.monotonic() + 5
     for tree in (*root.glob(name), *root.glob(f"*/{name}")):

@@ -49,6 +49,9 @@ class TestCm:
         self.network_updates: asyncio.Queue[net.InstanceNetworkUpdateNotification] = asyncio.Queue()
         self.unknown: set[str] = set()
         """Digests that CM says it does not know."""
+        self.addresses: dict[tuple[str, int], str] = {}
+        """Addresses of instances, by item and number."""
+        self._networks: dict[str, int] = {}
         self._files: FileServer | None = None
         self._news = asyncio.Condition()
 
@@ -120,13 +123,20 @@ class TestCm:
 
     def states(self, connection: int = -1) -> dict[str, tuple[str, str]]:
         """Version and state of each item's instance as told on a connection."""
-        told: dict[str, tuple[str, str]] = {}
+        return {item: state for (item, _), state in self.instance_states(connection).items()}
+
+    def instance_states(self, connection: int = -1) -> dict[tuple[str, int], tuple[str, str]]:
+        """The same by item and number of the instance."""
+        told: dict[tuple[str, int], tuple[str, str]] = {}
         for frame in self.connections[connection].frames:
             kind = frame.WhichOneof("SMOutgoingMessage")
             if kind == "node_instances_status":
                 told = {}
             if kind in ("node_instances_status", "update_instances_status"):
-                told |= {one.instance.item_id: (one.version, one.state) for one in getattr(frame, kind).instances}
+                told |= {
+                    (one.instance.item_id, one.instance.instance): (one.version, one.state)
+                    for one in getattr(frame, kind).instances
+                }
         return told
 
     # What the SM calls
@@ -165,17 +175,23 @@ class TestCm:
 
     async def GetNodeNetworkParams(self, request: Any, context: Any) -> net.GetNodeNetworkParamsResponse:
         await self._note(f"GetNodeNetworkParams {request.network_id}")
-        return net.GetNodeNetworkParamsResponse(subnet="172.31.0.0/16", ip="172.31.0.1", vlan_id=5)
+        prefix = self._prefix(request.network_id)
+        return net.GetNodeNetworkParamsResponse(subnet=f"{prefix}.0.0/16", ip=f"{prefix}.0.1", vlan_id=5)
 
     async def AllocateInstanceNetwork(self, request: Any, context: Any) -> net.AllocateInstanceNetworkResponse:
         await self._note(f"AllocateInstanceNetwork {request.instance.item_id}")
         if request.instance.item_id == "refused":
             error = common.ErrorInfo(aos_code=4, message="no address left")
             return net.AllocateInstanceNetworkResponse(error=error)
-        address = ipaddress.IPv4Address("172.31.0.1") + sum(call.startswith("Allocate") for call in self.calls)
-        return net.AllocateInstanceNetworkResponse(
-            subnet="172.31.0.0/16", ip=str(address), dns_servers=["172.31.0.100"]
-        )
+        prefix = self._prefix(request.network_id)
+        count = sum(call.startswith("AllocateInstanceNetwork") for call in self.calls)
+        new = str(ipaddress.IPv4Address(f"{prefix}.0.1") + count)
+        ip = self.addresses.setdefault((request.instance.item_id, request.instance.instance), new)
+        return net.AllocateInstanceNetworkResponse(subnet=f"{prefix}.0.0/16", ip=ip, dns_servers=["172.31.0.100"])
+
+    def _prefix(self, network_id: str) -> str:
+        """First half of the addresses of a network: 172.31 for the first, then 172.30 and so on."""
+        return f"172.{31 - self._networks.setdefault(network_id, len(self._networks))}"
 
     async def ReleaseInstanceNetwork(self, request: Any, context: Any) -> net.ReleaseInstanceNetworkResponse:
         await self._note(f"ReleaseInstanceNetwork {request.instance.item_id}")

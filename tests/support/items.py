@@ -29,7 +29,7 @@ def tar(files: dict[str, bytes], *, mode: int = 0o644) -> bytes:
 
 def packed(layer: bytes) -> bytes:
     """A layer as it is transferred; the same bytes at every call."""
-    return gzip.compress(layer, mtime=0)
+    return gzip.compress(layer, 1, mtime=0)
 
 
 class Blobs:

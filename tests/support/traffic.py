@@ -83,16 +83,17 @@ while time.monotonic() < end:
 """
 
 
-def inside(number: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in an instance's namespace."""
+def inside(instance: int | str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the namespace of an instance, given by its id or its number among those of `networks`."""
+    namespace = instance if isinstance(instance, str) else name(instance)
     return subprocess.run(
-        ["ip", "netns", "exec", name(number), *command], capture_output=True, text=True, check=False, timeout=20
+        ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, check=False, timeout=60
     )
 
 
-def answering(number: int, *what: str) -> set[str]:
+def answering(instance: int | str, *what: str) -> set[str]:
     """Which of "proto:address:port" answer to an instance."""
-    return set(inside(number, sys.executable, "-c", ASK, *what).stdout.split())
+    return set(inside(instance, sys.executable, "-c", ASK, *what).stdout.split())
 
 
 @contextlib.contextmanager

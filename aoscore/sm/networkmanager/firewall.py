@@ -10,6 +10,7 @@ A packet between two instances meets the rules of both: first those of the sende
 it, then those of the receiver, which decide. So it does not matter who was started first (D35).
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -55,6 +56,8 @@ def clean_id(text: str) -> str:
     return _UNCLEAN.sub("_", text)
 
 
+# Every change of one instance writes the rules of all.
+@functools.lru_cache(maxsize=1024)
 def instance_rules(instance: StoredInstance) -> InstanceRules:
     """Check what CM and the item say about an instance. Raises InvalidArgumentError naming the wrong part."""
     return InstanceRules(

@@ -1,5 +1,6 @@
 """nftables through the ``nft`` program with JSON in and out: commands as values, and one call is one transaction."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import msgspec
 
 from aoscore.common.config import from_json, to_json
 from aoscore.common.errors import AosError
-from aoscore.common.process import run_program
+from aoscore.common.process import run_blocking, run_program
 
 _TIMEOUT_S = 20.0
 
@@ -88,7 +89,12 @@ async def apply(commands: Sequence[Command]) -> None:
     """Do all commands or none. Raises FailedError with nft's reason."""
     if not commands:
         return
-    await run_program(["nft", "-j", "-f", "-"], stdin=to_json({"nftables": commands}), timeout_s=_TIMEOUT_S)
+    await asyncio.to_thread(_apply, commands)
+
+
+def _apply(commands: Sequence[Command]) -> None:
+    done = run_blocking(["nft", "-j", "-f", "-"], stdin=to_json({"nftables": commands}), timeout_s=_TIMEOUT_S)
+    done.check("nft")
 
 
 async def counters(table: Table) -> dict[str, int] | None:

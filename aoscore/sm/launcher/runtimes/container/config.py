@@ -59,7 +59,7 @@ class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     host_files: tuple[Path, ...] = (Path("/etc/nsswitch.conf"), Path("/etc/ssl"))
     seccomp: bool = True
     stop_timeout_s: Duration = msgspec.field(name="stopTimeout", default=Duration(10))
-    settle_time_s: Duration = msgspec.field(name="settleTime", default=Duration(0.3))
+    settle_time_s: Duration = msgspec.field(name="settleTime", default=Duration(0.1))
     restart_limit_s: Duration = msgspec.field(name="restartLimit", default=Duration(60))
     default_pids_limit: int = 4096
     disk_speed: DiskSpeed = DiskSpeed()

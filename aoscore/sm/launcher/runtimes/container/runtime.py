@@ -52,7 +52,7 @@ T = TypeVar("T")
 MAX_INSTANCES = 256
 _THREADS = 4
 # Programs of the engine at a time.
-_PARALLEL = 8
+PARALLEL = 8
 _TEND_PERIOD_S = 10.0
 
 
@@ -115,7 +115,7 @@ class ContainerRuntime:
         self._tools = Tools(config, self._engine, output, history, self._worker, self.changed.publish)
         self._containers: dict[str, Container] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._slots = asyncio.Semaphore(_PARALLEL)
+        self._slots = asyncio.Semaphore(PARALLEL)
         self._tasks: asyncio.TaskGroup | None = None
 
     # The service
