@@ -1,4 +1,4 @@
-"""Generates aoscore/_pb (messages, stubs, type hints) from proto/.
+"""Generates aoscore/_pb (messages, services, type hints) from proto/.
 
 Called by setup.py and the Makefile; output is never committed.
 """
@@ -22,9 +22,12 @@ def build(proto_dir: Path = ROOT / "proto", out_dir: Path = ROOT / "aoscore" / "
     out_dir.mkdir(parents=True)
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     arguments = ["protoc", f"-I{proto_dir}", f"-I{well_known}"]
-    arguments += [f"--{kind}_out={out_dir}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main([*arguments, *files]) != 0:
+    arguments += [f"--{kind}_out={out_dir}" for kind in ("python", "pyi")]
+    described = out_dir / "all.descriptors"
+    if protoc.main([*arguments, f"--descriptor_set_out={described}", *files]) != 0:
         raise SystemExit("protoc failed, see its message above")
+    _write_services(described, out_dir)
+    described.unlink()
     # protoc writes imports relative to proto/; ours live in the package aoscore._pb.
     packages = "|".join(sorted({re.escape(name.split("/")[0]) for name in files}))
     own_import = re.compile(rf"^from ((?:{packages})[\w.]*) import", re.MULTILINE)
@@ -34,6 +37,43 @@ def build(proto_dir: Path = ROOT / "proto", out_dir: Path = ROOT / "aoscore" / "
         path.write_text(plain_import.sub(r"import aoscore._pb.\1 as", text))
     for directory in [out_dir, *(path for path in out_dir.rglob("*") if path.is_dir())]:
         (directory / "__init__.py").touch()
+
+
+def _write_services(described: Path, out_dir: Path) -> None:
+    """The modules with stubs and servicers, under the names that grpcio-tools gives them; aoscore.common.services."""
+    from google.protobuf.descriptor_pb2 import FileDescriptorSet
+
+    for file in FileDescriptorSet.FromString(described.read_bytes()).file:
+        if not file.service:
+            continue
+        module = file.name.removesuffix(".proto") + "_pb2"
+        package, _, name = module.replace("/", ".").rpartition(".")
+        lines = [
+            f'"""Services of {file.name}, written by proto/build.py."""',
+            "",
+            "from aoscore.common.services import Servicer, Stub, adder",
+            f"from {package} import {name}",
+            "",
+            f"_services = {name}.DESCRIPTOR.services_by_name",
+        ]
+        for service in file.service:
+            own = service.name
+            lines += [
+                "",
+                "",
+                f"class {own}Stub(Stub):",
+                f'    """Client of {own}."""',
+                "",
+                f'    _service = _services["{own}"]',
+                "",
+                "",
+                f"class {own}Servicer(Servicer):",
+                f'    """What answers {own}."""',
+                "",
+                "",
+                f'add_{own}Servicer_to_server = adder(_services["{own}"])',
+            ]
+        (out_dir / f"{module}_grpc.py").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

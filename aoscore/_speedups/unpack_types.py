@@ -190,8 +190,15 @@ def unpack_error(code: int, member: bytes | None, offset_bytes: int | None) -> U
     return kind(Code(code), member=name, offset_bytes=offset_bytes)
 
 
+# Layers that were encrypted when their item was built keep these types after CM has decrypted them (cloud-rest).
+_DECRYPTED = "application/vnd.aos.image.layer.enc.v1.aes256gcm+tar"
 _MEDIA_TYPES = {
     f"application/vnd.oci.image.layer.{kind}v1.tar{suffix}": compression
     for kind in ("", "nondistributable.")
     for suffix, compression in (("", Compression.NONE), ("+gzip", Compression.GZIP), ("+zstd", Compression.ZSTD))
-} | {"application/vnd.docker.image.rootfs.diff.tar.gzip": Compression.GZIP}
+} | {
+    "application/vnd.docker.image.rootfs.diff.tar.gzip": Compression.GZIP,
+    _DECRYPTED: Compression.NONE,
+    f"{_DECRYPTED}+gzip": Compression.GZIP,
+    f"{_DECRYPTED}+gz": Compression.GZIP,
+}

@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+import apsw
 import msgspec
 
 from aoscore.cm.communication import messages
+from aoscore.cm.communication.envelope import from_json, to_json
 from aoscore.cm.communication.messages import CoreComponent, Identity, instance_members
 from aoscore.cm.monitoring import CloudLink
 from aoscore.common import types
 from aoscore.common.aio import log_and_continue
+from aoscore.common.db import Database
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.log import kv
 
@@ -83,6 +86,10 @@ class AlertCache:
     def __len__(self) -> int:
         return len(self._alerts)
 
+    def all(self) -> list[messages.AnyAlert]:
+        """What waits, oldest first."""
+        return list(self._alerts.values())
+
     def add(self, alert: messages.AnyAlert) -> None:
         """Keep an alert; when there are too many the oldest is dropped."""
         key = msgspec.structs.replace(alert, timestamp=_NO_TIME)
@@ -106,18 +113,52 @@ class AlertCache:
         return counters
 
 
+class AlertStore:
+    """Alerts that wait for a connection, over restarts: table aoscore_alerts.
+
+    They are deleted here after the link has stored their messages: a crash in between sends them twice.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def load(self) -> list[messages.AnyAlert]:
+        """All of them, oldest first; what cannot be read is passed over."""
+        found: list[messages.AnyAlert] = []
+        for (text,) in await self._database.select("SELECT alert FROM aoscore_alerts ORDER BY rowid"):
+            with log_and_continue(_log, "Can't read a stored alert"):
+                found += from_json(messages.Alerts, text, "stored alert")[0].items
+        return found
+
+    async def save(self, alerts: Sequence[messages.AnyAlert]) -> None:
+        """Replaces all."""
+        rows = [(to_json(messages.Alerts(items=(alert,))).decode(),) for alert in alerts]
+
+        def change(connection: apsw.Connection) -> None:
+            connection.execute("DELETE FROM aoscore_alerts")
+            connection.executemany("INSERT INTO aoscore_alerts (alert) VALUES (?)", rows)
+
+        await self._database.write(change)
+
+
 class Alerts:
-    """Sends waiting alerts every `send_period_s` while the cloud is connected, as a service."""
+    """Sends waiting alerts every `send_period_s` while the cloud is connected, as a service.
+
+    Without a connection they are stored as often, if there are new ones.
+    """
 
     def __init__(
         self,
         link: CloudLink,
+        store: AlertStore,
         *,
         send_period_s: float,
         main_node_id: Callable[[], str],
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._link = link
+        self._store = store
+        self._stored: list[messages.AnyAlert] = []
         self._send_period_s = send_period_s
         self._main_node_id = main_node_id
         self._now = now
@@ -137,12 +178,24 @@ class Alerts:
 
     async def run(self, started: Callable[[], None]) -> None:
         """Send periodically."""
+        self._stored = await self._store.load()
+        for alert in self._stored:
+            self._cache.add(alert)
         started()
         while True:
             await asyncio.sleep(self._send_period_s)
             if self._link.connected:
                 with log_and_continue(_log, "Can't send alerts"):
                     await self._send()
+            with log_and_continue(_log, "Can't store alerts"):
+                await self._keep()
+
+    async def _keep(self) -> None:
+        """What has been sent is the link's to keep."""
+        waiting = self._cache.all()
+        if waiting != self._stored:
+            await self._store.save(waiting)
+            self._stored = waiting
 
     async def _send(self) -> None:
         duplicates, dropped = self._cache.take_counters()

@@ -8,11 +8,13 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aoscore.cm import config as configuration
-from aoscore.cm.alerts import Alerts
+from aoscore.cm.alerts import Alerts, AlertStore
+from aoscore.cm.certnotes import CertificateNotes
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import (
@@ -29,6 +31,7 @@ from aoscore.cm.communication.messages import (
     StateAcceptance,
     UpdateState,
 )
+from aoscore.cm.communication.outbox import Outbox
 from aoscore.cm.config import Config
 from aoscore.cm.database import open_database
 from aoscore.cm.fileserver import BlobServer
@@ -49,6 +52,7 @@ from aoscore.cm.networkmanager.manager import NetworkManager
 from aoscore.cm.networkmanager.routes import read_routes
 from aoscore.cm.networkmanager.store import NetworkStore
 from aoscore.cm.nodeinfo import NodeInfoProvider
+from aoscore.cm.smcontroller.admission import SmAdmission
 from aoscore.cm.smcontroller.controller import Receivers, SmController
 from aoscore.cm.storagestate.manager import StorageState
 from aoscore.cm.storagestate.store import StateStore
@@ -61,7 +65,6 @@ from aoscore.cm.updatemanager.scheduler import UpdateScheduler
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.blobstore import BlobStore
-from aoscore.common.certs import load_certificates
 from aoscore.common.daemon import EXIT_OK, Option, Program, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
@@ -73,10 +76,15 @@ from aoscore.common.rpc import Server
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
 
+if TYPE_CHECKING:
+    from cryptography import x509
+
 _log = logging.getLogger(__name__)
 
 ONLINE: Final = "online"
 """IAM type of the certificate for the cloud."""
+MAIN_TYPES: Final = ("sm", "iam", "cm")
+"""IAM types of the certificates that programs of the Main Node show to CM."""
 WORKER_THREADS: Final = 4
 """Hashing, decryption and file work of several downloads."""
 
@@ -107,6 +115,20 @@ class BlobUrlSource:
         return await self._link.request(RequestBlobUrls(digests=tuple(digests)), BlobUrls)
 
 
+async def _main_keys(iam: IamPublicClient, worker: Worker) -> set[bytes]:
+    """Digests of the keys of the Main Node's certificates, as far as it has them."""
+    from aoscore.common.certs import key_digest, load_chain_url
+
+    keys = set()
+    for cert_type in MAIN_TYPES:
+        try:
+            cert = await iam.get_cert(cert_type)
+            keys.add(key_digest((await worker.run(load_chain_url, cert.cert_url))[0]))
+        except (AosError, OSError) as error:
+            _log.debug("No certificate %s of the Main Node: %s", cert_type, error)
+    return keys
+
+
 async def _system_id(iam: IamPublicClient) -> str:
     """Id of the Unit. IAM may still be starting: it is asked until it answers."""
     backoff = Backoff(0.5, 10.0)
@@ -133,7 +155,21 @@ def _runtime_platforms(nodes: NodeInfoProvider) -> set[RuntimePlatform] | None:
     return platforms or None
 
 
-def _link(config: Config, system_id: str, iam: IamPublicClient, worker: Worker, alert: Alert) -> CloudLink:
+def _roots(ca_file: Path) -> Sequence[x509.Certificate]:
+    from aoscore.common.certs import load_certificates
+
+    return load_certificates(read_roots(ca_file), what=str(ca_file))
+
+
+def _link(
+    config: Config,
+    system_id: str,
+    iam: IamPublicClient,
+    database: Database,
+    notes: CertificateNotes,
+    worker: Worker,
+    alert: Alert,
+) -> CloudLink:
     return CloudLink(
         system_id,
         LinkSettings(
@@ -144,6 +180,8 @@ def _link(config: Config, system_id: str, iam: IamPublicClient, worker: Worker, 
         ),
         Identities(iam, config.ca_cert),
         worker,
+        outbox=Outbox(database),
+        notes=notes,
         message_log=MessageLog(config.cloud_message_log) if config.cloud_message_log else None,
         unreadable=lambda error: alert(str(error)),
     )
@@ -181,7 +219,7 @@ async def _images(
         blobs,
         fetcher,
         worker,
-        roots=load_certificates(read_roots(config.ca_cert), what=str(config.ca_cert)),
+        roots=partial(_roots, config.ca_cert),
         runtimes=lambda: None if settings.all_platforms else _runtime_platforms(nodes),
     )
     return manager
@@ -196,10 +234,15 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     keeper = CertificateKeeper(iam, config.cert_storage, config.ca_cert)
     protected_iam = await stack.enter_async_context(IamClient(config.iam_protected_server_url, lambda: keeper.identity))
 
-    link = _link(config, await _system_id(iam), iam, worker, alert=lambda text: alerts.add_core_alert(text))
+    system_id = await _system_id(iam)
+    notes = CertificateNotes(database)
+    await notes.load()
+    link = _link(config, system_id, iam, database, notes, worker, alert=lambda text: alerts.add_core_alert(text))
     nodes = NodeInfoProvider(iam, sm_timeout_s=config.node_info_provider.sm_connection_timeout)
     subjects = UnitSubjects(iam)
-    alerts = Alerts(link, send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id)
+    alerts = Alerts(
+        link, AlertStore(database), send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id
+    )
     if database.recovered is not None:
         alerts.add_core_alert(f"database was damaged and begun anew, the old one is {database.recovered.name}")
     storage = StorageState(
@@ -230,6 +273,11 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         alerts.on_node_alert(node_id, alert)
         launcher.on_node_alert(node_id, alert)
 
+    admission = SmAdmission(
+        database, notes, system_id, main_keys=partial(_main_keys, iam, worker), alert=alerts.add_core_alert
+    )
+    await admission.load()
+
     def server_tls() -> ServerTls:
         return grpc_server_credentials(lambda: keeper.identity)
 
@@ -249,6 +297,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
             alert=on_node_alert,
             log=lambda node_id, part: logs.on_log(node_id, part),
         ),
+        admit=admission.admit,
     )
     logs = LogForwarder(link, controller, node_ids=lambda: [node.node_id for node in nodes.nodes()])
     unit_config = UnitConfigManager(config.unit_config_file, nodes, controller)
@@ -287,6 +336,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         UpdateStore(database),
         UpdateSettings(
             activating_s=config.update_manager.activating_timeout,
+            retry_pause_s=config.update_manager.retry_pause,
             placement_s=config.node_info_provider.sm_connection_timeout,
             max_remove_percent=config.update_manager.max_remove_percent,
             absent_means_keep=config.update_manager.absent_means_keep,

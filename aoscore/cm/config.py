@@ -81,6 +81,8 @@ class UpdateManagerConfig(_Section, frozen=True, kw_only=True):
 
     activating_timeout: Duration = Duration(10 * _MINUTE_S)
     """How long the instances of a new set may take to become active before the Unit goes back to the last good set."""
+    retry_pause: Duration = Duration(_MINUTE_S)
+    """When what an update left undone, as on a full disk, is tried again; the pauses grow to thirty times as long."""
     max_remove_percent: int = 100
     """A desired status that would remove more than this part of the installed items is refused; 100 = no limit."""
     absent_means_keep: bool = False

@@ -87,6 +87,15 @@ OWN_TABLES: Final = (
     # Digest of the start list that a node confirmed last, so that a restart of CM sends nothing anew.
     "CREATE TABLE IF NOT EXISTS aoscore_launcher_confirmed (nodeID TEXT NOT NULL PRIMARY KEY, digest TEXT)",
     *UPDATE_GATE_TABLES,
+    # Alerts that wait for a connection to the cloud.
+    "CREATE TABLE IF NOT EXISTS aoscore_alerts (alert TEXT)",
+    # What certificates say, so that they need not be read again.
+    """CREATE TABLE IF NOT EXISTS aoscore_certificate_notes (
+        sha256 BLOB, topic TEXT, note TEXT, PRIMARY KEY (sha256, topic, note))""",
+    # Which node has shown which key (SHA-256 of the public key).
+    "CREATE TABLE IF NOT EXISTS aoscore_sm_keys (key BLOB NOT NULL PRIMARY KEY, nodeID TEXT)",
+    # Messages that the cloud has not acknowledged yet, in their order.
+    "CREATE TABLE IF NOT EXISTS aoscore_outbox (txn TEXT NOT NULL PRIMARY KEY, type TEXT, frame BLOB)",
     # Checksum of a state that the cloud has not accepted yet.
     f"""CREATE TABLE IF NOT EXISTS aoscore_state_unaccepted (
         {_IDENT}, checksum BLOB,

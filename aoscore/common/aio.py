@@ -142,6 +142,23 @@ class Backoff:
         self._pause_s = self._first_s
 
 
+class _AbandonedError(BaseException):
+    """Ends a function in a worker whose caller was cancelled."""
+
+
+_job = threading.local()
+
+
+def raise_if_abandoned() -> None:
+    """To be called between the pieces of long work in a Worker: ends it there when its caller was cancelled.
+
+    Elsewhere it does nothing.
+    """
+    abandoned = getattr(_job, "abandoned", None)
+    if abandoned is not None and abandoned.is_set():
+        raise _AbandonedError
+
+
 class Worker:
     """Bounded threads for blocking or CPU-heavy work, so that nothing blocks the loop."""
 
@@ -157,14 +174,21 @@ class Worker:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run the function in a thread.
 
-        On cancellation the caller goes on at once only after the function has ended, so that files and handles it
-        uses are never pulled away under it.
+        On cancellation the caller goes on only after the function has ended, so that files and handles it uses are
+        never pulled away under it. Long functions end early by `raise_if_abandoned`.
         """
-        job = self._pool.submit(function, *args, **kwargs)
+        abandoned = threading.Event()
+
+        def work() -> T:
+            _job.abandoned = abandoned
+            return function(*args, **kwargs)
+
+        job = self._pool.submit(work)
         future = asyncio.wrap_future(job)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
+            abandoned.set()
             if not job.cancel():
                 await _end_of(future)
             raise

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from aoscore.common.aio import raise_if_abandoned
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError
 from aoscore.common.files import fsync_dir
 
@@ -28,6 +29,7 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     hasher = hashlib.new(algorithm)
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
+            raise_if_abandoned()
             hasher.update(chunk)
     return f"{algorithm}:{hasher.hexdigest()}"
 

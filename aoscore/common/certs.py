@@ -1,15 +1,18 @@
-"""X.509 certificates: reading, naming, and checking chains at a point in time."""
+"""X.509 certificates: reading, naming, and checking chains at a point in time.
 
-from collections.abc import Sequence
+Import on use in what a daemon loads at start: the library below takes 9 MB that most daemons do without when idle.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
 
-from aoscore.common.errors import InvalidArgumentError, NotFoundError, SignatureError
-from aoscore.common.pkcs11.url import is_token_url, parse_token_url
+from aoscore.common.certurls import read_chain_url
+from aoscore.common.errors import InvalidArgumentError, SignatureError
 
 _MAX_CHAIN = 8
 
@@ -22,36 +25,27 @@ def load_certificates(pem: bytes, *, what: str = "certificate") -> list[x509.Cer
         raise InvalidArgumentError(f"{what} is no PEM certificate: {error}") from error
 
 
-def url_path(url: str) -> Path:
-    """The file of a `file:` URL as IAM writes it: `file:///path` or `file:/path` (cm-cloud.md §8.3)."""
-    parts = urlsplit(url)
-    if parts.scheme != "file" or not parts.path:
-        raise InvalidArgumentError(f"certificate URL {url!r} is no file: URL")
-    return Path(unquote(parts.path))
-
-
-def file_url(path: Path) -> str:
-    """The `file:` URL of an absolute path."""
-    return f"file://{path}"
-
-
-def read_file_url(url: str) -> bytes:
-    """Content behind a `file:` URL; NotFoundError when the file is not there."""
-    path = url_path(url)
+def load_der(der: bytes, *, what: str) -> x509.Certificate:
+    """A certificate from DER. Raises InvalidArgumentError naming `what`."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(f"{path} does not exist") from None
+        return x509.load_der_x509_certificate(der)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{what} is no certificate: {error}") from error
+
+
+def to_der(certificate: x509.Certificate) -> bytes:
+    """DER of a certificate."""
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
+def to_pem(chain: Iterable[x509.Certificate]) -> bytes:
+    """PEM of certificates, in their order."""
+    return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in chain)
 
 
 def load_chain_url(cert_url: str) -> list[x509.Certificate]:
     """The chain behind a certificate URL, leaf first; with a token it blocks for the time of a helper process."""
-    if is_token_url(cert_url):
-        # Import on use: where keys are files this is never needed.
-        from aoscore.common.pkcs11.token import read_chain
-
-        return [x509.load_der_x509_certificate(value) for value in read_chain(parse_token_url(cert_url))]
-    chain = load_certificates(read_file_url(cert_url), what=cert_url)
+    chain = load_certificates(read_chain_url(cert_url), what=cert_url)
     if not chain:
         raise InvalidArgumentError(f"{cert_url} holds no certificate")
     return chain
@@ -68,16 +62,15 @@ def issuer_der(certificate: x509.Certificate) -> bytes:
     return certificate.issuer.public_bytes()
 
 
-def dns_names(certificate: x509.Certificate) -> list[str]:
-    """Names a TLS client may know the certificate by: DNS SANs, else the common names of the subject."""
-    try:
-        san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        san = None
-    names = san.get_values_for_type(x509.DNSName) if san else []
-    return names or [
-        str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-    ]
+def key_digest(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """SHA-256 of the public key (its SubjectPublicKeyInfo, RFC 5280 §4.1.2.7)."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(holder.public_key().public_bytes(serialization.Encoding.DER, form)).digest()
+
+
+def common_names(certificate: x509.Certificate) -> list[str]:
+    """The common names of the subject."""
+    return [str(name.value) for name in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
 
 
 def is_self_signed(certificate: x509.Certificate) -> bool:

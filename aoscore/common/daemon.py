@@ -7,6 +7,7 @@ cm-cloud.md §1.1).
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -26,6 +27,9 @@ from aoscore.common.aio import Service, run_services
 from aoscore.common.errors import AosError, ConfigError, NotFoundError, first_cause
 
 _log = logging.getLogger(__name__)
+
+# mallopt(3)
+_M_ARENA_MAX = -8
 
 EXIT_OK = 0
 EXIT_FAILED = 70
@@ -85,6 +89,7 @@ def run_daemon(program: Program[C], argv: Sequence[str] | None = None) -> int:
     0: orderly stop; 78: wrong command line or configuration; 70: anything else.
     """
     faulthandler.enable()
+    _use_one_arena()
     options = _parse(program, sys.argv[1:] if argv is None else argv)
     if options.version:
         print(f"AosCore {program.title} version: {aoscore.__version__}")
@@ -108,6 +113,15 @@ def run_daemon(program: Program[C], argv: Sequence[str] | None = None) -> int:
         else:
             _log.error("Stopped by an unexpected error", exc_info=cause)
         return EXIT_FAILED
+
+
+def _use_one_arena() -> None:
+    """Let glibc keep the memory of all threads in one place: each further one holds on to what it had at its peak.
+
+    Saves SM 3.5 MB; the interpreter's lock leaves little for threads to dispute. Other C libraries have no such call.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 async def _main(program: Program[C], config: C, options: argparse.Namespace) -> int:

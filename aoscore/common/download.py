@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from aoscore.common.aio import Backoff, Worker
 from aoscore.common.errors import (
     AosError,
+    DeadlineError,
     FailedError,
     InvalidArgumentError,
     NoSpaceError,
@@ -22,7 +23,7 @@ from aoscore.common.errors import (
     OutOfRangeError,
     RuntimeFailure,
 )
-from aoscore.common.http import open_stream
+from aoscore.common.http import Stream, open_stream
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,11 @@ Progress = Callable[[int, int | None], None]
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _WRITE_BYTES = 1024 * 1024
+MAX_REDIRECTS = 5
+
+
+class TooSlowError(DeadlineError):
+    """The server trickles; the partial file stays, another URL may be faster."""
 
 
 class HttpStatusError(RuntimeFailure):
@@ -44,7 +50,8 @@ class HttpStatusError(RuntimeFailure):
 class Downloader:
     """Fetches files. One object serves many downloads at a time.
 
-    `idle_timeout_s`: longest silence of a server. `attempts`: tries per call, with growing pauses between them; the
+    `idle_timeout_s`: longest silence of a server, and the time over which it must send `min_speed` bytes per second on
+    average. `attempts`: tries per call, with growing pauses between them; the
     count begins anew whenever data came, so a long download over a weak link ends.
     """
 
@@ -55,12 +62,14 @@ class Downloader:
         ssl_context: ssl.SSLContext | None = None,
         attempts: int = 3,
         idle_timeout_s: float = 60.0,
+        min_speed: float = 1024.0,
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 5.0),
     ) -> None:
         self._worker = worker
         self._ssl_context = ssl_context
         self._attempts = attempts
         self._idle_timeout_s = idle_timeout_s
+        self._min_speed = min_speed
         self._backoff = backoff
 
     async def download(
@@ -71,7 +80,7 @@ class Downloader:
         What `path` already holds is taken as the beginning and only the rest is asked for. `size`: expected length in
         bytes; more than that is refused with OutOfRangeError. `progress(bytes_so_far, total or None)` is called for
         every piece. On an error the partial file stays for the next attempt. Raises HttpStatusError, NoSpaceError,
-        FailedError, DeadlineError.
+        FailedError, DeadlineError; TooSlowError without another attempt.
         """
         if urlsplit(url).scheme == "file":
             await self._worker.run(_copy_local, url, path)
@@ -83,7 +92,7 @@ class Downloader:
             try:
                 await self._attempt(url, path, size, progress)
                 return
-            except (NoSpaceError, OutOfRangeError, InvalidArgumentError):
+            except (NoSpaceError, OutOfRangeError, InvalidArgumentError, TooSlowError):
                 raise
             except HttpStatusError as error:
                 left -= 1
@@ -104,6 +113,18 @@ class Downloader:
             )
             await asyncio.sleep(pause_s)
 
+    @contextlib.asynccontextmanager
+    async def _open(self, url: str, headers: dict[str, str]) -> AsyncIterator[Stream]:
+        """Ask for a file, following redirects."""
+        for _ in range(MAX_REDIRECTS + 1):
+            async with open_stream("GET", url, headers=headers, ssl_context=self._ssl_context) as stream:
+                target = redirected(url, stream.status, stream.headers.get("location", ""))
+                if target is None:
+                    yield stream
+                    return
+                url = target
+        raise FailedError(f"more than {MAX_REDIRECTS} redirects, the last one to {_safe(url)}")
+
     async def _attempt(self, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
         offset = path.stat().st_size if path.exists() else 0
         if size is not None and offset == size and size > 0:
@@ -111,7 +132,7 @@ class Downloader:
         if size is not None and offset > size:
             offset = 0
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with open_stream("GET", url, headers=headers, ssl_context=self._ssl_context) as stream:
+        async with self._open(url, headers) as stream:
             total: int | None
             match stream.status:
                 case 206:
@@ -138,9 +159,11 @@ class Downloader:
                 file.seek(offset)
                 received = offset
                 pending = bytearray()
+                pace = _Pace(self._idle_timeout_s, self._min_speed)
                 try:
                     async for chunk in stream.chunks(self._idle_timeout_s):
                         received += len(chunk)
+                        pace.check(url, len(chunk))
                         if limit is not None and received > limit:
                             raise OutOfRangeError(f"{_safe(url)} is longer than {limit} bytes")
                         pending += chunk
@@ -154,6 +177,37 @@ class Downloader:
                     file.write(pending)
         if limit is not None and received != limit:
             raise FailedError(f"{_safe(url)} ended after {received} of {limit} bytes")
+
+
+def redirected(url: str, status: int, location: str) -> str | None:
+    """Where a server sends us; None when its answer is no redirect. Raises FailedError for a place we do not go to."""
+    if status not in (301, 302, 303, 307, 308):
+        return None
+    target = urljoin(url, location)
+    if not location or urlsplit(target).scheme not in ("https", urlsplit(url).scheme):
+        raise FailedError(f"{_safe(url)} redirects to {_safe(target)}, which is not as safe")
+    return target
+
+
+class _Pace:
+    """How fast data comes."""
+
+    def __init__(self, window_s: float, min_speed: float) -> None:
+        self._window_s = window_s
+        self._min_speed = min_speed
+        self._begin_s = asyncio.get_running_loop().time()
+        self._bytes = 0
+
+    def check(self, url: str, size_bytes: int) -> None:
+        """Some more has come. Raises TooSlowError."""
+        self._bytes += size_bytes
+        passed_s = asyncio.get_running_loop().time() - self._begin_s
+        if passed_s < self._window_s:
+            return
+        if self._bytes < self._min_speed * passed_s:
+            raise TooSlowError(f"{_safe(url)} sends {self._bytes / passed_s:.0f} bytes per second, that is too slow")
+        self._begin_s += passed_s
+        self._bytes = 0
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import h11
 import msgspec
 
+from aoscore.common.connect import open_connection
 from aoscore.common.errors import DeadlineError, FailedError, InvalidArgumentError, OutOfRangeError
 
 _READ_BYTES = 256 * 1024
@@ -83,18 +84,7 @@ async def open_stream(
         raise InvalidArgumentError(f"{url!r} is no http or https URL")
     context = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
     port = parts.port or (443 if context else 80)
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(
-                parts.hostname, port, ssl=context, server_hostname=parts.hostname if context else None
-            )
-    except TimeoutError:
-        raise DeadlineError(f"can't connect to {parts.netloc} within {timeout_s:g} s") from None
-    except ssl.SSLError as error:
-        raise FailedError(f"TLS with {parts.netloc} failed: {error.reason or error}") from error
-    except OSError as error:
-        raise FailedError(f"can't connect to {parts.netloc}: {error.strerror or error}") from error
-    try:
+    async with open_connection(parts.hostname, port, context, timeout_s=timeout_s) as (reader, writer):
         connection = h11.Connection(h11.CLIENT)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         all_headers = {"Host": parts.netloc, "Connection": "close", "Content-Length": str(len(body)), **(headers or {})}
@@ -109,8 +99,6 @@ async def open_stream(
             if isinstance(event, h11.Response):
                 break
         yield Stream(event.status_code, _headers(event.headers), connection, reader)
-    finally:
-        writer.transport.abort()
 
 
 async def request(

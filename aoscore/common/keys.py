@@ -5,7 +5,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from aoscore.common.certs import read_file_url
+from aoscore.common.certurls import read_file_url
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.files import write_atomic
 from aoscore.common.pkcs11.url import is_token_url, parse_token_url

@@ -1,7 +1,8 @@
-"""gRPC with a TLS key on a token: stdlib ssl speaks TLS, and gRPC plain text inside this process.
+"""TLS with a key on a token: stdlib ssl speaks TLS, and everybody else plain text inside this process.
 
     server   peer ──TLS──► TlsFront ──unix socket──► gRPC server
     client   gRPC channel ──unix socket──► TlsBack ──TLS──► server
+             HTTP, WebSocket ──socket pair──► tls_pipe ──TLS──► server
 
 The library grpcio from PyPI has a TLS of its own that can't use a token. Handshakes do their work in threads, because a
 token may be slow or hang; afterwards bytes are moved by the event loop. Nobody but this process can use the unix
@@ -24,11 +25,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from aoscore.common.aio import log_and_continue, run_abandonable
 from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
 from aoscore.common.tls import TOKEN_LOCK, ServerTls, TlsRoots, within_token_limit
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ _PAUSE_S = 1.0
 _DIRECTORY_PREFIX = "aos-tls-"
 _ABANDONED_AGE_S = 60.0
 _RETRY_S = 0.01
+_STRAY_ERRORS = 3
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -61,6 +65,23 @@ def relayed_peer(name: str) -> RelayedPeer | None:
     return _peers.get(name)
 
 
+def _of_tls(call: Callable[..., T], *arguments: Any) -> T:
+    """The result of an operation on a TLS socket, or the error that is its own.
+
+    pkcs11-provider 1.0 leaves an error in OpenSSL's queue when it frees an object ("Objects pool in inconsistent
+    state"), and the next operation of the thread that would have to wait fails with it instead. Its failure empties
+    the queue, and the connection is as it was.
+    """
+    for _ in range(_STRAY_ERRORS):
+        try:
+            return call(*arguments)
+        except ssl.SSLError as error:
+            if type(error) is not ssl.SSLError or error.library == "SSL":
+                raise
+            _log.debug("Error that is not of this connection: %s", error)
+    return call(*arguments)
+
+
 class _Pump:
     """Moves bytes from one socket to another; one that takes nothing more stops the other."""
 
@@ -79,7 +100,7 @@ class _Pump:
     def _move(self) -> None:
         try:
             while True:
-                data = self._source.recv(_CHUNK_BYTES)
+                data = _of_tls(self._source.recv, _CHUNK_BYTES)
                 if not data:
                     self._end()
                     return
@@ -95,7 +116,8 @@ class _Pump:
             self._loop.call_later(_RETRY_S, self._again)
         except _WOULD_BLOCK:
             pass
-        except OSError:
+        except OSError as error:
+            _log.debug("Connection ended by an error: error=%s", error)
             self._end()
 
     def _again(self) -> None:
@@ -105,7 +127,7 @@ class _Pump:
     def _send(self) -> bool:
         """Whether all is sent."""
         try:
-            sent = self._target.send(self._left)
+            sent = _of_tls(self._target.send, self._left)
         except _WOULD_BLOCK:
             sent = 0
         self._left = self._left[sent:]
@@ -148,9 +170,14 @@ class _Handshakes:
     def __init__(self) -> None:
         self._threads = asyncio.Semaphore(_MAX_THREADS)
 
-    async def shake(self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool) -> ssl.SSLSocket:
-        """TLS over a connected socket. Raises OSError, DeadlineError or TimeoutError; the socket is then closed."""
-        tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+    async def shake(
+        self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, name: str | None = None
+    ) -> ssl.SSLSocket:
+        """TLS over a connected socket. Raises OSError, DeadlineError or TimeoutError; the socket is then closed.
+
+        `name` is of the server, for its certificate to be checked as the context says.
+        """
+        tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False, server_hostname=name)
         abandoned = threading.Event()
         try:
             tls.setblocking(False)
@@ -172,7 +199,7 @@ class _Handshakes:
             if not TOKEN_LOCK.acquire(timeout=_HANDSHAKE_LIMIT_S):
                 raise DeadlineError("the token is busy")
             try:
-                tls.do_handshake()
+                _of_tls(tls.do_handshake)
             except ssl.SSLWantReadError:
                 return False
             except ssl.SSLWantWriteError:
@@ -376,6 +403,25 @@ class TlsBack:
                 _log.debug("Can't connect: error=%s", error)
                 return
             await _bridge(tls, local)
+
+
+@contextlib.asynccontextmanager
+async def tls_pipe(host: str, port: int, context: ssl.SSLContext) -> AsyncIterator[socket.socket]:
+    """The plain end of a connection on which TLS is spoken here: for whoever would do the handshake in the loop.
+
+    The caller closes what it gets. Raises OSError, DeadlineError or TimeoutError while connecting.
+    """
+    sock = await _connected(host, port)
+    tls = await _Handshakes().shake(sock, context, server_side=False, name=host)
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    bridge = asyncio.create_task(_bridge(tls, far), name="tls pipe")
+    try:
+        yield near
+    finally:
+        near.close()
+        bridge.cancel()
+        await asyncio.wait({bridge})
 
 
 async def _connected(host: str, port: int) -> socket.socket:

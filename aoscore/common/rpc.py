@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import grpc.aio
-from cryptography import x509
 
-from aoscore.common.certs import dns_names
+from aoscore.common.certurls import first_der, names_of_peer
 from aoscore.common.errors import (
     AlreadyExistsError,
     AosError,
@@ -28,6 +27,8 @@ from aoscore.common.errors import (
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots
 
 if TYPE_CHECKING:
+    from cryptography import x509
+
     from aoscore.common.relay import RelayedPeer
 
 _log = logging.getLogger(__name__)
@@ -89,10 +90,9 @@ async def peer_name(address: str, context: ssl.SSLContext) -> str:
         raise FailedError(f"can't connect to {address}: {error.strerror or error}") from error
     try:
         transport: ssl.SSLObject = writer.get_extra_info("ssl_object")
-        der = transport.getpeercert(binary_form=True)
+        names = names_of_peer(transport.getpeercert() or {})
     finally:
         writer.transport.abort()
-    names = dns_names(x509.load_der_x509_certificate(der)) if der else []
     if not names:
         raise FailedError(f"the certificate of {address} names nobody")
     return names[0]
@@ -138,15 +138,23 @@ async def _open_relayed_channel(address: str, tls: TlsIdentity) -> grpc.aio.Chan
     return channel
 
 
-def peer_certificate(context: Any) -> x509.Certificate | None:
+def peer_certificate_der(context: Any) -> bytes | None:
+    """The same as `peer_certificate`, unparsed."""
+    if (relayed := _relayed(context)) is not None:
+        return relayed.certificate
+    if shown := context.auth_context().get("x509_pem_cert"):
+        return first_der(shown[0], what="certificate of the caller")
+    return None
+
+
+def peer_certificate(context: Any) -> "x509.Certificate | None":
     """The certificate that the caller of a service method has shown; None without one (public port, plain text)."""
-    shown = context.auth_context().get("x509_pem_cert")
-    if shown:
-        return x509.load_pem_x509_certificate(shown[0])
-    relayed = _relayed(context)
-    if relayed is None or relayed.certificate is None:
+    der = peer_certificate_der(context)
+    if der is None:
         return None
-    return x509.load_der_x509_certificate(relayed.certificate)
+    from aoscore.common.certs import load_der
+
+    return load_der(der, what="certificate of the caller")
 
 
 def peer_address(context: Any) -> str:

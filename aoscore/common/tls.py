@@ -19,11 +19,11 @@ from pathlib import Path
 
 import grpc
 import msgspec
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from aoscore.common.aio import run_abandonable
-from aoscore.common.certs import load_chain_url, read_file_url, url_path
+from aoscore.common.certurls import read_chain_url, read_file_url, url_path
 from aoscore.common.errors import AosError, DeadlineError, FailedError, InvalidArgumentError, NotFoundError
+from aoscore.common.pkcs11.turns import turn
 from aoscore.common.pkcs11.url import is_token_url, parse_token_url
 from aoscore.common.types import CertInfo
 
@@ -46,6 +46,10 @@ def read_roots(ca_file: Path) -> bytes:
         raise NotFoundError(f"root CA file {ca_file} does not exist") from None
 
 
+class TokenContext(ssl.SSLContext):
+    """A client's context whose key is on a token: handshakes with it go through `common.relay`, see TOKEN_LOCK."""
+
+
 class TlsRoots(msgspec.Struct, frozen=True):
     """Whom we trust on a link where we show no certificate of our own (IAM's public port)."""
 
@@ -57,7 +61,10 @@ class TlsRoots(msgspec.Struct, frozen=True):
 
     def ssl_client_context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
         """TLS as a client of stdlib ssl; the chain is always checked."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        return self._client_context(ssl.SSLContext, check_hostname=check_hostname)
+
+    def _client_context(self, kind: type[ssl.SSLContext], *, check_hostname: bool) -> ssl.SSLContext:
+        context = kind(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = check_hostname
         try:
@@ -95,7 +102,8 @@ class TlsIdentity(TlsRoots, frozen=True):
 
     def ssl_client_context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
         """Mutual TLS as a client of stdlib ssl; the chain is always checked."""
-        context = super().ssl_client_context(check_hostname=check_hostname)
+        kind = TokenContext if self.on_token else ssl.SSLContext
+        context = self._client_context(kind, check_hostname=check_hostname)
         self._load_into(context)
         return context
 
@@ -113,10 +121,13 @@ class TlsIdentity(TlsRoots, frozen=True):
         on_token = is_token_url(self.key_url)
         try:
             if on_token:
-                pem = b"".join(cert.public_bytes(Encoding.PEM) for cert in load_chain_url(self.cert_url))
                 # OpenSSL wants names of files; none of this belongs on a disk.
-                with _memory_file(pem) as chain, _memory_file(parse_token_url(self.key_url).provider_pem()) as key:
-                    with TOKEN_LOCK:
+                url = parse_token_url(self.key_url)
+                with (
+                    _memory_file(read_chain_url(self.cert_url)) as chain,
+                    _memory_file(url.provider_pem()) as key,
+                ):
+                    with TOKEN_LOCK, turn(url.pin_source):
                         context.load_cert_chain(chain, key)
             else:
                 context.load_cert_chain(url_path(self.cert_url), url_path(self.key_url))

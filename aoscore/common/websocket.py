@@ -17,6 +17,7 @@ from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
+from aoscore.common.connect import open_connection
 from aoscore.common.errors import DeadlineError, FailedError, InvalidArgumentError
 
 CONNECT_TIMEOUT_S: Final = 30.0
@@ -179,29 +180,17 @@ async def connect(
         raise InvalidArgumentError(f"{url!r} is no WebSocket address: {error}") from error
     if parsed.secure and ssl_context is None:
         raise InvalidArgumentError(f"{url} needs a certificate, there is none")
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(
-                parsed.host,
-                parsed.port,
-                ssl=ssl_context if parsed.secure else None,
-                server_hostname=parsed.host if parsed.secure else None,
-            )
-    except TimeoutError:
-        raise DeadlineError(f"no connection to {url} within {CONNECT_TIMEOUT_S:g} s") from None
-    except ssl.SSLError as error:
-        raise FailedError(f"TLS with {url} failed: {error.reason or error}") from error
-    except OSError as error:
-        raise FailedError(f"can't connect to {url}: {error.strerror or error}") from error
-    # No extensions: the clouds of 9.1 do not offer compression (cloud-protocol §1.3).
-    protocol = ClientProtocol(parsed, max_size=MAX_MESSAGE_BYTES, logger=_library_log)
-    socket = WebSocket(protocol, reader, writer, url)
-    try:
+    context = ssl_context if parsed.secure else None
+    async with open_connection(parsed.host, parsed.port, context, timeout_s=CONNECT_TIMEOUT_S) as (reader, writer):
+        # No extensions: the clouds of 9.1 do not offer compression (cloud-protocol §1.3).
+        protocol = ClientProtocol(parsed, max_size=MAX_MESSAGE_BYTES, logger=_library_log)
+        socket = WebSocket(protocol, reader, writer, url)
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await socket.handshake(headers)
-        except TimeoutError:
-            raise DeadlineError(f"{url} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
-        yield socket
-    finally:
-        await socket.close()
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await socket.handshake(headers)
+            except TimeoutError:
+                raise DeadlineError(f"{url} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
+            yield socket
+        finally:
+            await socket.close()

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from cryptography import x509
 
 from aoscore.common.aio import Service, Worker
-from aoscore.common.certs import load_certificates
 from aoscore.common.config import load_section
 from aoscore.common.daemon import Option, Program, run_daemon
 from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
@@ -35,6 +33,7 @@ from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.currentnode.state import StateStore
 from aoscore.iam.database import IamDatabase
 from aoscore.iam.iamclient.client import MainIamClient, Way
+from aoscore.iam.iamserver.access import AccessList
 from aoscore.iam.iamserver.admission import Evidence
 from aoscore.iam.iamserver.nodecontroller import NodeController
 from aoscore.iam.iamserver.nodes import LocalNode, NodeRouter, RemoteNode, system_id
@@ -49,6 +48,8 @@ from aoscore.iam.permissions import Permissions
 from aoscore.iam.provisioning import Provisioning
 
 if TYPE_CHECKING:
+    from cryptography import x509
+
     from aoscore.iam.identhandler.visidentifier import VisIdentifierParams
 
 _log = logging.getLogger(__name__)
@@ -154,8 +155,10 @@ async def build(settings: Settings, options: argparse.Namespace, stack: contextl
         return RemoteNode(node_id, remaining_s, nodes=nodes, keys=keys, controller=controller, identifier=identifier)
 
     router = NodeRouter(node, local, remote)
-    parts = Parts(node, nodes, certs, identifier, permissions, router, controller)
     secure = _is_secure(options.provisioning, node.info.state)
+    # Before there are certificates nobody can show one.
+    access = AccessList(config.access if secure else {}, certs.type_of)
+    parts = Parts(node, nodes, certs, identifier, permissions, router, controller, access)
     public_tls = _credentials(config, certs, require_client=False) if secure else None
     protected_tls = _credentials(config, certs, require_client=True) if secure else None
     protected_url = config.iam_protected_server_url
@@ -294,10 +297,12 @@ def _stores(settings: Settings) -> dict[str, KeyStore]:
     return stores
 
 
-def _root_reader(ca_file: Path | None) -> Callable[[], Sequence[x509.Certificate]]:
+def _root_reader(ca_file: Path | None) -> "Callable[[], Sequence[x509.Certificate]]":
     """The roots of the Unit, read when they are needed: a new Unit may get the file later."""
 
-    def read() -> Sequence[x509.Certificate]:
+    def read() -> "Sequence[x509.Certificate]":
+        from aoscore.common.certs import load_certificates
+
         if ca_file is None or not ca_file.exists():
             return []
         return load_certificates(ca_file.read_bytes(), what=str(ca_file))

@@ -13,6 +13,8 @@ from aoscore.common.errors import ConfigError
 
 # A key of AosCore 9.1 files that has no meaning here: our migration scripts are part of the program.
 _IGNORED = frozenset({"migration.migrationpath"})
+# Services of the protected port that change something.
+_GUARDED = ("IAMCertificateService", "IAMProvisioningService", "IAMNodesService", "IAMPermissionsService")
 _MODULE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*")
 
@@ -109,6 +111,10 @@ class Config(Section, frozen=True, kw_only=True):
 
     In provisioning mode the protected port listens at `provisioning_interface` only, when that is given, and both
     ports close when nobody has provisioned for `provisioning_timeout` (0: never), until the next start.
+
+    `access` are services of the protected port with the certificate types that may call them; a service that is not
+    there is open to all of the Unit. With `hooks_get_password` hooks have the password of the call that runs them in
+    the environment variable AOS_PROVISIONING_PASSWORD.
     """
 
     node_info: NodeInfoConfig
@@ -131,6 +137,8 @@ class Config(Section, frozen=True, kw_only=True):
     finish_provisioning_cmd_args: tuple[str, ...] = ()
     deprovision_cmd_args: tuple[str, ...] = ()
     hook_timeout: Duration = Duration(600)
+    hooks_get_password: bool = False
+    access: dict[str, tuple[str, ...]] = {}
     migration: MigrationConfig = MigrationConfig()
     identifier: IdentifierConfig = IdentifierConfig()
     cert_modules: tuple[CertModuleConfig, ...] = ()
@@ -180,6 +188,10 @@ def _problems(config: Config) -> list[str]:
         if module.id in seen:
             problems.append(f"certModules[{index}].id: type {module.id!r} is there twice")
         seen.add(module.id)
+    for service, types in config.access.items():
+        if service not in _GUARDED:
+            problems.append(f"access: {service!r} is none of {', '.join(_GUARDED)}")
+        problems += [f"access.{service}: {name!r} is no certificate type" for name in types if name not in seen]
     return problems
 
 

@@ -7,11 +7,7 @@ certificate is that Node's when it holds such a key. Renewals come the same way,
 it: an IAM of AosCore 9.1 on a Secondary Node works as before.
 """
 
-import hashlib
 import logging
-
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.log import kv
@@ -20,15 +16,13 @@ from aoscore.iam.database import IamDatabase
 _log = logging.getLogger(__name__)
 
 
-def key_digest(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    """SHA-256 of the public key (its SubjectPublicKeyInfo, RFC 5280 §4.1.2.7)."""
-    key = holder.public_key()
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).digest()
-
-
 def request_digest(csr_pem: str) -> bytes:
     """The digest of the key in a request. Raises InvalidArgumentError unless the request proves that it has the key."""
+    # Import on use: certificates are asked for once in a long time.
+    from cryptography import x509
+
+    from aoscore.common.certs import key_digest
+
     try:
         request = x509.load_pem_x509_csr(csr_pem.encode())
         proven = request.is_signature_valid

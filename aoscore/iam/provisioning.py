@@ -19,6 +19,7 @@ from aoscore.iam.currentnode.node import CurrentNode
 _log = logging.getLogger(__name__)
 
 _START = "start provisioning"
+PASSWORD_VARIABLE = "AOS_PROVISIONING_PASSWORD"  # noqa: S105 - the name of a variable
 
 
 class Hooks:
@@ -30,13 +31,19 @@ class Hooks:
 
     def __init__(self, config: Config) -> None:
         self._timeout_s = config.hook_timeout
+        self._tell_password = config.hooks_get_password
 
-    async def run(self, name: str, args: Sequence[str]) -> None:
-        """Run one, if it is configured. Raises the error of run_program: missing, too slow, or exit code not 0."""
+    async def run(self, name: str, args: Sequence[str], password: str) -> None:
+        """Run one, if it is configured. Raises the error of run_program: missing, too slow, or exit code not 0.
+
+        `password` is of the call that runs the hook, for its environment when the configuration asks for that.
+        """
         if not args:
             return
         _log.info(kv("Run hook", hook=name, program=args[0]))
         environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
+        if self._tell_password:
+            environment[PASSWORD_VARIABLE] = password
         finished = await run_program(args, timeout_s=self._timeout_s, env=environment, check=False, background=True)
         for line in finished.stdout.decode(errors="replace").splitlines():
             _log.info("%s: %s", name, line)
@@ -83,17 +90,17 @@ class Provisioning:
     async def start(self, password: str) -> None:
         """Empty and prepare all key storages. May be repeated, which begins anew.
 
-        `password` becomes the administrator's secret of the storages; hooks do not get it.
+        `password` becomes the administrator's secret of the storages.
         """
         async with self._lock:
             self._check("start provisioning", NodeState.UNPROVISIONED)
             _log.info("Start provisioning")
             await self._unfinished.begin(_START)
             try:
-                await self._hooks.run("startProvisioning", self._config.start_provisioning_cmd_args)
+                await self._hooks.run("startProvisioning", self._config.start_provisioning_cmd_args, password)
                 await self._certs.clear()
                 await self._certs.set_owner(password)
-                await self._hooks.run("diskEncryption", self._config.disk_encryption_cmd_args)
+                await self._hooks.run("diskEncryption", self._config.disk_encryption_cmd_args, password)
             except BaseException:
                 with log_and_continue(_log, "Can't empty key storages after a failed start of provisioning"):
                     await unbroken(self._undo_start())
@@ -106,7 +113,7 @@ class Provisioning:
             await self._certs.clear()
         await self._unfinished.end(_START)
 
-    async def finish(self) -> None:
+    async def finish(self, password: str) -> None:
         """Put the Node into service. Repeating it does nothing: a client may have lost our answer.
 
         The hook comes before the state changes and only schedules the restart (iam.md §6.2).
@@ -118,16 +125,16 @@ class Provisioning:
             if _START in await self._unfinished.unfinished():
                 raise WrongStateError("can't finish provisioning: its start has failed, start it again")
             self._check_certificate()
-            await self._hooks.run("finishProvisioning", self._config.finish_provisioning_cmd_args)
+            await self._hooks.run("finishProvisioning", self._config.finish_provisioning_cmd_args, password)
             await self._node.set_state(NodeState.PROVISIONED)
             _log.info("Provisioning finished")
 
-    async def deprovision(self) -> None:
+    async def deprovision(self, password: str) -> None:
         """Take the Node out of service. Keys and certificates go with the next start of provisioning."""
         async with self._lock:
             self._check("deprovision", NodeState.PROVISIONED, NodeState.PAUSED, NodeState.ERROR)
             _log.info("Deprovision")
-            await self._hooks.run("deprovision", self._config.deprovision_cmd_args)
+            await self._hooks.run("deprovision", self._config.deprovision_cmd_args, password)
             await self._node.set_state(NodeState.UNPROVISIONED)
 
     async def pause(self) -> None:

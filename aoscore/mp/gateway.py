@@ -10,8 +10,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
@@ -76,6 +74,10 @@ def _keys_differ(one: Connection, other: Connection) -> bool:
 
 
 def _public_key(der: bytes) -> bytes:
+    # Import on use: only a Node that is here twice is looked at so closely.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
     key = x509.load_der_x509_certificate(der).public_key()
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 

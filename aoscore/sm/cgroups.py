@@ -43,16 +43,29 @@ class CgroupLayout(msgspec.Struct, frozen=True):
     def processes(self, cgroup: str) -> list[int]:
         """Pids in a cgroup given by its path below the mount; empty when it does not exist."""
         tree = self.unified if self.version == 2 else self._any_tree()
-        if tree is None:
-            return []
-        try:
-            text = Path(f"{tree}/{cgroup.lstrip('/')}", "cgroup.procs").read_text()
-        except OSError:
-            return []
-        return [int(pid) for pid in text.split()]
+        return [int(pid) for pid in _read(tree, cgroup, "cgroup.procs").split()]
+
+    def oom_kills(self, cgroup: str) -> int:
+        """How many of its processes the kernel has killed for want of memory; 0 when it does not exist."""
+        text = (
+            _read(self.unified, cgroup, "memory.events")
+            if self.version == 2
+            else _read(self.controllers.get("memory"), cgroup, "memory.oom_control")
+        )
+        return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
 
     def _any_tree(self) -> Path | None:
         return next((self.controllers[name] for name in _CONTROLLER_FOR_PIDS if name in self.controllers), None)
+
+
+def _read(tree: Path | None, cgroup: str, name: str) -> str:
+    """A file of a cgroup; empty when it does not exist."""
+    if tree is None:
+        return ""
+    try:
+        return Path(f"{tree}/{cgroup.lstrip('/')}", name).read_text()
+    except OSError:
+        return ""
 
 
 def parse_layout(mounts: str) -> CgroupLayout:

@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.benchmarks import footprint, iam, speedups
+from tests.benchmarks import cm, footprint, iam, speedups
 
 if __name__ == "__main__":
-    sys.exit(footprint.main() or iam.main() or speedups.main())
+    sys.exit(footprint.main() or iam.main() or cm.main() or speedups.main())

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -171,9 +172,9 @@ class TestCm:
         if request.instance.item_id == "refused":
             error = common.ErrorInfo(aos_code=4, message="no address left")
             return net.AllocateInstanceNetworkResponse(error=error)
-        count = sum(call.startswith("AllocateInstanceNetwork") for call in self.calls)
+        address = ipaddress.IPv4Address("172.31.0.1") + sum(call.startswith("Allocate") for call in self.calls)
         return net.AllocateInstanceNetworkResponse(
-            subnet="172.31.0.0/16", ip=f"172.31.0.{count + 1}", dns_servers=["172.31.0.100"]
+            subnet="172.31.0.0/16", ip=str(address), dns_servers=["172.31.0.100"]
         )
 
     async def ReleaseInstanceNetwork(self, request: Any, context: Any) -> net.ReleaseInstanceNetworkResponse:

@@ -37,10 +37,7 @@ class TestIam:
         public = Server(
             f"127.0.0.1:{self.public_port}",
             partial(grpc_server_credentials, lambda: self.identity, require_client=False),
-            [
-                partial(stubs.add_IAMPublicCurrentNodeServiceServicer_to_server, self),
-                partial(stubs.add_IAMPublicCertServiceServicer_to_server, self),
-            ],
+            self.public_services(),
         )
         protected = Server(
             f"127.0.0.1:{self.protected_port}",
@@ -50,6 +47,13 @@ class TestIam:
         async with running(public, protected):
             self.public_port, self.protected_port = public.port, protected.port
             yield self
+
+    def public_services(self) -> list[partial[None]]:
+        """What is served on the public port."""
+        return [
+            partial(stubs.add_IAMPublicCurrentNodeServiceServicer_to_server, self),
+            partial(stubs.add_IAMPublicCertServiceServicer_to_server, self),
+        ]
 
     def renew(self, cert: CertInfo) -> None:
         """Replace a certificate."""

@@ -38,13 +38,17 @@ CHAIN = "sp-1"
 class Image:
     """An image with its blobs by digest."""
 
-    def __init__(self, layers: Sequence[bytes], *, architectures: Sequence[str] = ("amd64",)) -> None:
+    def __init__(
+        self, layers: Sequence[bytes], *, architectures: Sequence[str] = ("amd64",), **configured: object
+    ) -> None:
+        """`configured`: more members of the Aos item configuration."""
         self.blobs: dict[str, bytes] = {}
         self.layers = [self._add(layer) for layer in layers]
         self.manifests = {}
         for name in architectures:
             config = self._add(json.dumps({"architecture": name, "os": "linux", "config": {}}).encode())
-            item_config = self._add(json.dumps({"runtimes": [{"codename": "crun"}], "author": name}).encode())
+            members = {"runtimes": [{"codename": "crun"}], "author": name, **configured}
+            item_config = self._add(json.dumps(members).encode())
             manifest = {
                 "schemaVersion": 2,
                 "config": {"digest": config},

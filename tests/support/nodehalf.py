@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from aoscore.cm import database
-from aoscore.cm.alerts import Alerts
+from aoscore.cm.alerts import Alerts, AlertStore
 from aoscore.cm.iamclient.subjects import UnitSubjects
 from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
@@ -146,7 +146,7 @@ class NodeHalf:
         self.images.configs.update(configs or {})
         self.images.missing.update(missing)
         self.nodes = NodeInfoProvider(self.iam, sm_timeout_s=sm_timeout_s)
-        self.alerts = Alerts(self.cloud, send_period_s=0.1, main_node_id=self.nodes.main_node_id)
+        self.alerts = Alerts(self.cloud, AlertStore(db), send_period_s=0.1, main_node_id=self.nodes.main_node_id)
         self.subjects = UnitSubjects(self.iam)
         self.dns = DnsServer(DnsSettings())
         self.networks = NetworkManager(NetworkStore(db), self.dns, routes=list)
@@ -172,6 +172,7 @@ class NodeHalf:
                 alert=self._alert,
                 log=self._log,
             ),
+            admit=None,
         )
         self.unit_config = UnitConfigManager(directory / "unit.cfg", self.nodes, self.controller)
         self.launcher = Launcher(

@@ -1,5 +1,6 @@
 """A small certificate authority for tests."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from aoscore.common.certs import file_url
+from aoscore.common.certurls import file_url
 from aoscore.common.keys import PrivateKey, private_key_pem
 from aoscore.common.tls import TlsIdentity
 
@@ -65,9 +66,12 @@ class TestCa:
         not_before: datetime | None = None,
         lifetime: timedelta = timedelta(days=30),
         key: PrivateKey | None = None,
+        usages: Sequence[x509.ObjectIdentifier] = (),
     ) -> Issued:
-        """A leaf certificate for clients and servers."""
-        return self._make(common_name, self.intermediate, dns=dns, not_before=not_before, lifetime=lifetime, key=key)
+        """A leaf certificate for clients and servers, or for `usages`."""
+        return self._make(
+            common_name, self.intermediate, dns=dns, not_before=not_before, lifetime=lifetime, key=key, usages=usages
+        )
 
     def sign_request(
         self, csr_pem: str, *, days: float = 30, begin_days: float = -0.01, with_extensions: bool = True
@@ -105,6 +109,7 @@ class TestCa:
         not_before: datetime | None = None,
         lifetime: timedelta = timedelta(days=365),
         key: PrivateKey | None = None,
+        usages: Sequence[x509.ObjectIdentifier] = (),
     ) -> Issued:
         key = key or ec.generate_private_key(ec.SECP256R1())
         begin = not_before or datetime.now(UTC) - timedelta(hours=1)
@@ -122,7 +127,21 @@ class TestCa:
         if ca:
             usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
             builder = builder.add_extension(usage, critical=True)
+        if usages:
+            builder = builder.add_extension(x509.ExtendedKeyUsage(usages), False)
         if dns:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in dns]), False)
         cert = builder.sign(issuer.key if issuer else key, hashes.SHA256())
         return Issued(key, [cert, *(issuer.chain if issuer else [])])
+
+
+class Relayed(TlsIdentity, frozen=True):
+    """Takes the way of a key on a token."""
+
+    @property
+    def on_token(self) -> bool:
+        return True
+
+
+def relayed(identity: TlsIdentity) -> TlsIdentity:
+    return Relayed(identity.ca_file, identity.cert_url, identity.key_url)

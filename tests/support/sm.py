@@ -39,11 +39,14 @@ class TestSm:
         self.broken: set[str] = set()
         self.broken_versions: set[tuple[str, str]] = set()
         self.silent = False
+        self.silent_about_config = False
         self.starts: list[Key] = []
         self.updates: list[pb.UpdateInstances] = []
         self.received: list[pb.SMIncomingMessages] = []
         self.config = ("", "")
-        self.average = pb.AverageMonitoring(node_monitoring=pb.MonitoringData(timestamp={}))
+        self.average: pb.AverageMonitoring | None = pb.AverageMonitoring(
+            node_monitoring=pb.MonitoringData(timestamp={})
+        )
         self.network_updates: list[net.InstanceNetworkUpdateNotification] = []
         self.networks: Any = None
         self.blobs: Any = None
@@ -126,6 +129,8 @@ class TestSm:
                 if not self.silent:
                     self._update(frame.update_instances)
                     self.send(node_instances_status=self._full_list())
+            case "get_node_config_status" | "check_node_config" | "set_node_config" if self.silent_about_config:
+                pass
             case "get_node_config_status":
                 self._config_status(self.config[0])
             case "check_node_config":
@@ -136,7 +141,7 @@ class TestSm:
                 state = "installed" if self.config[0] else "absent"
                 self.config = (request.version, request.node_config)
                 self._config_status(request.version, state)
-            case "get_average_monitoring":
+            case "get_average_monitoring" if self.average is not None:
                 self.send(average_monitoring=self.average)
 
     def _config_status(self, version: str, state: str | None = None) -> None:
@@ -170,3 +175,11 @@ class TestSm:
                 error=common.ErrorInfo(aos_code=5, message="not found") if failed else common.ErrorInfo(),
                 env_vars=[pb.EnvVarStatus(name=one.name, error=common.ErrorInfo()) for one in info.env_vars],
             )
+
+
+async def stay_connected(sm: TestSm, port: int, identity: TlsIdentity) -> None:
+    """An SM connects again whenever CM was gone."""
+    while True:
+        async with sm.connected(port, identity):
+            await sm.ended.wait()
+        await asyncio.sleep(0.1)

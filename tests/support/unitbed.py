@@ -1,7 +1,9 @@
 """A real CM process between a cloud and an SM that the test plays, beside a real IAM process.
 
-As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `after PHASE`
-(the phase has just been stored), `before PHASE` (it is about to be stored, the step before it is done), or `never`.
+As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `update N` or
+`back N`: SIGKILL right before the N-th persistent step of an update, counted from its acceptance or from the moment
+when a version is found not to work; or `never`. Steps are: begin and end of each database transaction, and every
+rename, removal, directory and opening for writing below the directory of the configuration file.
 """
 
 import asyncio
@@ -12,6 +14,7 @@ import signal
 import sqlite3
 import ssl
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from tests.support.cloud import Document, FakeCloud
 from tests.support.iam import TYPES, Iam, free_port
 from tests.support.images import BlobCloud, Image, Signer, desired
 from tests.support.pki import TestCa
-from tests.support.sm import TestSm
+from tests.support.sm import TestSm, stay_connected
 
 READY_S = 30.0
 SYSTEM_ID = "unit-1"
@@ -91,13 +94,16 @@ class UnitBed:
     async def start(self, point: str = "never") -> None:
         """Start CM; returns when it says that it is ready, or has died where it was told to."""
         self.write_config()
+        lives = self.log().count("Init CM") if (self.directory / "cm.log").exists() else 0
         command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.support.unitbed", point]
         with (self.directory / "cm.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *command, "-c", str(self.config_file), "-v", "debug", stdout=log, stderr=log
             )
         async with asyncio.timeout(READY_S):
-            while "CM is ready" not in self.new_log() and self.process.returncode is None:
+            while self.process.returncode is None and (
+                self.log().count("Init CM") == lives or "CM is ready" not in self.new_log()
+            ):
                 await asyncio.sleep(0.02)
 
     def log(self) -> str:
@@ -218,7 +224,7 @@ async def unit_bed(
     identity = await asyncio.to_thread(_sm_identity, iam)
     try:
         async with bed.cloud.running(), bed.blobs.running():
-            node = asyncio.create_task(_stay_connected(bed.sm, sm_port or bed.port, identity))
+            node = asyncio.create_task(stay_connected(bed.sm, sm_port or bed.port, identity))
             try:
                 yield bed
             finally:
@@ -228,40 +234,69 @@ async def unit_bed(
         await bed.kill()
 
 
-async def _stay_connected(sm: TestSm, port: int, identity: TlsIdentity) -> None:
-    """An SM connects again whenever CM was gone."""
-    while True:
-        async with sm.connected(port, identity):
-            await sm.ended.wait()
-        await asyncio.sleep(0.1)
-
-
 def _sm_identity(iam: Iam) -> TlsIdentity:
     with iam.open() as client:
         info = client.certs.GetCert(iam_pb.GetCertRequest(type=TYPES[3]))
     return TlsIdentity(iam.ca_file, info.cert_url, info.key_url)
 
 
+_FILE_EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"})
+
+
+def _die_at(point: str, root: Path) -> None:
+    """See the module text. Number and name of each step are appended to `<root>/steps`."""
+    from aoscore.cm.imagemanager.manager import ImageManager
+    from aoscore.cm.updatemanager.store import UpdateStore
+    from aoscore.common.db import Database
+
+    begin, _, number = point.partition(" ")
+    count, counting, lock = 0, False, threading.Lock()
+    names = os.open(root / "steps", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def note(name: str) -> None:
+        nonlocal count
+        if not counting:
+            return
+        with lock:
+            count += 1
+            os.write(names, f"{count} {name}\n".encode())
+            if count == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in _FILE_EVENTS or not str(arguments[0]).startswith(f"{root}/work/"):
+            return
+        if event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            note(f"{event} {Path(str(arguments[0])).name}")
+
+    transaction: Callable[..., Any] = Database.write
+
+    async def write(self: Database, function: Callable[..., Any]) -> Any:
+        note(f"before {function.__qualname__}")
+        result = await transaction(self, function)
+        note(f"after {function.__qualname__}")
+        return result
+
+    owner: Any = UpdateStore if begin == "update" else ImageManager
+    method = "save" if begin == "update" else "fail"
+    original = getattr(owner, method)
+
+    async def counted(*arguments: Any) -> Any:
+        nonlocal counting
+        counting = True
+        return await original(*arguments)
+
+    setattr(owner, method, counted)
+    Database.write = write  # type: ignore[method-assign]
+    sys.addaudithook(audit)
+
+
 def _main(point: str, arguments: list[str]) -> int:
     from aoscore.cm.app import PROGRAM
-    from aoscore.cm.updatemanager.store import UpdateStore
     from aoscore.common.daemon import run_daemon
 
-    when, _, phase = point.partition(" ")
-
-    def dying(save: Any) -> Any:
-        async def wrapper(self: Any, *values: Any) -> None:
-            hit = values[-1] == phase
-            if hit and when == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            await save(self, *values)
-            if hit and when == "after":
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return wrapper
-
-    UpdateStore.save = dying(UpdateStore.save)  # type: ignore[method-assign]
-    UpdateStore.save_phase = dying(UpdateStore.save_phase)  # type: ignore[method-assign]
+    if point != "never":
+        _die_at(point, Path(arguments[arguments.index("-c") + 1]).parent)
     return run_daemon(PROGRAM, arguments)
 
 

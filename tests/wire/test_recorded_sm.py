@@ -54,6 +54,7 @@ async def receive(recorded: list[pb.SMOutgoingMessages], link: SmLink) -> list[t
             alert=keep("alert"),
             log=keep_log,
         ),
+        admit=None,
     )
     for frame in recorded:
         await controller._receive(link, frame.WhichOneof("SMOutgoingMessage"), frame)

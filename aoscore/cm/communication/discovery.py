@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
-from cryptography import x509
 
 from aoscore.cm.communication.messages import PROTOCOL_VERSION
 from aoscore.cm.communication.reader import read
 from aoscore.common.errors import FailedError, InvalidArgumentError, NotFoundError
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 DISCOVERY_PORT: Final = 9000
 MIN_DELAY_S: Final = 1.0
@@ -63,6 +66,8 @@ def parse_answer(status: int, body: bytes, url: str) -> Answer:
 
 def certificate_urls(certificate: x509.Certificate) -> list[str]:
     """Discovery URLs in a Unit's `online` certificate: the URIs of its Issuer Alternative Name, else by its O."""
+    from cryptography import x509
+
     try:
         names = certificate.extensions.get_extension_for_class(x509.IssuerAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
@@ -74,16 +79,16 @@ def certificate_urls(certificate: x509.Certificate) -> list[str]:
     return [f"https://{organizations[0].value!s}:{DISCOVERY_PORT}"] if organizations else []
 
 
-def discovery_urls(*, configured: str, override: str, certificate: x509.Certificate | None) -> list[str]:
+def discovery_urls(*, configured: str, override: str, named: Sequence[str]) -> list[str]:
     """The URLs to ask, in this order.
 
-    An override stands alone. Else what the certificate names comes first and the configured URL last. The path is
+    An override stands alone. Else what the certificate has `named` comes first and the configured URL last. The path is
     always that of the configured URL (cloud-protocol §1.2, trap b).
 
     Raises:
         NotFoundError: nothing says where the cloud is.
     """
-    found = [override] if override else [*(certificate_urls(certificate) if certificate else ()), configured]
+    found = [override] if override else [*named, configured]
     path = urlsplit(configured).path or "/"
     urls = []
     for url in found:

@@ -18,14 +18,16 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from aoscore.cm.certnotes import CertificateNotes
 from aoscore.cm.communication import discovery
 from aoscore.cm.communication.discovery import REDIRECT, REPEAT_LATER, Addresses, Answer
 from aoscore.cm.communication.envelope import EnvelopeError, Received
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import Message, message_type
-from aoscore.cm.communication.session import Session
+from aoscore.cm.communication.outbox import Outbox, StoredMessage
+from aoscore.cm.communication.session import LASTING, Session
 from aoscore.common.aio import Backoff, Broadcast, Worker, comes_within, log_and_continue
-from aoscore.common.certs import load_chain_url
+from aoscore.common.certurls import first_der, read_chain_url
 from aoscore.common.errors import AosError, DeadlineError, FailedError, WrongStateError
 from aoscore.common.http import request
 from aoscore.common.log import kv
@@ -44,6 +46,7 @@ RECONNECT_LIMIT_S: Final = 600.0
 # A connection that lived this long was no accident: the next trouble begins with short pauses again.
 STABLE_AFTER_S: Final = 60.0
 MISSED_PONGS: Final = 2
+_TOPIC: Final = "cloud"
 _TOPIC_QUEUE: Final = 256
 
 
@@ -101,14 +104,23 @@ class CloudLink:
         identities: Identities,
         worker: Worker,
         *,
+        outbox: Outbox | None = None,
+        notes: CertificateNotes | None = None,
         message_log: MessageLog | None = None,
         unreadable: Callable[[AosError], None] = lambda _: None,
     ) -> None:
-        """`unreadable` is told of frames that are no messages and of messages that cannot be read."""
+        """`outbox` keeps messages that must arrive, `notes` what our certificate says.
+
+        `unreadable` is told of frames and messages that cannot be read.
+        """
         self._system_id = system_id
         self._settings = settings
         self._identities = identities
         self._worker = worker
+        self._outbox = outbox
+        self._notes = notes
+        self._finished: list[str] = []
+        self._has_finished = asyncio.Event()
         self._message_log = message_log
         self._unreadable = unreadable
         self._session = Session(system_id, response_timeout_s=settings.response_timeout_s)
@@ -153,8 +165,42 @@ class CloudLink:
         self._handlers[kind] = (handler, self._topics.setdefault(name, _Topic(name)))
 
     async def send(self, message: Message) -> None:
-        """Queues a message for the cloud (bounds per type: `session.QUEUE_LIMITS`)."""
-        self._send(message)
+        """Queues a message for the cloud (bounds per type: `session.QUEUE_LIMITS`).
+
+        One that must arrive (`session.LASTING`) is on disk when this returns.
+        """
+        kind = type(message)
+        if self._outbox is None or kind not in LASTING:
+            self._send(message)
+            return
+        txn, frame = self._session.frame(message, created_at=datetime.now(UTC))
+        with log_and_continue(_log, f"Can't keep {message_type(kind)} on disk, it is lost if CM ends now"):
+            await self._outbox.put(StoredMessage(kind, txn, frame))
+        self._session.enqueue(kind, txn, frame, now=_now())
+        self._note_finished()
+        self._wake.set()
+
+    def _note_finished(self) -> None:
+        if self._outbox is not None and (finished := self._session.take_finished()):
+            self._finished += finished
+            self._has_finished.set()
+
+    async def _clear_outbox(self, outbox: Outbox) -> None:
+        """Deletes what has arrived, many at a time."""
+        backoff = Backoff(1.0, 60.0)
+        while True:
+            await self._has_finished.wait()
+            self._has_finished.clear()
+            finished, self._finished = self._finished, []
+            try:
+                await outbox.remove(finished)
+            except AosError as error:
+                _log.error("Can't forget messages that the cloud has acknowledged: %s", error)
+                self._finished += finished
+                await asyncio.sleep(backoff.next())
+                self._has_finished.set()
+            else:
+                backoff.reset()
 
     def _send(self, message: Message) -> str:
         txn = self._session.send(message, now=_now(), created_at=datetime.now(UTC))
@@ -190,6 +236,10 @@ class CloudLink:
     async def run(self, started: Callable[[], None]) -> None:
         """Stays connected until cancelled. Counts as started at once: a Unit works without its cloud."""
         async with asyncio.TaskGroup() as group:
+            if self._outbox is not None:
+                self._session.restore(await self._outbox.load(), now=_now())
+                self._note_finished()
+                group.create_task(self._clear_outbox(self._outbox), name="cloud outbox")
             for topic in self._topics.values():
                 group.create_task(topic.run(), name=f"cloud topic {topic.name}")
             group.create_task(self._stay_connected(), name="cloud connection")
@@ -242,15 +292,28 @@ class CloudLink:
         )
         return discovery.parse_answer(response.status, response.body, url)
 
+    async def _named_urls(self, cert_url: str) -> list[str]:
+        """Where our certificate says the cloud is."""
+        der = first_der(await self._worker.run(read_chain_url, cert_url), what=cert_url)
+        if self._notes is not None and (noted := self._notes.find(der, _TOPIC)):
+            return msgspec.json.decode(noted[0], type=list[str])
+        from aoscore.common.certs import load_der
+
+        urls = discovery.certificate_urls(load_der(der, what=cert_url))
+        if self._notes is not None:
+            with log_and_continue(_log, "Can't note what the certificate says"):
+                await self._notes.add(der, _TOPIC, msgspec.json.encode(urls).decode())
+        return urls
+
     async def _discover(self, identity: TlsIdentity | None) -> None:
         """Asks for addresses, one service after the other, one redirect each."""
-        certificate = None
-        if identity is not None:
-            certificate = (await self._worker.run(load_chain_url, identity.cert_url))[0]
+        named: list[str] = []
+        if identity is not None and not self._settings.override_discovery_url:
+            named = await self._named_urls(identity.cert_url)
         urls = discovery.discovery_urls(
             configured=self._settings.discovery_url,
             override=self._settings.override_discovery_url,
-            certificate=certificate,
+            named=named,
         )
         failure: AosError = FailedError("no service discovery URL works")
         for url in urls:
@@ -314,12 +377,15 @@ class CloudLink:
         finally:
             self._is_connected.clear()
             self._session.disconnected(now=_now())
+            self._note_finished()
             self.connection.publish(False)
 
     async def _write(self, socket: WebSocket) -> None:
         while True:
             self._wake.clear()
-            for frame in self._session.transmit(now=_now()):
+            frames = self._session.transmit(now=_now())
+            self._note_finished()
+            for frame in frames:
                 if self._message_log is not None:
                     self._message_log.write("TX", frame)
                 await socket.send(frame)
@@ -351,6 +417,7 @@ class CloudLink:
                 _log.error("Message is dropped: %s", error)
                 self._unreadable(error)
                 continue
+            self._note_finished()
             self._wake.set()
             if received is not None:
                 await self._dispatch(received)

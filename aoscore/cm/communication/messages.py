@@ -501,10 +501,10 @@ class RequestBlobUrls(Message, frozen=True, kw_only=True, tag="requestBlobUrls")
 
 
 class DecryptInfo(Wire, frozen=True, kw_only=True):
-    """How a blob is encrypted; the key is plain."""
+    """How a blob is encrypted; the key is plain. Files with AES-GCM may hold their IV themselves."""
 
     block_alg: str = always("AES256/CBC/pkcs7")
-    block_iv: bytes
+    block_iv: bytes = always(b"")
     block_key: bytes
 
     def __repr__(self) -> str:

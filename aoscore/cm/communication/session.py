@@ -6,16 +6,19 @@ clock, given by the caller.
 What AosCore 9.1 does and we keep: every message but an ack expects an ack; a message without one is transmitted again
 with the same txn and payload, four times in all; a nack delays it and does not count. What we do better (§10.1): the
 time-out counts from the transmission; a link that breaks does not use up a try; a nack for an unknown txn is ignored;
-queues are bounded; a unit status does not survive its connection, because the next one begins with a full status.
+queues are bounded; what is told anew at each connection (unit status, states) does not survive its connection; and
+what must arrive (`LASTING`) is given up only after many connections: after four transmissions it waits for the next
+one. The link keeps those messages on disk until `take_finished` names them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final
 
@@ -24,11 +27,16 @@ from aoscore.cm.communication.envelope import EnvelopeError, Received
 from aoscore.cm.communication.messages import (
     Ack,
     Alerts,
+    DeprovisioningResponse,
+    FinishProvisioningResponse,
+    InstallUnitCertificatesConfirmation,
+    IssueUnitCertificates,
     Message,
     MonitoringData,
     Nack,
     NewState,
     PushLog,
+    StartProvisioningResponse,
     StateRequest,
     UnitStatus,
     message_type,
@@ -37,8 +45,13 @@ from aoscore.cm.communication.messages import (
 _log = logging.getLogger(__name__)
 
 MAX_TRANSMISSIONS: Final = 4
-# A message that breaks the link each time it is sent must not do so for ever.
+# A message that breaks the link each time it is sent must not do so for ever. A lasting one goes again after pauses
+# that double, so that the others get through.
 MAX_CUT_SHORT: Final = 10
+MAX_CUT_SHORT_LASTING: Final = 100
+LONGEST_PAUSE_S: Final = 600.0
+# A lasting message that the cloud never acknowledges is given up after so many connections.
+MAX_ROUNDS: Final = 20
 MAX_NACK_DELAY_S: Final = 600.0
 _REMEMBERED_TXNS: Final = 128
 
@@ -52,12 +65,28 @@ QUEUE_LIMITS: Final[dict[type[Message], int]] = {
     NewState: 256,
     StateRequest: 256,
 }
+QUEUE_BYTES: Final[dict[type[Message], int]] = {PushLog: 8 * 1024 * 1024}
+
+LASTING: Final[frozenset[type[Message]]] = frozenset(
+    {
+        Alerts,
+        PushLog,
+        IssueUnitCertificates,
+        InstallUnitCertificatesConfirmation,
+        StartProvisioningResponse,
+        FinishProvisioningResponse,
+        DeprovisioningResponse,
+    }
+)
+"""Messages that nobody would say again: kept over restarts, until the cloud has acknowledged them."""
+_TOLD_ANEW: Final = (UnitStatus, NewState, StateRequest)
+"""Their senders begin each connection with what is true then."""
 
 
 class _Entry:
     """A message of ours until the cloud has acknowledged it."""
 
-    __slots__ = ("cut_short", "due", "frame", "kind", "name", "transmissions", "txn")
+    __slots__ = ("cut_short", "due", "frame", "kind", "name", "rounds", "transmissions", "txn")
 
     def __init__(self, kind: type[Message], txn: str, frame: bytes, due: float) -> None:
         self.kind = kind
@@ -67,6 +96,11 @@ class _Entry:
         self.due = due  # queued: not to be sent before; sent: when the ack is overdue
         self.transmissions = 0
         self.cut_short = 0
+        self.rounds = 0  # connections that brought no ack
+
+    @property
+    def is_lasting(self) -> bool:
+        return self.kind in LASTING
 
 
 class Session:
@@ -89,6 +123,7 @@ class Session:
         self._queue: list[_Entry] = []
         self._sent: OrderedDict[str, _Entry] = OrderedDict()
         self._seen: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._finished: list[str] = []
         self.dropped = 0
 
     @property
@@ -98,12 +133,32 @@ class Session:
 
     def send(self, message: Message, *, now: float, created_at: datetime) -> str:
         """Queues a message and returns its txn."""
-        txn = self._new_txn()
-        frame = envelope.encode(message, system_id=self._system_id, txn=txn, created_at=created_at)
-        entry = _Entry(type(message), txn, frame, now)
-        self._queue.append(entry)
-        self._enforce_limit(entry.kind)
+        txn, frame = self.frame(message, created_at=created_at)
+        self.enqueue(type(message), txn, frame, now=now)
         return txn
+
+    def frame(self, message: Message, *, created_at: datetime) -> tuple[str, bytes]:
+        """A message ready for `enqueue`: its txn and its frame, which stay the same however often it is sent."""
+        txn = self._new_txn()
+        return txn, envelope.encode(message, system_id=self._system_id, txn=txn, created_at=created_at)
+
+    def enqueue(self, kind: type[Message], txn: str, frame: bytes, *, now: float) -> None:
+        """Queues what `frame` made."""
+        self._queue.append(_Entry(kind, txn, frame, now))
+        self._enforce_limit(kind)
+
+    def restore(self, entries: Iterable[tuple[type[Message], str, bytes]], *, now: float) -> None:
+        """Queues what an earlier process left, in its order, before everything else: type, txn and frame of each."""
+        known = {entry.txn for entry in (*self._queue, *self._sent.values())}
+        left = [_Entry(kind, txn, frame, now) for kind, txn, frame in entries if txn not in known]
+        self._queue[:0] = left
+        for kind in {entry.kind for entry in left}:
+            self._enforce_limit(kind)
+
+    def take_finished(self) -> list[str]:
+        """Txns of lasting messages that were acknowledged or given up since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
 
     def withdraw(self, txn: str) -> None:
         """Forgets a message: whoever sent it does not wait for it any more."""
@@ -124,11 +179,16 @@ class Session:
             entry.transmissions -= 1
             entry.cut_short += 1
             entry.due = now
+            if entry.is_lasting and entry.cut_short >= MAX_CUT_SHORT:
+                entry.due += min(2.0 ** (entry.cut_short - MAX_CUT_SHORT), LONGEST_PAUSE_S)
         kept = []
         for entry in [*interrupted, *self._queue]:
-            if entry.kind is UnitStatus:
+            if entry.due == math.inf:
+                entry.due = now
+                entry.transmissions = 0
+            if entry.kind in _TOLD_ANEW:
                 continue
-            if entry.cut_short >= MAX_CUT_SHORT:
+            if entry.cut_short >= (MAX_CUT_SHORT_LASTING if entry.is_lasting else MAX_CUT_SHORT):
                 self._drop(entry, "the connection broke each time it was sent")
             else:
                 kept.append(entry)
@@ -158,7 +218,8 @@ class Session:
             return None
         if self._acks:
             return 0.0
-        return min((entry.due for entry in (*self._queue, *self._sent.values())), default=None)
+        due = min((entry.due for entry in (*self._queue, *self._sent.values())), default=math.inf)
+        return None if due == math.inf else due
 
     def receive(self, frame: bytes | str, *, now: float, created_at: datetime) -> Received | None:
         """Takes in a frame of the cloud.
@@ -169,8 +230,7 @@ class Session:
         received = envelope.decode(frame, system_id=self._system_id)
         match received.message:
             case Ack():
-                if self._sent.pop(received.txn, None) is None:
-                    _log.debug("Ack for an unknown message: txn=%s", received.txn)
+                self._acknowledged(received.txn)
                 return None
             case Nack(retry_after=delay_ms):
                 self._delay(received.txn, now + min(max(delay_ms / 1000, 0.0), MAX_NACK_DELAY_S))
@@ -187,6 +247,18 @@ class Session:
         self._acks.append(envelope.encode(Ack(), system_id=self._system_id, txn=received.txn, created_at=created_at))
         return None if again else received
 
+    def _acknowledged(self, txn: str) -> None:
+        entry = self._sent.pop(txn, None)
+        if entry is None:
+            # Perhaps the ack came too late, and it waits to be sent again.
+            entry = next((one for one in self._queue if one.txn == txn), None)
+            if entry is None:
+                _log.debug("Ack for an unknown message: txn=%s", txn)
+                return
+            self._queue.remove(entry)
+        if entry.is_lasting:
+            self._finished.append(txn)
+
     def _delay(self, txn: str, until: float) -> None:
         entry = self._sent.pop(txn, None)
         if entry is None:
@@ -200,22 +272,37 @@ class Session:
         overdue = [entry for entry in self._sent.values() if entry.due <= now]
         for entry in overdue:
             del self._sent[entry.txn]
-            if entry.transmissions >= MAX_TRANSMISSIONS:
-                self._drop(entry, f"no ack after {entry.transmissions} transmissions")
         # First in, first out: what was sent before goes again before what is new.
-        self._queue[:0] = [entry for entry in overdue if entry.transmissions < MAX_TRANSMISSIONS]
+        self._queue[:0] = [entry for entry in overdue if self._goes_again(entry)]
+
+    def _goes_again(self, entry: _Entry) -> bool:
+        """Whether a message without an ack stays, perhaps until the next connection."""
+        if entry.transmissions < MAX_TRANSMISSIONS:
+            return True
+        entry.rounds += 1
+        if not entry.is_lasting or entry.rounds >= MAX_ROUNDS:
+            self._drop(entry, f"no ack after {entry.transmissions} transmissions on {entry.rounds} connections")
+            return False
+        entry.due = math.inf
+        _log.warning("The cloud does not acknowledge a message, it waits: type=%s, txn=%s", entry.name, entry.txn)
+        return True
 
     def _enforce_limit(self, kind: type[Message]) -> None:
         limit = self._limits.get(kind)
         if limit is None:
             return
         waiting = [entry for entry in self._queue if entry.kind is kind]
-        for entry in waiting[: max(0, len(waiting) - limit)]:
-            self._queue.remove(entry)
-            self._drop(entry, f"more than {limit} are waiting")
+        room_bytes = QUEUE_BYTES.get(kind, math.inf)
+        for count, entry in enumerate(reversed(waiting), start=1):
+            room_bytes -= len(entry.frame)
+            if count > limit or (room_bytes < 0 and count > 1):
+                self._queue.remove(entry)
+                self._drop(entry, f"more than {limit if count > limit else count - 1} are waiting")
 
     def _drop(self, entry: _Entry, reason: str) -> None:
         self.dropped += 1
+        if entry.is_lasting:
+            self._finished.append(entry.txn)
         _log.error(
             "Message to the cloud is dropped: type=%s, txn=%s, reason=%s, dropped=%d",
             entry.name,

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.padding import PKCS7
 
 from aoscore.cm.communication.messages import CertificateChain, DecryptInfo, SignInfo, SigningCertificate
+from aoscore.common.aio import raise_if_abandoned
 from aoscore.common.blobstore import file_digest
 from aoscore.common.certs import verify_chain
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotSupportedError, SignatureError
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = 1024 * 1024
 _BLOCK_BYTES: Final = 16
+_GCM_IV_BYTES: Final = 12
 _GCM_TAG_BYTES: Final = 16
 _KEY_BYTES: Final = {"AES128": 16, "AES192": 24, "AES256": 32}
 _HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
@@ -83,7 +85,7 @@ def _block_algorithm(text: str) -> _Algorithm:
 
 
 def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
-    """Decrypts a file into a new one.
+    """Decrypts a file into a new one: AES-CBC, or AES-GCM with the tag at the end (cloud-protocol D10, cloud-rest).
 
     Raises NotSupportedError for an unknown algorithm, InvalidArgumentError for a key or IV of the wrong length,
     ChecksumError when the file is not what this key decrypts (cut, damaged, or another key).
@@ -94,14 +96,20 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
     size = source.stat().st_size
     with source.open("rb") as reader, target.open("wb") as writer:
         if algorithm.mode == "GCM":
-            left = size - _GCM_TAG_BYTES
-            if not 8 <= len(info.block_iv) <= 128 or left < 0:
-                raise InvalidArgumentError(f"IV for {info.block_alg} has {len(info.block_iv)} bytes, file {size}")
-            reader.seek(left)
+            # Layers that were encrypted when their item was built begin with the IV, and nobody else may know it.
+            head = reader.read(_GCM_IV_BYTES)
+            begins_with_iv = info.block_iv in (b"", head)
+            iv = head if begins_with_iv else info.block_iv
+            begin = len(iv) if begins_with_iv else 0
+            left = size - begin - _GCM_TAG_BYTES
+            if not 8 <= len(iv) <= 128 or left < 0:
+                raise InvalidArgumentError(f"IV for {info.block_alg} has {len(iv)} bytes, file {size}")
+            reader.seek(begin + left)
             tag = reader.read()
-            reader.seek(0)
-            cipher = Cipher(algorithms.AES(info.block_key), modes.GCM(info.block_iv, tag)).decryptor()
+            reader.seek(begin)
+            cipher = Cipher(algorithms.AES(info.block_key), modes.GCM(iv, tag)).decryptor()
             while left > 0:
+                raise_if_abandoned()
                 chunk = reader.read(min(_CHUNK_BYTES, left))
                 left -= len(chunk)
                 writer.write(cipher.update(chunk))
@@ -118,6 +126,7 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
         unpadder = PKCS7(_BLOCK_BYTES * 8).unpadder()
         try:
             while chunk := reader.read(_CHUNK_BYTES):
+                raise_if_abandoned()
                 writer.write(unpadder.update(plain.update(chunk)))
             writer.write(unpadder.update(plain.finalize()) + unpadder.finalize())
         except ValueError:
@@ -157,7 +166,7 @@ class Signers:
             now: the present; a signature from the future is refused.
 
         Raises:
-            SignatureError: signature, chain or time is wrong.
+            SignatureError: signature, chain or time is wrong, or a certificate was revoked.
             NotSupportedError: unknown algorithm.
         """
         hash_name, pad = _signature_algorithm(info.alg)
@@ -179,7 +188,12 @@ class Signers:
                 raise SignatureError(f"signer of chain {info.chain_name!r} has another kind of key than {info.alg}")
         except InvalidSignature:
             raise SignatureError(f"signature of blob {digest} is wrong (chain {info.chain_name!r})") from None
-        verify_chain(signer, intermediates, self._roots, at=info.trusted_timestamp)
+        certified = verify_chain(signer, intermediates, self._roots, at=info.trusted_timestamp)
+        if info.ocsp_values:
+            # Import on use: most clouds send none.
+            from aoscore.cm.imagemanager.ocsp import check_responses
+
+            check_responses(info.ocsp_values, certified, signed_at=info.trusted_timestamp)
 
     def _chain(self, name: str) -> tuple[x509.Certificate, list[x509.Certificate]]:
         fingerprints = self._chains.get(name)

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
 from aoscore.cm.communication.messages import BlobInfo, BlobUrls, DownloadProgressAlert, DownloadState, ErrorInfo
-from aoscore.cm.imagemanager.crypto import Signers, check_transfer, decrypt
 from aoscore.cm.imagemanager.retries import BlobRetries, Next
 from aoscore.cm.imagemanager.space import Space
 from aoscore.common.aio import Worker
@@ -33,6 +32,9 @@ from aoscore.common.errors import (
 )
 from aoscore.common.files import remove_tree
 from aoscore.common.log import kv
+
+if TYPE_CHECKING:
+    from aoscore.cm.imagemanager.crypto import Signers
 
 _log = logging.getLogger(__name__)
 
@@ -301,6 +303,9 @@ class Fetcher:
             try:
                 await self._downloader.download(url, partial, size=info.size or None, progress=progress)
             except AosError as error:
+                if isinstance(error, NoSpaceError):
+                    # It has taken the last byte, which the database needs to say so.
+                    partial.unlink(missing_ok=True)
                 self._tell(info, url, received, DownloadState.INTERRUPTED, error)
                 raise
         if not url.startswith("file:"):
@@ -308,6 +313,9 @@ class Fetcher:
 
     async def _install(self, info: BlobInfo, partial: Path, signers: Signers) -> None:
         """Checks what was downloaded and moves it into the store."""
+        # Imports on use, here and below: most of the time nothing is downloaded.
+        from aoscore.cm.imagemanager.crypto import check_transfer
+
         await self._worker.run(check_transfer, partial, info.sha256)
         same_disk = partial.stat().st_dev == self.settings.unpack_dir.stat().st_dev
         if info.decrypt_info is None and same_disk:
@@ -348,6 +356,8 @@ class Fetcher:
 
 def _unpack(source: Path, target: Path, info: BlobInfo) -> None:
     if info.decrypt_info is not None:
+        from aoscore.cm.imagemanager.crypto import decrypt
+
         decrypt(source, target, info.decrypt_info)
         return
     shutil.copyfile(source, target)

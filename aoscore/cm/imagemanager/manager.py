@@ -12,10 +12,9 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
-from cryptography import x509
 
 from aoscore.cm.communication.messages import (
     CertificateChain,
@@ -23,12 +22,11 @@ from aoscore.cm.communication.messages import (
     ItemState,
     SigningCertificate,
 )
-from aoscore.cm.imagemanager.crypto import Signers
 from aoscore.cm.imagemanager.fetcher import Fetch, Fetcher
 from aoscore.cm.imagemanager.platforms import RuntimePlatform, select_manifests
 from aoscore.cm.imagemanager.store import Item, ItemStore
 from aoscore.common import oci
-from aoscore.common.aio import Broadcast, Worker, log_and_continue
+from aoscore.common.aio import Broadcast, Worker, log_and_continue, unbroken
 from aoscore.common.blobstore import BlobStore
 from aoscore.common.errors import (
     AlreadyExistsError,
@@ -41,6 +39,11 @@ from aoscore.common.errors import (
     to_error_info,
 )
 from aoscore.common.log import kv
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from aoscore.cm.imagemanager.crypto import Signers
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +76,11 @@ class ImageManager:
         fetcher: Fetcher,
         worker: Worker,
         *,
-        roots: Sequence[x509.Certificate],
+        roots: Callable[[], Sequence[x509.Certificate]],
         runtimes: Callable[[], Collection[RuntimePlatform] | None] = lambda: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """`roots` gives the certificates at which chains of signers may end, read when they are needed."""
         self._settings = settings
         self._items = items
         self._blobs = blobs
@@ -162,7 +166,7 @@ class ImageManager:
         partial files stay.
         """
         async with self._lock:
-            signers = await self._worker.run(Signers, certificates, chains, self._roots)
+            signers = await self._worker.run(self._signers, certificates, chains)
             wanted = {(item.item_id, item.version) for item in items}
             left_over = [
                 item
@@ -265,11 +269,26 @@ class ImageManager:
             return False
         return True
 
+    def _signers(self, certificates: Sequence[SigningCertificate], chains: Sequence[CertificateChain]) -> Signers:
+        # Import on use: between updates nothing is signed or decrypted.
+        from aoscore.cm.imagemanager.crypto import Signers
+
+        return Signers(certificates, chains, self._roots())
+
     async def _change(self, *items: Item, forget: Iterable[Item] = ()) -> None:
-        """Stores, then tells. What is forgotten is told as removed."""
-        forget = list(forget)
+        """Stores, then tells, whatever becomes of the caller meanwhile. What is forgotten is told as removed."""
+        await unbroken(self._store(items, list(forget)))
+
+    async def _store(self, items: Sequence[Item], forget: Sequence[Item]) -> None:
         changed = [item for item in items if self._items.get(*item.key) != item]
-        await self._items.write(changed, forget)
+        try:
+            await self._items.write(changed, forget)
+        except AosError as error:
+            for item in changed:
+                known = _with_error(self._items.get(*item.key) or item, error)
+                self._items.note(known)
+                self.changed.publish(known)
+            raise
         for item in changed:
             _log.info(kv("Item changed", itemID=item.item_id, version=item.version, state=item.state))
             self.changed.publish(item)
@@ -339,10 +358,10 @@ class ImageManager:
                     continue  # a platform that was not downloaded
 
     def _drop_partials(self) -> None:
-        """Deletes partial files that no version can use."""
-        needed = {digest.removeprefix("sha256:") for digest in self._reachable(self._items.all())}
+        """Deletes partial files that no version can use, or whose blob is in the store: a crash may leave both."""
+        needed = {digest for digest in self._reachable(self._items.all()) if not self._blobs.contains(digest)}
         for path in self._fetcher.idle_partials():
-            if path.name not in needed:
+            if f"sha256:{path.name}" not in needed:
                 path.unlink(missing_ok=True)
 
     async def evict(self, directory: Path, needed_bytes: int) -> None:

@@ -78,6 +78,10 @@ class ItemStore:
         """All versions of an item."""
         return [item for item in self.all() if item.item_id == item_id]
 
+    def note(self, item: Item) -> None:
+        """Keeps what cannot be stored now in memory, to be shown."""
+        self._items[item.key] = item
+
     async def write(self, put: Iterable[Item] = (), delete: Iterable[Item] = ()) -> None:
         """Stores and forgets versions in one transaction."""
         put, delete = list(put), list(delete)

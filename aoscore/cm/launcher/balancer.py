@@ -12,6 +12,7 @@ Rules (cm-orchestration §4.5, with its "do better" §10):
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -214,6 +215,7 @@ class _Ledger:
             for resource in node.resources:
                 if resource.shared_count:
                     self.free["resource", node.node_id, resource.name] = resource.shared_count
+        self._room: dict[str, tuple[int, int]] = {}
         if budgets.storage_bytes is not None:
             self.free[_STORAGE] = budgets.storage_bytes
         if budgets.state_bytes is not None and not budgets.same_partition:
@@ -239,6 +241,14 @@ class _Ledger:
         """What a newcomer can have."""
         return max(0, self.free[key] - self.kept_free.get(key, 0))
 
+    def room(self, node_id: str) -> tuple[int, int]:
+        """CPU and RAM that a newcomer can have on a node."""
+        room = self._room.get(node_id)
+        if room is None:
+            room = self.available(("cpu", node_id, "")), self.available(("ram", node_id, ""))
+            self._room[node_id] = room
+        return room
+
     def lacking(self, claim: _Claim, *, newcomer: bool) -> list[_Key]:
         """The parts of claim that cannot be had."""
         return [
@@ -251,6 +261,7 @@ class _Ledger:
         for key, amount in claim.items():
             if key in self.free:
                 self.free[key] -= amount
+                self._room.pop(key[1], None)
 
     def give_back(self, claim: _Claim) -> None:
         self.take({key: -amount for key, amount in claim.items()})
@@ -266,6 +277,8 @@ class _Held(msgspec.Struct):
 
 
 _Candidate: TypeAlias = tuple[Node, RuntimeInfo, Variant, _Claim]
+_Needs: TypeAlias = tuple[tuple[Variant, ...], tuple[str, ...], bool, Home | None]
+"""What makes a place suitable, the same for all instances of an item: variants, labels, whether a component, pin."""
 
 
 class _Balancer:
@@ -284,6 +297,7 @@ class _Balancer:
         self._overloaded = frozenset(node.node_id for node in nodes if rebalance and _is_overloaded(node))
         self._ledger = _Ledger(list(self._nodes.values()), budgets, self._overloaded)
         self._held: dict[InstanceIdent, _Held] = {}
+        self._suiting: dict[_Needs, tuple[list[_Candidate], list[str]]] = {}
         self._decisions: dict[InstanceIdent, Decision] = {}
 
     def run(self) -> dict[InstanceIdent, Decision]:
@@ -340,10 +354,9 @@ class _Balancer:
     def _settle(self, wanted: Wanted) -> list[Wanted]:
         """Find a place for an instance that has none; returns the instances that had to give way."""
         candidates, error = self._candidates(wanted)
-        fitting = [one for one in candidates if not self._ledger.lacking(one[3], newcomer=True)]
-        if fitting:
-            first = fitting[0][2]
-            self._hold(wanted, *self._best([one for one in fitting if one[2] is first]))
+        best = self._best(candidates)
+        if best is not None:
+            self._hold(wanted, *best)
             return []
         if self._stay(wanted, spare_load=False):
             return []
@@ -373,16 +386,32 @@ class _Balancer:
         online = [node for node in self._nodes.values() if node.presence is Presence.ONLINE]
         if pinned_down and home_node is not None and home_node.presence is not Presence.ONLINE:
             return [], WrongStateError(f"its balancing policy binds it to node {home_node.node_id}")
-        candidates: list[_Candidate] = []
-        for variant in wanted.variants:
-            suitable, reason = self._suitable(wanted, variant, online)
-            candidates += [
+        candidates, unfit = self._suiting_all(wanted, online)
+        if self._overloaded:
+            candidates = [
                 (node, runtime, variant, self._claim(wanted, variant, node, runtime, measured=True))
-                for node, runtime in suitable
+                if node.node_id in self._overloaded
+                else (node, runtime, variant, claim)
+                for node, runtime, variant, claim in candidates
             ]
-            if not suitable:
-                reasons.append(reason)
-        return candidates, NotFoundError("; ".join(dict.fromkeys(reasons)) or "item has no images")
+        return candidates, NotFoundError("; ".join(dict.fromkeys([*reasons, *unfit])) or "item has no images")
+
+    def _suiting_all(self, wanted: Wanted, online: Sequence[Node]) -> tuple[list[_Candidate], list[str]]:
+        """Places that suit all instances with these needs, and why variants have none; looked for once."""
+        needs = wanted.variants, wanted.labels, wanted.is_component, wanted.pin
+        found = self._suiting.get(needs)
+        if found is None:
+            found = [], []
+            for variant in wanted.variants:
+                suitable, reason = self._suitable(wanted, variant, online)
+                found[0].extend(
+                    (node, runtime, variant, self._claim(wanted, variant, node, runtime, measured=False))
+                    for node, runtime in suitable
+                )
+                if not suitable:
+                    found[1].append(reason)
+            self._suiting[needs] = found
+        return found
 
     def _suitable(
         self, wanted: Wanted, variant: Variant, nodes: Sequence[Node]
@@ -441,16 +470,22 @@ class _Balancer:
         claim[self._state_key] = claim.get(self._state_key, 0) + state
         return claim
 
-    def _best(self, fitting: Sequence[_Candidate]) -> _Candidate:
-        """Highest node priority, then most free CPU, most free RAM, smallest node id, smallest runtime type."""
+    def _best(self, candidates: Sequence[_Candidate]) -> _Candidate | None:
+        """A place with room for the first variant that has one, None when nothing has.
+
+        Highest node priority, then most free CPU, most free RAM, smallest node id, smallest runtime type.
+        """
 
         def rank(candidate: _Candidate) -> tuple[int, int, int, str, str, str]:
             node, runtime, _, _ = candidate
-            cpu = self._ledger.available(("cpu", node.node_id, ""))
-            ram = self._ledger.available(("ram", node.node_id, ""))
+            cpu, ram = self._ledger.room(node.node_id)
             return -node.priority, -cpu, -ram, node.node_id, runtime.type, runtime.runtime_id
 
-        return min(fitting, key=rank)
+        for _, group in itertools.groupby(candidates, key=lambda one: id(one[2])):
+            for candidate in sorted(group, key=rank):
+                if not self._ledger.lacking(candidate[3], newcomer=True):
+                    return candidate
+        return None
 
     def _hold(self, wanted: Wanted, node: Node, runtime: RuntimeInfo, variant: Variant, claim: _Claim) -> None:
         self._ledger.take(claim)

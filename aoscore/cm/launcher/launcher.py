@@ -45,7 +45,7 @@ from aoscore.cm.launcher.nodedriver import DriverSettings, NodeDriver
 from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.storagestate.manager import DiskBudgets, Paths
-from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue, unbroken
 from aoscore.common.errors import AosError, DeadlineError, NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import (
@@ -189,7 +189,11 @@ class Launcher:
         self._prepared: dict[InstanceIdent, tuple[tuple[int, ...], Paths]] = {}
         self._balanced_for: list[Node] | None = None
         """Nodes as they were at the last decision, without their load."""
-        self._published: dict[tuple[InstanceIdent, str, str], UnitInstanceStatus] = {}
+        self._active: list[InstanceRecord] = []
+        """Records of the book that count now, and the same by node: as of the last decision."""
+        self._on_node: dict[str, list[InstanceRecord]] = {}
+        self._published: dict[str, dict[tuple[InstanceIdent, str], UnitInstanceStatus]] = {}
+        """What was told last, by node."""
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._arrived = asyncio.Event()
@@ -205,17 +209,14 @@ class Launcher:
     async def run_instances(self, requests: Sequence[RunRequest]) -> None:
         """Run these instances and no others.
 
-        Stores the requests, waits for nodes that should be there, decides, stores the decision and hands it to the
-        nodes. Afterwards `statuses` shows every wanted instance: activating until its node has told of it.
+        Waits for nodes that should be there, stores the requests, decides, stores the decision and hands it to the
+        nodes. Afterwards `statuses` shows every wanted instance: activating until its node has told of it. A call that
+        is cancelled has done all of it or nothing.
         """
-        ordered = sorted_requests(requests)
-        await self._store.save_requests(ordered)
-        self._requests = ordered
-        self._hold = False
         await self._wait_for_nodes()
         async with self._lock:
             self._place_pause.reset()
-            await self._balance(rebalance=False, retry=True)
+            await self._balance(rebalance=False, retry=True, requests=sorted_requests(requests))
 
     def requests(self) -> list[RunRequest]:
         """What shall run now."""
@@ -228,13 +229,20 @@ class Launcher:
 
     def statuses(self) -> list[UnitInstanceStatus]:
         """All wanted instances, then preinstalled components."""
-        found = [self._status(record) for record in self._book.active()]
-        for (ident, version), error in self._book.failures.items():
-            failed = InstanceStatus(ident, version, InstanceState.FAILED, error=to_error_info(error))
-            found.append(UnitInstanceStatus(failed, ""))
-        for node_id, driver in sorted(self._drivers.items()):
-            found += [UnitInstanceStatus(status, node_id) for status in driver.preinstalled()]
+        found = [self._status(record) for record in self._active] + self._unrecorded()
+        for node_id in sorted(self._drivers):
+            found += self._preinstalled(node_id)
         return found
+
+    def _unrecorded(self) -> list[UnitInstanceStatus]:
+        return [
+            UnitInstanceStatus(InstanceStatus(ident, version, InstanceState.FAILED, error=to_error_info(error)), "")
+            for (ident, version), error in self._book.failures.items()
+        ]
+
+    def _preinstalled(self, node_id: str) -> list[UnitInstanceStatus]:
+        driver = self._drivers.get(node_id)
+        return [UnitInstanceStatus(status, node_id) for status in driver.preinstalled()] if driver else []
 
     # ---- told by the nodes
 
@@ -293,6 +301,7 @@ class Launcher:
         self._overrides = list(stored.overrides)
         self._confirmed = stored.confirmed
         await self._flush()
+        self._take_over_book()
         for record in self._book.active():
             if record.site is not None:
                 item = self._load_item(record.ident.item_id, record.version, record.ident.type)
@@ -382,9 +391,20 @@ class Launcher:
 
     # ---- decisions
 
-    async def _balance(self, *, rebalance: bool, retry: bool = False) -> None:
-        """Decide where everything runs, write it down, hand it to the nodes."""
+    async def _balance(self, *, rebalance: bool, retry: bool = False, requests: list[RunRequest] | None = None) -> None:
+        """Decide where everything runs, write it down, hand it to the nodes. Without new requests: for the old ones."""
         self._must_balance = False
+        # Nodes may take long to answer; nothing has changed until then.
+        loads = await self._loads()
+        await unbroken(self._decide(loads, requests, rebalance=rebalance, retry=retry))
+
+    async def _decide(
+        self, loads: Mapping[str, NodeMonitoring], requests: list[RunRequest] | None, *, rebalance: bool, retry: bool
+    ) -> None:
+        if requests is not None:
+            await self._store.save_requests(requests)
+            self._requests = requests
+            self._hold = False
         unloaded = self._unloaded_nodes()
         current = self._book.sites()
         items = {
@@ -402,7 +422,7 @@ class Launcher:
             if record.site and not (item := items[record.ident.item_id, record.version]).variants
         }
         decisions = orphans | place(
-            await self._with_loads(unloaded, current),
+            [_with_load(node, loads.get(node.node_id), current) for node in unloaded],
             [
                 _wanted(record, items[record.ident.item_id, record.version])
                 for record in records
@@ -432,10 +452,18 @@ class Launcher:
                     _log.error(kv("Can't place instance", instance=record.ident, version=record.version, error=error))
         await self._drop_outdated()
         self._infos, self._errors, self._balanced_for = infos, errors, unloaded
+        self._take_over_book()
         self._storage.keep_watching(infos.keys() | orphans.keys())
         self._plan_next_try()
         self._drive(retry=retry)
         self._publish()
+
+    def _take_over_book(self) -> None:
+        """What is in the book counts from now on."""
+        self._active = self._book.active()
+        self._on_node = {}
+        for record in self._active:
+            self._on_node.setdefault(record.node_id, []).append(record)
 
     def _plan_next_try(self) -> None:
         self._place_due_s = None
@@ -520,25 +548,19 @@ class Launcher:
             ram_rule=_balancer_rule(rules.ram),
         )
 
-    async def _with_loads(self, nodes: Sequence[Node], current: Mapping[InstanceIdent, Site]) -> list[Node]:
-        return list(await asyncio.gather(*(self._with_load(node, current) for node in nodes)))
+    async def _loads(self) -> dict[str, NodeMonitoring]:
+        """How busy the nodes are; one that does not tell counts as idle."""
 
-    async def _with_load(self, node: Node, current: Mapping[InstanceIdent, Site]) -> Node:
-        """A node that does not tell how busy it is counts as idle."""
-        if node.presence is not Presence.ONLINE:
-            return node
-        try:
-            average = await self._sms.get_average_monitoring(node.node_id)
-        except AosError as error:
-            _log.warning(kv("Balancing without the load of a node", nodeID=node.node_id, error=error))
-            return node
-        loads: dict[tuple[InstanceIdent, str], Usage] = {}
-        for one in average.instances:
-            # A 9.1.0 SM does not tell the runtime (sm.md §2.3).
-            site = current.get(one.ident)
-            runtime_id = one.runtime_id or (site.runtime_id if site else "")
-            loads[one.ident, runtime_id] = Usage(one.data.cpu, one.data.ram)
-        return msgspec.structs.replace(node, load=Usage(average.node.cpu, average.node.ram), instance_loads=loads)
+        async def ask(node_id: str) -> NodeMonitoring | None:
+            try:
+                return await self._sms.get_average_monitoring(node_id)
+            except AosError as error:
+                _log.warning(kv("Balancing without the load of a node", nodeID=node_id, error=error))
+                return None
+
+        online = [node.node_id for node in self._nodes.nodes() if self._presence(node) is Presence.ONLINE]
+        averages = await asyncio.gather(*(ask(node_id) for node_id in online))
+        return {node_id: average for node_id, average in zip(online, averages, strict=True) if average is not None}
 
     def _driver(self, node_id: str) -> NodeDriver:
         driver = self._drivers.get(node_id)
@@ -547,7 +569,7 @@ class Launcher:
                 node_id,
                 self._sms.update_instances,
                 is_usable=lambda: any(node.is_usable for node in self._nodes.nodes() if node.node_id == node_id),
-                changed=self._publish,
+                changed=lambda: self._publish_node(node_id),
                 confirmed=self._confirmed.get(node_id),
                 save_confirmed=self._store.save_confirmed,
                 alert=self._alert,
@@ -561,7 +583,7 @@ class Launcher:
 
     def _drive(self, *, retry: bool = False) -> None:
         """Tell every driver what shall run on its node."""
-        known = {node.node_id for node in self._nodes.nodes()} | {record.node_id for record in self._book.active()}
+        known = {node.node_id for node in self._nodes.nodes()} | set(self._on_node)
         for node_id in sorted((known | set(self._drivers)) - {""}):
             self._driver(node_id).set_wanted(*self._wanted_on(node_id), retry=retry)
 
@@ -569,9 +591,7 @@ class Launcher:
         """What a node shall run, and what it shall be left alone with."""
         infos: list[InstanceInfo] = []
         leave: set[InstanceIdent] = set()
-        for record in self._book.active():
-            if record.node_id != node_id:
-                continue
+        for record in self._on_node.get(node_id, ()):
             info = self._infos.get(record.ident)
             if info is None:
                 leave.add(record.ident)
@@ -608,7 +628,7 @@ class Launcher:
         while True:
             await self._report_env.wait()
             self._report_env.clear()
-            report = self._results.take_report([record.ident for record in self._book.active()])
+            report = self._results.take_report([record.ident for record in self._active])
             if report is not None:
                 with log_and_continue(_log, "Can't report overridden environment variables"):
                     await self._link.send(report)
@@ -627,13 +647,24 @@ class Launcher:
         return UnitInstanceStatus(status, record.node_id, self._storage.checksum(record.ident))
 
     def _publish(self) -> None:
-        """Tell about instances that are others than before."""
-        present = {
-            (one.status.ident, one.status.version, one.node_id if one.status.ident.preinstalled else ""): one
-            for one in self.statuses()
-        }
-        changed = [one for key, one in present.items() if self._published.get(key) != one]
-        self._published = present
+        """Tell about all instances that are others than before."""
+        nodes = set(self._on_node) | set(self._drivers) | {""}
+        self._tell({node_id: self._statuses_on(node_id) for node_id in sorted(nodes)})
+
+    def _publish_node(self, node_id: str) -> None:
+        """The same for one node: its figures change often, and a Unit may have many."""
+        self._tell({node_id: self._statuses_on(node_id)})
+
+    def _statuses_on(self, node_id: str) -> list[UnitInstanceStatus]:
+        found = [self._status(record) for record in self._on_node.get(node_id, ())]
+        return found + (self._preinstalled(node_id) if node_id else self._unrecorded())
+
+    def _tell(self, present: Mapping[str, Sequence[UnitInstanceStatus]]) -> None:
+        changed: list[UnitInstanceStatus] = []
+        for node_id, statuses in present.items():
+            told = self._published.get(node_id, {})
+            self._published[node_id] = {(one.status.ident, one.status.version): one for one in statuses}
+            changed += [one for key, one in self._published[node_id].items() if told.get(key) != one]
         if changed:
             self.changed.publish(changed)
 
@@ -646,6 +677,18 @@ class Launcher:
         except BaseException:
             self._book.put_back_changes(changed, deleted)
             raise
+
+
+def _with_load(node: Node, average: NodeMonitoring | None, current: Mapping[InstanceIdent, Site]) -> Node:
+    if average is None:
+        return node
+    loads: dict[tuple[InstanceIdent, str], Usage] = {}
+    for one in average.instances:
+        # A 9.1.0 SM does not tell the runtime (sm.md §2.3).
+        site = current.get(one.ident)
+        runtime_id = one.runtime_id or (site.runtime_id if site else "")
+        loads[one.ident, runtime_id] = Usage(one.data.cpu, one.data.ram)
+    return msgspec.structs.replace(node, load=Usage(average.node.cpu, average.node.ram), instance_loads=loads)
 
 
 def _wanted(record: InstanceRecord, item: Item) -> Wanted:

@@ -79,6 +79,7 @@ class NodeDriver:
         self._alert = alert
         self._settings = settings
         self._wanted: tuple[InstanceInfo, ...] = ()
+        self._wanted_idents: frozenset[InstanceIdent] = frozenset()
         self._leave: frozenset[InstanceIdent] = frozenset()
         self._is_set = False
         self._statuses: dict[InstanceIdent, InstanceStatus] = {}
@@ -101,8 +102,8 @@ class NodeDriver:
         self._wanted = tuple(wanted)
         self._leave = frozenset(leave)
         self._is_set = True
-        idents = {info.ident for info in wanted}
-        self._retries = {ident: one for ident, one in self._retries.items() if ident in idents}
+        self._wanted_idents = frozenset(info.ident for info in wanted)
+        self._retries = {ident: one for ident, one in self._retries.items() if ident in self._wanted_idents}
         for status in list(self._statuses.values()):
             self._note(status)
             failed = self._retries.get(status.ident) if status.state is InstanceState.FAILED else None
@@ -238,7 +239,7 @@ class NodeDriver:
 
     def _note(self, status: InstanceStatus) -> None:
         """Plan the next try of an instance that has failed; forget the past of one that works long enough."""
-        if all(info.ident != status.ident for info in self._wanted):
+        if status.ident not in self._wanted_idents:
             return
         now_s = _now_s()
         retry = self._retries.get(status.ident)

@@ -12,10 +12,10 @@ from aoscore._pb.servicemanager.v5 import network_pb2_grpc
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2_grpc as stubs
 from aoscore.cm.smcontroller.link import SmLink
-from aoscore.cm.smcontroller.network import Networks, NetworkService
+from aoscore.cm.smcontroller.network import Admit, Networks, NetworkService
 from aoscore.common import convert
 from aoscore.common.aio import Broadcast, log_and_continue
-from aoscore.common.errors import InvalidArgumentError, NotFoundError
+from aoscore.common.errors import AosError, InvalidArgumentError, NotFoundError
 from aoscore.common.log import kv
 from aoscore.common.rpc import Server, handler
 from aoscore.common.tls import ServerTls
@@ -69,7 +69,10 @@ class SmController:
         networks: Networks,
         blob_url: Callable[[str], str],
         receivers: Receivers,
+        admit: Admit | None,
     ) -> None:
+        """`admit` raises AosError when who calls may not speak for a node; None where nobody shows a certificate."""
+        self._admit = admit or _admit_all
         self._cloud = cloud
         self._receivers = receivers
         self._streams: set[SmLink] = set()
@@ -80,7 +83,7 @@ class SmController:
             credentials,
             [
                 partial(stubs.add_SMServiceServicer_to_server, servicer),
-                partial(network_pb2_grpc.add_NetworkServiceServicer_to_server, NetworkService(networks)),
+                partial(network_pb2_grpc.add_NetworkServiceServicer_to_server, NetworkService(networks, self._admit)),
             ],
         )
 
@@ -160,7 +163,7 @@ class SmController:
         self._streams.add(link)
         await link.send(self._cloud_state_frame())
         tasks = {
-            asyncio.create_task(self._read(link, requests)),
+            asyncio.create_task(self._read(link, requests, context)),
             asyncio.create_task(_write(link, context)),
             asyncio.create_task(link.closed.wait()),
         }
@@ -174,9 +177,16 @@ class SmController:
         for task in done:
             await task
 
-    async def _read(self, link: SmLink, requests: AsyncIterable[pb.SMOutgoingMessages]) -> None:
+    async def _read(self, link: SmLink, requests: AsyncIterable[pb.SMOutgoingMessages], context: Any) -> None:
         async for frame in requests:
             kind = frame.WhichOneof("SMOutgoingMessage")
+            if kind == "sm_info" and not link.node_id and frame.sm_info.node_id:
+                try:
+                    await self._admit(frame.sm_info.node_id, context)
+                except AosError as error:
+                    _log.error(kv("SM is refused", nodeID=frame.sm_info.node_id, error=error))
+                    link.close()
+                    return
             with log_and_continue(_log, f"Can't handle {kind} of {link.name}"):
                 await self._receive(link, kind, frame)
 
@@ -226,6 +236,10 @@ class SmController:
             _log.info(kv("SM disconnected", nodeID=link.node_id))
             with log_and_continue(_log, f"Can't handle the loss of {link.name}"):
                 self._receivers.sm_lost(link.node_id)
+
+
+async def _admit_all(node_id: str, context: Any) -> None:
+    pass
 
 
 async def _write(link: SmLink, context: Any) -> None:

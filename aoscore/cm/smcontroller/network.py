@@ -17,7 +17,10 @@ from aoscore.common.types import InstanceIdent, InstanceNetwork, InstanceNetwork
 
 _log = logging.getLogger(__name__)
 
-S = TypeVar("S")
+Admit = Callable[[str, Any], Awaitable[None]]
+"""Raises AosError when the caller of a method (its context) may not speak for a node."""
+
+S = TypeVar("S", bound="NetworkService")
 Q = TypeVar("Q")
 A = TypeVar("A")
 
@@ -55,6 +58,7 @@ def _error_in_answer(
         @functools.wraps(method)
         async def call(self: S, request: Q, context: Any) -> A:
             try:
+                await self.admit(request.node_id, context)  # type: ignore[attr-defined]  # all requests have it
                 return await method(self, request)
             except Exception as error:
                 _log.error(kv("Network request failed", method=method.__name__, error=error))
@@ -74,8 +78,9 @@ def _need(**members: str) -> None:
 class NetworkService(stubs.NetworkServiceServicer):
     """The gRPC service."""
 
-    def __init__(self, networks: Networks) -> None:
+    def __init__(self, networks: Networks, admit: Admit) -> None:
         self._networks = networks
+        self.admit = admit
 
     @_error_in_answer(pb.GetNodeNetworkParamsResponse)
     async def GetNodeNetworkParams(self, request: pb.GetNodeNetworkParamsRequest) -> pb.GetNodeNetworkParamsResponse:
@@ -116,6 +121,7 @@ class NetworkService(stubs.NetworkServiceServicer):
         self, request: pb.SubscribeInstanceNetworkUpdatesRequest, context: Any
     ) -> None:
         _need(node_id=request.node_id)
+        await self.admit(request.node_id, context)
         with self._networks.subscribe(request.node_id) as updates:
             while True:
                 update = await updates.get()

@@ -10,9 +10,9 @@ from aoscore.cm.communication.envelope import from_json, to_json
 from aoscore.cm.communication.messages import ErrorInfo, NodeConfig, UnitConfig, UnitConfigStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.unitconfig.config import node_config_text, pick_node_config
-from aoscore.common.aio import Broadcast, Worker, log_and_continue
+from aoscore.common.aio import Broadcast, Worker, log_and_continue, unbroken
 from aoscore.common.errors import AosError, WrongStateError, from_error_info, to_error_info
-from aoscore.common.files import write_atomic
+from aoscore.common.files import remove_unfinished, write_atomic
 from aoscore.common.log import kv
 from aoscore.common.semver import SemVer
 from aoscore.common.types import ConfigState, NodeConfigStatus
@@ -49,6 +49,7 @@ class UnitConfigManager:
         self._lock = asyncio.Lock()
         self._config: UnitConfig | None = None
         self._error: AosError | None = None
+        self._to_bring: asyncio.Queue[UnitNodeInfo] = asyncio.Queue()
         self._applied: set[str] = set()
         """Nodes known to have the current config; a node leaves when it disconnects."""
         self.changed: Broadcast[UnitConfig] = Broadcast("unit config")
@@ -81,7 +82,8 @@ class UnitConfigManager:
     async def update(self, config: UnitConfig) -> None:
         """Apply config on all connected nodes and keep it; when one node refuses, all get the previous one back.
 
-        A node that is not connected gets it when it comes. Does nothing when config is the current one.
+        A node that is not connected gets it when it comes. Does nothing when config is the current one. A call that
+        is cancelled has the effect of one that failed, or of one that succeeded.
         """
         if self._is_current(config):
             return
@@ -90,13 +92,20 @@ class UnitConfigManager:
             try:
                 for node in self._connected():
                     touched.append(node)
+                    self._applied.discard(node.node_id)
                     await self._set_on(node, config)
-                await self._worker.run(self._write, config)
-            except (AosError, OSError):
-                await self._go_back(touched)
-                raise
-            self._config, self._error = config, None
-            self._applied = {node.node_id for node in touched}
+                await unbroken(self._keep(config, touched))
+            finally:
+                # Nodes that connected meanwhile; all of them after an error, or when the caller has left.
+                for node in self._connected():
+                    if node.node_id not in self._applied:
+                        self._to_bring.put_nowait(node)
+
+    async def _keep(self, config: UnitConfig, nodes: Sequence[UnitNodeInfo]) -> None:
+        """The nodes have the config: it is the current one."""
+        await self._worker.run(self._write, config)
+        self._config, self._error = config, None
+        self._applied = {node.node_id for node in nodes}
         _log.info(kv("Unit config installed", version=config.version))
         self.changed.publish(config)
 
@@ -108,12 +117,14 @@ class UnitConfigManager:
                 started()
                 for node in self._nodes.nodes():
                     await self._bring(node)
+                self._to_bring = changes
                 while True:
                     await self._bring(await changes.get())
         finally:
             self._worker.close()
 
     def _load(self) -> None:
+        remove_unfinished(self._path)
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:
@@ -156,16 +167,8 @@ class UnitConfigManager:
         text = node_config_text(pick_node_config(config, node.node_id, node.info.node_type))
         _raise_refusal(node.node_id, await self._link.set_node_config(node.node_id, text, config.version))
 
-    async def _go_back(self, nodes: Sequence[UnitNodeInfo]) -> None:
-        """Give nodes the config back that they had before; without one there is nothing to go back to."""
-        if self._config is None or self._error is not None:
-            return
-        for node in nodes:
-            with log_and_continue(_log, f"Can't give node {node.node_id} its previous config back"):
-                await self._set_on(node, self._config)
-
     async def _bring(self, node: UnitNodeInfo) -> None:
-        """Give a node that has connected the current config."""
+        """Give a node that has connected, or has another one, the current config."""
         if not node.has_sm_link:
             self._applied.discard(node.node_id)
             return

@@ -30,7 +30,7 @@ from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.updatemanager import plan
 from aoscore.cm.updatemanager.gate import UpdateGate
-from aoscore.cm.updatemanager.phases import CANCELLABLE, Outcome, Phase, next_phase
+from aoscore.cm.updatemanager.phases import Outcome, Phase, next_phase
 from aoscore.cm.updatemanager.plan import Limits, Tried
 from aoscore.cm.updatemanager.schedule import Kind, kind_of
 from aoscore.cm.updatemanager.store import UpdateStore
@@ -43,10 +43,9 @@ from aoscore.common.types import ConfigState
 _log = logging.getLogger(__name__)
 
 STEP_ATTEMPTS: Final = 5
-# A run that left something undone (a full disk, a blob that the cloud did not have) is repeated after these pauses.
-RETRY_FIRST_S: Final = 60.0
-RETRY_LIMIT_S: Final = 1800.0
+RETRY_GROWTH: Final = 30.0
 _RECHECK_S: Final = 1.0
+_GATHER_S: Final = 0.1
 
 
 class Images(Protocol):
@@ -125,6 +124,8 @@ class UpdateSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     activating_s: float
     placement_s: float
+    retry_pause_s: float = 60.0
+    """A run that left something undone (a full disk, a blob that the cloud did not have) is repeated after it."""
     max_remove_percent: int = 100
     absent_means_keep: bool = False
 
@@ -147,9 +148,8 @@ class UpdateManager:
         gate: UpdateGate,
         alert: Callable[[str], None],
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 60.0),
-        retry_pause: Backoff | None = None,
     ) -> None:
-        """`backoff` makes the pauses between attempts of one step, `retry_pause` those between whole runs."""
+        """`backoff` makes the pauses between attempts of one step."""
         self._store = store
         self._settings = settings
         self._images = images
@@ -166,11 +166,15 @@ class UpdateManager:
         self._desired: DesiredStatus | None = None
         self._tried = Tried()
         self._refused: DesiredStatus | None = None
-        self._retry_pause = retry_pause or Backoff(RETRY_FIRST_S, RETRY_LIMIT_S)
+        self._retry_pause = Backoff(settings.retry_pause_s, RETRY_GROWTH * settings.retry_pause_s)
         self._retry_at: float | None = None
         """When what did not work in the last run is tried again; None when there is no such thing."""
         self._run = 0
         """Counts desired statuses that were accepted: a step whose number is an older one is outdated."""
+        self._kept_back: Received | None = None
+        """A desired status that could not be stored yet."""
+        self._kept_back_changed = asyncio.Event()
+        self._alerted = ""
         self._changed = asyncio.Event()
         self._loaded = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -201,8 +205,32 @@ class UpdateManager:
         for name in ("items", "instances"):
             if getattr(message, name) is None:
                 _log.warning(kv("Desired status does not say what it wants", missing=name))
-        async with self._lock:
-            await self._take_in(message, received)
+        self._kept_back = None
+        try:
+            async with self._lock:
+                await self._take_in(message, received)
+        except AosError as error:
+            # The cloud has our ack and says it no second time.
+            _log.error("Desired status is taken in later: %s", error)
+            if self._alerted != str(error):
+                self._alerted = str(error)
+                self._alert(f"desired status is taken in later: {error}")
+            self._kept_back = received
+            self._kept_back_changed.set()
+        else:
+            self._alerted = ""
+
+    async def _take_in_later(self) -> None:
+        """Tries a desired status again that could not be stored, until that works or another one comes."""
+        backoff = self._backoff()
+        while True:
+            if self._kept_back is None:
+                backoff.reset()
+                await self._kept_back_changed.wait()
+            self._kept_back_changed.clear()
+            await asyncio.sleep(backoff.next())
+            if self._kept_back is not None:
+                await self.on_desired_status(self._kept_back)
 
     async def _take_in(self, message: DesiredStatus, received: Received) -> None:
         """Decides what a desired status leads to.
@@ -270,16 +298,33 @@ class UpdateManager:
             # Better no update than one towards nothing: the cloud repeats its wish when it sees our status.
             _log.error("Interrupted update is given up: %s", error)
             self._alert(f"interrupted update is given up: {error}")
-            await self._store.save_phase(Phase.NONE)
+            with log_and_continue(_log, "Can't store that the update is given up"):
+                await self._store.save_phase(Phase.NONE)
         if self._phase is not Phase.NONE:
             _log.info(kv("Interrupted update goes on", phase=self._phase))
         self._loaded.set()
         started()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._take_in_later(), name="desired status kept back")
+            group.create_task(self._run_updates(), name="update runs")
+
+    async def _run_updates(self) -> None:
+        backoff = self._backoff()
         while True:
-            if self._phase is Phase.NONE and not await self._is_replaced(self._retry_in()):
-                await self._try_again()
-            self._changed.clear()
-            await self._step()
+            try:
+                if self._phase is Phase.NONE and not await self._is_replaced(self._retry_in()):
+                    await self._try_again()
+                self._changed.clear()
+                await self._step()
+            except AosError as error:
+                # What was to be stored is not, so the step is done again.
+                _log.error("Update can't go on: %s", error)
+                if self._alerted != str(error):
+                    self._alerted = str(error)
+                    self._alert(f"update can't go on: {error}")
+                await self._is_replaced(backoff.next())
+            else:
+                backoff.reset()
 
     def _retry_in(self) -> float | None:
         if self._retry_at is None:
@@ -292,10 +337,10 @@ class UpdateManager:
             if self._phase is not Phase.NONE or self._desired is None:
                 return
             reasons = self._reasons(self._desired)
-            self._retry_at = None
             if reasons:
                 _log.info(kv("Update is tried again", reasons="; ".join(reasons)))
                 await self._begin(self._desired)
+            self._retry_at = None
 
     async def _step(self) -> None:
         """Runs the step of the present phase and stores the next one, unless another desired status came."""
@@ -330,7 +375,7 @@ class UpdateManager:
         for attempt in range(STEP_ATTEMPTS):
             task = asyncio.create_task(self._steps[phase](self, desired), name=f"update {phase}")
             try:
-                if not await self._finish(task, phase):
+                if not await self._finish(task):
                     return None
                 return task.result()
             except Exception as error:
@@ -345,13 +390,11 @@ class UpdateManager:
                 return None
         return None
 
-    async def _finish(self, task: asyncio.Task[Outcome], phase: Phase) -> bool:
+    async def _finish(self, task: asyncio.Task[Outcome]) -> bool:
         """Waits for a step; False when another desired status came and broke it off."""
         waiter = asyncio.create_task(self._changed.wait())
         try:
             await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() and phase not in CANCELLABLE:
-                await asyncio.wait({task})
             return task.done()
         finally:
             waiter.cancel()
@@ -455,6 +498,9 @@ class UpdateManager:
         began = loop.time()
         limits = Limits(activating_s=self._settings.activating_s, placement_s=self._settings.placement_s)
         part = await self._part(desired)
+        if not plan.is_launched(part, plan.run_requests(desired, self._images.statuses()), self._launcher.requests()):
+            # A restart between "this version does not work" and the launch of its predecessor.
+            return Outcome.GO_BACK
         with self._launcher.changed.subscribe() as changes:
             while True:
                 items = self._images.statuses()
@@ -470,6 +516,10 @@ class UpdateManager:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_RECHECK_S):
                         await changes.get()
+                        # Many come at once: one look at all instances for all of them.
+                        await asyncio.sleep(_GATHER_S)
+                while not changes.empty():
+                    changes.get_nowait()
         broken = plan.versions_to_give_up(verdict.failed, items)
         for (item_id, version), error in verdict.failed.items():
             _log.error(kv("Instance does not run", itemID=item_id, version=version, error=error))

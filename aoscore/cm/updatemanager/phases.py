@@ -6,7 +6,8 @@
                                                                        its predecessor is launched again
 
 The phase is stored before its step runs, and each step may be run twice: after a restart the run goes on with the step
-of the stored phase. The words are those of AosCore 9.1.
+of the stored phase. A newer desired status breaks a step off wherever it is, which is the same to it as a restart.
+The words are those of AosCore 9.1.
 """
 
 from __future__ import annotations
@@ -43,10 +44,6 @@ _NEXT: Final = {
     Phase.ACTIVATING: Phase.FINALIZING,
     Phase.FINALIZING: Phase.NONE,
 }
-
-CANCELLABLE: Final = frozenset({Phase.DOWNLOADING, Phase.PENDING, Phase.ACTIVATING})
-"""Phases whose step waits for something and is broken off when another desired status comes. The steps of the others
-are short and change things; they end first."""
 
 
 def next_phase(phase: Phase, outcome: Outcome) -> Phase:

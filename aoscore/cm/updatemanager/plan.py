@@ -258,6 +258,11 @@ def requests_of_part(
     ]
 
 
+def is_launched(part: Collection[Kind], wanted: Sequence[RunRequest], present: Sequence[RunRequest]) -> bool:
+    """Whether what was launched is what shall run."""
+    return not _difference(requests_of_part(part, wanted, present), present)
+
+
 def versions_of_part(
     part: Collection[Kind], desired: DesiredStatus, items: Sequence[Item]
 ) -> tuple[set[Version], set[Version]]:

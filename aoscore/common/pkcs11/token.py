@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from aoscore.common.errors import AosError, DeadlineError, FailedError, NotFoundError, RuntimeFailure, WrongStateError
+from aoscore.common.pkcs11.turns import turn
 from aoscore.common.pkcs11.url import TokenUrl
 
 CALL_LIMIT_S = 10.0
@@ -79,7 +80,8 @@ class Token:
             "login": self._login,
             "commands": commands,
         }
-        return self._answers(self._ask(msgspec.json.encode(request), limit_s))
+        with turn(self.place.pin_file):
+            return self._answers(self._ask(msgspec.json.encode(request), limit_s))
 
     def _ask(self, request: bytes, limit_s: float) -> bytes:
         try:

@@ -10,19 +10,20 @@ import logging
 import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from aoscore.common.aio import log_and_continue
-from aoscore.common.certs import file_url, load_certificates, url_path
+from aoscore.common.certurls import file_url, first_der, url_path
 from aoscore.common.errors import InvalidArgumentError, WrongStateError
 from aoscore.common.files import fsync_dir, remove_tree, write_atomic
-from aoscore.common.keys import generate_ec_key, generate_rsa_key, load_private_key, write_private_key
 from aoscore.common.log import kv
 from aoscore.iam.certhandler.keystore import StoredCertificate, StoredKey
 from aoscore.iam.config import Algorithm
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class FileKeyStore:
         """A new key, on disk before it is returned."""
         if not self.owned:
             raise WrongStateError(f"key storage of {self._type} has no owner: start provisioning first")
+        # Imports on use, here and below: a Node that has its certificates needs no cryptography of its own.
+        from aoscore.common.keys import generate_ec_key, generate_rsa_key, write_private_key
+
         key = generate_ec_key() if algorithm is Algorithm.ECC else generate_rsa_key()
         key_id = uuid.uuid4().hex
         write_private_key(self._path(key_id, _KEY), key)
@@ -74,6 +78,8 @@ class FileKeyStore:
 
     def pending_keys(self) -> list[StoredKey]:
         """Keys without a certificate file."""
+        from aoscore.common.keys import load_private_key
+
         keys = []
         for key_id in sorted(self._ids(_KEY) - self._ids(_CERTIFICATE)):
             # A key that can't be read can't be used, and it must not stand in the way of the others.
@@ -86,11 +92,12 @@ class FileKeyStore:
         self._path(key_id, _KEY).unlink(missing_ok=True)
         fsync_dir(self._directory)
 
-    def store_certificate(self, key_id: str, chain: Sequence[x509.Certificate]) -> StoredCertificate:
+    def store_certificate(self, key_id: str, chain: "Sequence[x509.Certificate]") -> StoredCertificate:
         """Write the chain beside its key."""
-        pem = b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in chain)
-        write_atomic(self._path(key_id, _CERTIFICATE), pem, mode=0o644)
-        return self._stored(key_id, chain[0])
+        from aoscore.common.certs import to_der, to_pem
+
+        write_atomic(self._path(key_id, _CERTIFICATE), to_pem(chain), mode=0o644)
+        return self._stored(key_id, to_der(chain[0]))
 
     def certificates(self) -> list[StoredCertificate]:
         """All certificates with their keys; one that can't be read is logged and left out."""
@@ -98,7 +105,7 @@ class FileKeyStore:
         for key_id in sorted(self._ids(_CERTIFICATE) & self._ids(_KEY)):
             path = self._path(key_id, _CERTIFICATE)
             with log_and_continue(_log, f"Can't read certificate {path}"):
-                found.append(self._stored(key_id, load_certificates(path.read_bytes(), what=str(path))[0]))
+                found.append(self._stored(key_id, first_der(path.read_bytes(), what=str(path))))
         return found
 
     def remove_certificate(self, cert_url: str) -> None:
@@ -131,6 +138,6 @@ class FileKeyStore:
     def _path(self, key_id: str, suffix: str) -> Path:
         return self._directory / f"{key_id}{suffix}"
 
-    def _stored(self, key_id: str, certificate: x509.Certificate) -> StoredCertificate:
+    def _stored(self, key_id: str, der: bytes) -> StoredCertificate:
         cert_url, key_url = (file_url(self._path(key_id, suffix)) for suffix in (_CERTIFICATE, _KEY))
-        return StoredCertificate(certificate, cert_url, key_url)
+        return StoredCertificate(der, cert_url, key_url)

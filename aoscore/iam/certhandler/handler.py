@@ -64,6 +64,13 @@ class CertHandler:
         module.mark_used(record)
         return record.info
 
+    def type_of(self, issuer: bytes, serial: str) -> str | None:
+        """The type of a certificate of this Node; None for any other. Does not count as a use of it."""
+        for module in self._modules.values():
+            if any((record.info.issuer, record.info.serial) == (issuer, serial) for record in module.records):
+                return module.type
+        return None
+
     async def changes_of(self, cert_type: str) -> AsyncIterator[CertInfo]:
         """Every new certificate of a type from now on. Raises NotFoundError while there is none (iam.md §5.11)."""
         self.get_cert(cert_type)

@@ -1,26 +1,29 @@
 """What a key storage must offer to a certificate module: files or a token."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
-from cryptography import x509
 
-from aoscore.common.keys import PrivateKey
 from aoscore.iam.config import Algorithm
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from aoscore.common.keys import PrivateKey
 
 
 class StoredKey(msgspec.Struct, frozen=True):
     """A key in the storage. `key_id` is unique in it; `private_key` signs, wherever the key itself is."""
 
     key_id: str
-    private_key: PrivateKey
+    private_key: "PrivateKey"
 
 
 class StoredCertificate(msgspec.Struct, frozen=True):
-    """A certificate whose key is in the storage too, and the addresses by which peers find both."""
+    """A certificate (DER) whose key is in the storage too, and the addresses by which peers find both."""
 
-    certificate: x509.Certificate
+    der: bytes
     cert_url: str
     key_url: str
 
@@ -47,7 +50,7 @@ class KeyStore(Protocol):
     def remove_key(self, key_id: str) -> None:
         """Delete a key without certificate."""
 
-    def store_certificate(self, key_id: str, chain: Sequence[x509.Certificate]) -> StoredCertificate:
+    def store_certificate(self, key_id: str, chain: "Sequence[x509.Certificate]") -> StoredCertificate:
         """Put the certificate of a key, leaf first, with what is known of its chain."""
 
     def certificates(self) -> list[StoredCertificate]:

@@ -3,20 +3,20 @@
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from cryptography import x509
-
-from aoscore.common.aio import Worker
+from aoscore.common.aio import Worker, log_and_continue
 from aoscore.common.errors import AosError, FailedError, NotFoundError
 from aoscore.common.log import kv
 from aoscore.common.types import CertInfo
-from aoscore.iam.certhandler.chain import check_chain
-from aoscore.iam.certhandler.csr import build_csr, build_self_signed, missing_names
 from aoscore.iam.certhandler.keystore import KeyStore, StoredCertificate, StoredKey
 from aoscore.iam.certhandler.pending import PendingKeys
 from aoscore.iam.certhandler.record import CertRecord, newest, surplus
 from aoscore.iam.config import CertModuleConfig, KeyUsage
 from aoscore.iam.database import IamDatabase
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class CertModule:
         database: IamDatabase,
         worker: Worker,
         pending: PendingKeys,
-        roots: Callable[[], Sequence[x509.Certificate]],
+        roots: "Callable[[], Sequence[x509.Certificate]]",
     ) -> None:
         """`roots` gives the certificates at which a chain may end besides a root that comes with it."""
         self.type = config.id
@@ -69,12 +69,20 @@ class CertModule:
             self.records = await self._database.certificates(self.type)
         else:
             stored = await self._worker.run(self._clean_up)
-            await self._index(
-                [CertRecord.of(self.type, cert.certificate, cert.cert_url, cert.key_url) for cert in stored]
-            )
+            known = {record.info.cert_url: record for record in await self._database.certificates(self.type)}
+            records = [self._record(certificate, known.get(certificate.cert_url)) for certificate in stored]
+            await self._index([record for record in records if record is not None])
         self._used = {record.info.serial for record in self.records}
         self._failed = False
         await self._trim(added=None)
+
+    def _record(self, stored: StoredCertificate, known: CertRecord | None) -> CertRecord | None:
+        """What the index is to say of a certificate; None for one that can't be read."""
+        if known is not None and known.info.key_url == stored.key_url and known.describes(stored.der, stored.cert_url):
+            return known
+        with log_and_continue(_log, f"Can't read certificate {stored.cert_url}"):
+            return CertRecord.of(self.type, stored.der, stored.cert_url, stored.key_url)
+        return None
 
     def _clean_up(self) -> list[StoredCertificate]:
         """What the storage has, after what a crash has left there is gone."""
@@ -99,9 +107,11 @@ class CertModule:
 
     async def create_self_signed(self) -> CertInfo:
         """A new key with a certificate that it signs itself."""
+        from aoscore.iam.certhandler.csr import build_self_signed
+
         await self._check()
 
-        def create() -> tuple[StoredKey, x509.Certificate]:
+        def create() -> "tuple[StoredKey, x509.Certificate]":
             stored = self._store.create_key(self._config.algorithm)
             return stored, build_self_signed(stored.private_key, datetime.now(UTC))
 
@@ -114,10 +124,14 @@ class CertModule:
         Repeating it is fine. Raises NotFoundError when the key was not made here or an issuer is missing, and the
         errors of check_chain; then all stays as it was.
         """
+        # Imports on use, here and in what follows: a Node at rest needs no cryptography of its own.
+        from aoscore.common.certs import to_der
+        from aoscore.iam.certhandler.chain import check_chain
+
         await self._check()
         chain = check_chain(pem, self._roots(), datetime.now(UTC))
         leaf = chain[0]
-        record = CertRecord.of(self.type, leaf, "", "")
+        record = CertRecord.of(self.type, to_der(leaf), "", "")
         known = next((old for old in self.records if _same(old, record)), None)
         if known is not None:
             return known.info
@@ -128,6 +142,8 @@ class CertModule:
         return await self._store_chain(stored, chain)
 
     def _create_request(self, common_name: str) -> str:
+        from aoscore.iam.certhandler.csr import build_csr
+
         self._store.remove_orphans(keep=self._pending.of(self.type))
         stored = self._store.create_key(self._config.algorithm)
         try:
@@ -144,13 +160,13 @@ class CertModule:
             self._pending.remove(self.type, old)
         return request
 
-    def _pending_key_of(self, certificate: x509.Certificate) -> StoredKey | None:
+    def _pending_key_of(self, certificate: "x509.Certificate") -> StoredKey | None:
         public_key = certificate.public_key()
         return next((key for key in self._store.pending_keys() if key.private_key.public_key() == public_key), None)
 
-    async def _store_chain(self, key: StoredKey, chain: Sequence[x509.Certificate]) -> CertInfo:
+    async def _store_chain(self, key: StoredKey, chain: "Sequence[x509.Certificate]") -> CertInfo:
         stored = await self._worker.run(self._store.store_certificate, key.key_id, chain)
-        record = CertRecord.of(self.type, stored.certificate, stored.cert_url, stored.key_url)
+        record = CertRecord.of(self.type, stored.der, stored.cert_url, stored.key_url)
         await self._index([*self.records, record])
         await self._worker.run(self._pending.remove, self.type, key.key_id)
         await self._trim(added=record)
@@ -182,8 +198,10 @@ class CertModule:
             raise FailedError(f"key storage of {self.type} can't be used: {error}") from error
         _log.info(kv("Key storage can be used again", type=self.type))
 
-    def _warn_about(self, leaf: x509.Certificate) -> None:
+    def _warn_about(self, leaf: "x509.Certificate") -> None:
         """Peers of AosCore 9.1 refuse a server whose certificate lacks the name by which they call it."""
+        from aoscore.iam.certhandler.csr import missing_names
+
         if KeyUsage.SERVER_AUTH in self._config.extended_key_usage and (
             missing := missing_names(leaf, self._config.alternative_names)
         ):

@@ -4,9 +4,7 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 
 import msgspec
-from cryptography import x509
 
-from aoscore.common.certs import issuer_der, serial_hex
 from aoscore.common.types import CertInfo
 
 
@@ -17,10 +15,22 @@ class CertRecord(msgspec.Struct, frozen=True):
     not_after: datetime
 
     @classmethod
-    def of(cls, cert_type: str, certificate: x509.Certificate, cert_url: str, key_url: str) -> "CertRecord":
-        """The record of a certificate that is stored at these addresses."""
+    def of(cls, cert_type: str, der: bytes, cert_url: str, key_url: str) -> "CertRecord":
+        """The record of a certificate that is stored at these addresses. Raises InvalidArgumentError for none."""
+        # Import on use: a Node whose index is whole starts without the library.
+        from aoscore.common.certs import issuer_der, load_der, serial_hex
+
+        certificate = load_der(der, what=cert_url)
         info = CertInfo(cert_type, cert_url, key_url, serial_hex(certificate), issuer_der(certificate))
         return cls(info, certificate.not_valid_after_utc)
+
+    def describes(self, der: bytes, cert_url: str) -> bool:
+        """Whether the index still tells the truth about what is stored at an address, without parsing it.
+
+        No store uses an address twice, so this only has to notice what has been spoilt.
+        """
+        serial = bytes.fromhex(self.info.serial)
+        return self.info.cert_url == cert_url and self.info.issuer in der and serial in der
 
     @property
     def not_after_ns(self) -> int:

@@ -12,11 +12,9 @@ import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import (
@@ -30,11 +28,13 @@ from aoscore.common.errors import (
 )
 from aoscore.common.files import write_atomic
 from aoscore.common.log import kv
-from aoscore.common.pkcs11.keys import public_key_of, token_key
 from aoscore.common.pkcs11.token import CALL_LIMIT_S, SLOW_CALL_LIMIT_S, Token, TokenPlace, command
 from aoscore.common.pkcs11.url import TokenUrl, parse_token_url
 from aoscore.iam.certhandler.keystore import StoredCertificate, StoredKey
 from aoscore.iam.config import Algorithm
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _log = logging.getLogger(__name__)
 
@@ -192,11 +192,13 @@ class TokenKeyStore:
         """Delete a pair."""
         self._token.change(command("destroy", label=self._type, key_id=key_id))
 
-    def store_certificate(self, key_id: str, chain: Sequence[x509.Certificate]) -> StoredCertificate:
+    def store_certificate(self, key_id: str, chain: "Sequence[x509.Certificate]") -> StoredCertificate:
         """Put a certificate beside its key, and those of its issuers that are not there yet."""
+        from aoscore.common.certs import to_der
+
         entries = [
             {
-                "value": certificate.public_bytes(serialization.Encoding.DER).hex(),
+                "value": to_der(certificate).hex(),
                 "subject": certificate.subject.public_bytes().hex(),
                 "issuer": certificate.issuer.public_bytes().hex(),
                 "serial": _der_integer(certificate.serial_number).hex(),
@@ -205,7 +207,7 @@ class TokenKeyStore:
             for certificate in chain
         ]
         self._token.change(command("store", label=self._type, key_id=key_id, chain=entries))
-        return self._stored(key_id, chain[0])
+        return self._stored(key_id, to_der(chain[0]))
 
     def certificates(self) -> list[StoredCertificate]:
         """All certificates whose private key is there; one that can't be read is logged and left out."""
@@ -214,7 +216,7 @@ class TokenKeyStore:
         for entry in self._entries("certificate"):
             if "private" in kinds[entry["id"]]:
                 with log_and_continue(_log, f"Can't read certificate {entry['id']} of {self._type}"):
-                    found.append(self._stored(entry["id"], _certificate(entry)))
+                    found.append(self._stored(entry["id"], bytes.fromhex(entry["value"])))
         return found
 
     def remove_certificate(self, cert_url: str) -> None:
@@ -250,10 +252,12 @@ class TokenKeyStore:
         return kinds
 
     def _key(self, entry: Mapping[str, str]) -> StoredKey:
+        from aoscore.common.pkcs11.keys import public_key_of, token_key
+
         key = token_key(self._token.token, self._type, entry["id"], public_key_of(dict(entry)))
         return StoredKey(entry["id"], key)
 
-    def _stored(self, key_id: str, certificate: x509.Certificate) -> StoredCertificate:
+    def _stored(self, key_id: str, der: bytes) -> StoredCertificate:
         url = str(
             TokenUrl(
                 token=self._token.token.place.label,
@@ -263,7 +267,7 @@ class TokenKeyStore:
                 pin_source=self._pin_file,
             )
         )
-        return StoredCertificate(certificate, url, url)
+        return StoredCertificate(der, url, url)
 
     def _user_pin(self) -> bytes:
         """The PIN that users get. Where there is no PIN yet, a new one is stored before anything depends on it."""
@@ -299,10 +303,6 @@ def login_type() -> str | None:
 def tee_identity(kind: str, name: str, number: int) -> bytes:
     """PIN by which OP-TEE knows a user or group."""
     return f"{kind}:{uuid.uuid5(_TEE_NAMESPACE, f'{name}={number}')}".encode()
-
-
-def _certificate(entry: Entry) -> x509.Certificate:
-    return x509.load_der_x509_certificate(bytes.fromhex(entry["value"]))
 
 
 def _der_integer(number: int) -> bytes:

@@ -67,12 +67,12 @@ class LocalNode:
         await self._provisioning.start(password)
 
     async def finish_provisioning(self, password: str) -> None:
-        """See NodeRequests; nothing is left to do with the password."""
-        await self._provisioning.finish()
+        """See NodeRequests; the password is for the hook."""
+        await self._provisioning.finish(password)
 
     async def deprovision(self, password: str) -> None:
-        """See NodeRequests; nothing is left to do with the password."""
-        await self._provisioning.deprovision()
+        """See NodeRequests; the password is for the hook."""
+        await self._provisioning.deprovision(password)
 
     async def pause(self) -> None:
         """See NodeRequests."""

@@ -3,11 +3,8 @@
 from typing import Any
 
 import msgspec
-from cryptography import x509
 
-from aoscore.common.certs import issuer_der, serial_hex
 from aoscore.common.rpc import peer_address, peer_certificate
-from aoscore.iam.nodekeys import key_digest
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -30,11 +27,13 @@ class Peer(msgspec.Struct, frozen=True):
         certificate = peer_certificate(context)
         if certificate is None:
             return cls(address, host)
+        from aoscore.common.certs import common_names, issuer_der, key_digest, serial_hex
+
         return cls(
             address,
             host,
             key_digest(certificate),
             serial_hex(certificate),
             issuer_der(certificate),
-            tuple(str(name.value) for name in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
+            tuple(common_names(certificate)),
         )

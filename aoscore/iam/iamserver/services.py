@@ -13,6 +13,7 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as v6
 from aoscore.iam.certhandler.handler import CertHandler
 from aoscore.iam.currentnode.node import CurrentNode
 from aoscore.iam.iamserver import legacy, protected, public
+from aoscore.iam.iamserver.access import AccessList
 from aoscore.iam.iamserver.admission import Port
 from aoscore.iam.iamserver.nodecontroller import NodeController
 from aoscore.iam.iamserver.nodes import NodeRouter
@@ -39,6 +40,7 @@ class Parts(msgspec.Struct, frozen=True):
     permissions: Permissions | None
     router: NodeRouter
     controller: NodeController
+    access: AccessList
 
 
 def public_services(parts: Parts, port: Port = Port.PUBLIC) -> list[Register]:
@@ -72,16 +74,23 @@ def public_services(parts: Parts, port: Port = Port.PUBLIC) -> list[Register]:
 def protected_services(parts: Parts) -> list[Register]:
     """Services of the protected port: those of both ports and what only Aos components may do."""
     services = public_services(parts, Port.PROTECTED)
+    guard = parts.access.guard
     if parts.permissions is not None:
+        name = "IAMPermissionsService"
+        of_v6 = guard(name, protected.PermissionsService(parts.permissions))
+        of_v5 = guard(name, legacy.PermissionsService(parts.permissions))
         services += [
-            _add(v6.add_IAMPermissionsServiceServicer_to_server, protected.PermissionsService(parts.permissions)),
-            _add(v5.add_IAMPermissionsServiceServicer_to_server, legacy.PermissionsService(parts.permissions)),
+            _add(v6.add_IAMPermissionsServiceServicer_to_server, of_v6),
+            _add(v5.add_IAMPermissionsServiceServicer_to_server, of_v5),
         ]
     if parts.node.info.is_main:
+        certificates = guard("IAMCertificateService", protected.CertificateService(parts.router))
+        provisioning = guard("IAMProvisioningService", protected.ProvisioningService(parts.router))
+        states = guard("IAMNodesService", protected.NodesService(parts.router))
         services += [
-            _add(v6.add_IAMCertificateServiceServicer_to_server, protected.CertificateService(parts.router)),
-            _add(v6.add_IAMProvisioningServiceServicer_to_server, protected.ProvisioningService(parts.router)),
-            _add(v6.add_IAMNodesServiceServicer_to_server, protected.NodesService(parts.router)),
+            _add(v6.add_IAMCertificateServiceServicer_to_server, certificates),
+            _add(v6.add_IAMProvisioningServiceServicer_to_server, provisioning),
+            _add(v6.add_IAMNodesServiceServicer_to_server, states),
         ]
     return services
 

@@ -1,17 +1,19 @@
 """Launcher: brings the node to the set of instances that CM wants, and keeps it there.
 
-All decisions are in `plan`; this shell gathers the situation, does the steps it is told, four at a time, and asks
-again. `update` only stores what CM wants and wakes the loop, so an update that arrives during another one is never
-lost or refused (sm.md §12, D2).
+All decisions are in `plan`; this shell gathers the situation, does the steps it is told, and asks again. How many
+instances are started or stopped at a time is the matter of runtimes, which know where that costs something. `update`
+only stores what CM wants and wakes the loop, so an update that arrives during another one is never lost or refused
+(sm.md §12, D2).
 """
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
 from aoscore.common.errors import NotFoundError, to_error_info
@@ -29,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PARALLEL = 4
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
 
@@ -262,7 +263,7 @@ class Launcher:
         elif steps.apply:
             await self._apply(steps.apply)
         elif steps.start:
-            await _in_parallel([self._start(info) for info in steps.start])
+            await self._start_all(steps.start)
         elif steps.remove_items:
             await self._remove_items(steps.remove_items)
         else:
@@ -330,7 +331,9 @@ class Launcher:
         return image
 
     async def _stop_all(self, idents: Sequence[InstanceIdent]) -> None:
-        await _in_parallel([self._stop(ident) for ident in idents])
+        """In ascending priority: one that others need ends after them."""
+        for _, level in itertools.groupby(idents, self._priority):
+            await _together(self._stop(ident) for ident in level)
 
     async def _stop(self, ident: InstanceIdent) -> None:
         try:
@@ -374,12 +377,26 @@ class Launcher:
             else:
                 self._instances[ident] = info
 
-    async def _start(self, info: InstanceInfo) -> None:
+    async def _start_all(self, infos: Sequence[InstanceInfo]) -> None:
+        images: dict[ItemKey, InstalledImage | Exception] = {}
+
+        async def load(key: ItemKey) -> None:
+            try:
+                images[key] = await self._load(key)
+            except Exception as error:
+                images[key] = error
+
+        # Once per item, however many instances it has.
+        await _together(load(key) for key in dict.fromkeys(map(item_key, infos)))
+        await _together(self._start(info, images[item_key(info)]) for info in infos)
+
+    async def _start(self, info: InstanceInfo, image: InstalledImage | Exception) -> None:
         try:
             runtime = self._runtimes.get(info.runtime_id)
             if runtime is None:
                 raise NotFoundError(f"this node has no runtime {info.runtime_id}")
-            image = await self._load(item_key(info))
+            if isinstance(image, Exception):
+                raise image
             # From here on there may be something to stop, whatever happens.
             self._up[info.ident] = runtime
             await runtime.start_instance(info, image)
@@ -470,17 +487,11 @@ def _status(info: InstanceInfo, state: InstanceState, error: ErrorInfo | None = 
     )
 
 
-async def _in_parallel(jobs: Sequence[Awaitable[None]]) -> None:
-    """Run jobs in their order, a few at a time."""
-    limit = asyncio.Semaphore(_PARALLEL)
-
-    async def one(job: Awaitable[None]) -> None:
-        async with limit:
-            await job
-
+async def _together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run jobs side by side; they begin in their order."""
     async with asyncio.TaskGroup() as tasks:
         for job in jobs:
-            tasks.create_task(one(job))
+            tasks.create_task(job)
 
 
 async def _each(queue: asyncio.Queue[T], handle: Callable[[T], None]) -> None:

@@ -1,5 +1,6 @@
 """How an instance is connected with the bridge of its owner: one interface, and the built-in way of doing it."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -16,18 +17,28 @@ class Attached(msgspec.Struct, frozen=True):
     done: tuple[str, ...] = ()
 
 
+class Attachment(msgspec.Struct, frozen=True):
+    """An instance to be connected."""
+
+    instance_id: str
+    network: Network
+    ip: str
+    config: NetworkConfig
+
+
 class Backend(Protocol):
     """Connects instances with bridges, which are there already; bridges, firewall and names are not its matter."""
 
-    async def attach(self, instance_id: str, network: Network, ip: str, config: NetworkConfig) -> Attached:
-        """Make namespace, link, address, default route and speed limits, or mend what is wrong with them.
+    async def attach(self, wanted: Sequence[Attachment]) -> list[Attached | BaseException]:
+        """Make namespaces, links, addresses, default routes and speed limits, or mend what is wrong with them.
 
-        A namespace that is there is kept: a container may be running in it. Raises AosError; then call `detach`.
+        A namespace that is there is kept: a container may be running in it. Where the answer is an error, call
+        `detach`.
         """
         ...
 
-    async def detach(self, instance_id: str) -> None:
-        """Remove everything of an instance, however much there is of it; repeatable."""
+    async def detach(self, instance_ids: Sequence[str]) -> list[BaseException | None]:
+        """Remove everything of instances, however much there is of it; repeatable."""
         ...
 
     async def known(self) -> frozenset[str]:
@@ -42,14 +53,34 @@ class BuiltinBackend:
         self._links = links
         self._netlink = netlink
 
-    async def attach(self, instance_id: str, network: Network, ip: str, config: NetworkConfig) -> Attached:
+    async def attach(self, wanted: Sequence[Attachment]) -> list[Attached | BaseException]:
         """See Backend."""
-        done = await self._netlink.run(self._links.attach, instance_id, network, ip, config)
-        return Attached(veth_name(instance_id), tuple(done))
+        return await self._netlink.run(lambda: [self._attach(one) for one in wanted])
 
-    async def detach(self, instance_id: str) -> None:
+    def _attach(self, wanted: Attachment) -> Attached | BaseException:
+        try:
+            done = self._links.attach(wanted.instance_id, wanted.network, wanted.ip, wanted.config)
+        except Exception as error:
+            return error
+        return Attached(veth_name(wanted.instance_id), tuple(done))
+
+    async def detach(self, instance_ids: Sequence[str]) -> list[BaseException | None]:
         """See Backend."""
-        await self._netlink.run(self._links.detach, instance_id)
+        return await self._netlink.run(self._detach, instance_ids)
+
+    def _detach(self, instance_ids: Sequence[str]) -> list[BaseException | None]:
+        results: list[BaseException | None] = []
+        try:
+            self._links.remove_pairs(instance_ids)
+        except Exception as error:
+            return [error] * len(instance_ids)
+        for instance_id in instance_ids:
+            try:
+                self._links.remove_namespace(instance_id)
+                results.append(None)
+            except Exception as error:
+                results.append(error)
+        return results
 
     async def known(self) -> frozenset[str]:
         """See Backend."""

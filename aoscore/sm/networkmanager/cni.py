@@ -10,12 +10,13 @@ has undone its work (specification section 4, "cached results"). So whatever was
 next SM.
 """
 
+import asyncio
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,11 +27,14 @@ from aoscore.common.files import write_atomic
 from aoscore.common.log import kv
 from aoscore.common.process import run_program
 from aoscore.sm.launcher.runtimes.base import is_instance_id
-from aoscore.sm.networkmanager.backend import Attached
+from aoscore.sm.networkmanager.backend import Attached, Attachment
 from aoscore.sm.networkmanager.links import INSIDE, Links, burst_bytes, mac_address
 from aoscore.sm.networkmanager.model import Network, NetworkConfig, netns_path, parse_subnet
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 STATE_DIR = Path("/run/aos/cni")
 BIN_DIRS = (Path("/opt/cni/bin"), Path("/usr/lib/cni"), Path("/usr/libexec/cni"))
@@ -38,6 +42,7 @@ BIN_DIRS = (Path("/opt/cni/bin"), Path("/usr/lib/cni"), Path("/usr/libexec/cni")
 _VERSIONS = ("0.4.0", "1.0.0")
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TIMEOUT_S = 30.0
+_PARALLEL = 8
 
 
 class ConfigList(msgspec.Struct, frozen=True, rename={"cni_version": "cniVersion", "disable_check": "disableCheck"}):
@@ -181,11 +186,15 @@ class CniBackend:
         self._records = settings.state_dir / "results"
         self._ipam = settings.state_dir / "ipam"
 
-    async def attach(self, instance_id: str, network: Network, ip: str, config: NetworkConfig) -> Attached:
+    async def attach(self, wanted: Sequence[Attachment]) -> list[Attached | BaseException]:
         """See Backend. An instance whose plugins find fault with it is undone and made again."""
+        return await self._each(self._attach, wanted)
+
+    async def _attach(self, attachment: Attachment) -> Attached:
+        instance_id, network, ip = attachment.instance_id, attachment.network, attachment.ip
         wanted = Record(
             for_network(self._template, network, self._ipam),
-            runtime_config(instance_id, network, ip, config),
+            runtime_config(instance_id, network, ip, attachment.config),
         )
         done = await self._netlink.run(self._links.ensure_namespace, instance_id)
         record = await self._files.run(self._read, instance_id)
@@ -205,8 +214,11 @@ class CniBackend:
             raise FailedError(f"CNI plugins gave instance {instance_id} {sorted(addresses)}, CM allocated {ip}")
         return Attached(_host_if_name(record, network), tuple(done))
 
-    async def detach(self, instance_id: str) -> None:
+    async def detach(self, instance_ids: Sequence[str]) -> list[BaseException | None]:
         """See Backend. What a plugin can't undo now is tried again before the next attachment and at the next start."""
+        return await self._each(self._detach, instance_ids)
+
+    async def _detach(self, instance_id: str) -> None:
         record = await self._files.run(self._read, instance_id)
         if record is not None:
             await self._delete(instance_id, record)
@@ -216,6 +228,16 @@ class CniBackend:
         """See Backend."""
         found = self._records.glob("*.json") if self._records.is_dir() else ()
         return frozenset(path.stem for path in found if is_instance_id(path.stem))
+
+    async def _each(self, work: Callable[[T], Awaitable[R]], values: Sequence[T]) -> list[R | BaseException]:
+        """Do it for all, a few at a time."""
+        limit = asyncio.Semaphore(_PARALLEL)
+
+        async def one(value: T) -> R:
+            async with limit:
+                return await work(value)
+
+        return await asyncio.gather(*map(one, values), return_exceptions=True)
 
     async def _add(self, instance_id: str, record: Record) -> Record:
         await self._files.run(self._write, instance_id, record)

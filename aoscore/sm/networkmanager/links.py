@@ -14,18 +14,19 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from aoscore.common import linux
 from aoscore.common.errors import NotFoundError, NotSupportedError, RuntimeFailure
 from aoscore.sm.launcher.runtimes.base import is_instance_id
+from aoscore.sm.networkmanager import netlink
 from aoscore.sm.networkmanager.model import (
     NETNS_DIR,
     Network,
@@ -35,6 +36,7 @@ from aoscore.sm.networkmanager.model import (
     parse_subnet,
     veth_name,
 )
+from aoscore.sm.networkmanager.netlink import Address, Link, Message, Route
 
 ALIAS = "aos"
 INSIDE = "eth0"
@@ -43,9 +45,6 @@ _HAIRPIN = 1
 _UP = 0x1
 """IFF_UP."""
 _SIOCSIFFLAGS = 0x8914
-_MAIN_TABLE = 254
-_ROOT, _ROOT_HANDLE = 0xFFFFFFFF, 0x10000
-"""TC_H_ROOT, and 1: as AosCore 9.1 numbers its queue."""
 _MIN_BURST_BYTES = 12800
 _MAX_RATE_BYTES = 2**32 - 1
 # What AosCore 9.1 made has no alias: it is known by name and kind, its links by the bridge they are on.
@@ -54,7 +53,6 @@ _FORMER = {
     "vlan": re.compile(r"vlan-[0-9a-f]{8}"),
     "ifb": re.compile(r"ifb-[0-9a-f]{8}"),
 }
-_OUR_NAMES = re.compile(r"(br-|veth|vlan-|ifb-)[0-9a-f]{8}")
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -71,7 +69,7 @@ class Links:
     """
 
     def __init__(self) -> None:
-        self._route: Any = None
+        self._route: Route | None = None
 
     def close(self) -> None:
         """Close the netlink socket."""
@@ -80,9 +78,9 @@ class Links:
             self._route = None
 
     @property
-    def _ip(self) -> Any:
+    def _host(self) -> Route:
         if self._route is None:
-            self._route = _open_route()
+            self._route = Route()
         return self._route
 
     def ensure_bridge(self, network: Network) -> list[str]:
@@ -93,21 +91,20 @@ class Links:
         mac = mac_address(f"{network.network_id} {network.ip}")
         subnet = parse_subnet(network.subnet)
         with _netlink_errors(f"bridge {network.bridge}"):
-            link = self._link(network.bridge)
+            link = self._host.link(network.bridge)
             if link is None:
-                self._ip.link("add", ifname=network.bridge, kind="bridge", address=mac)
+                self._host.do(netlink.new_bridge(network.bridge, mac))
                 link = self._need(network.bridge)
                 done.append("bridge")
-            elif _kind(link) != "bridge":
+            elif link.kind != "bridge":
                 raise RuntimeFailure(f"link {network.bridge} is in the way, it is no bridge")
-            index = link["index"]
             _refuse_ipv6(network.bridge)
-            if link.get_attr("IFLA_IFALIAS") != ALIAS or link.get_attr("IFLA_ADDRESS") != mac:
-                self._ip.link("set", index=index, ifalias=ALIAS, address=mac)
-            wanted = (network.ip, subnet.prefixlen)
-            done += _ensure_address(self._ip, index, wanted, broadcast=str(subnet.broadcast_address))
-            if not link["flags"] & _UP:
-                self._ip.link("set", index=index, state="up")
+            if link.alias != ALIAS or link.address != mac:
+                self._host.do(netlink.change_link(link.index, alias=ALIAS, address=mac))
+            wanted = Address(network.ip, subnet.prefixlen)
+            done += _ensure_address(self._host, link.index, wanted, broadcast=str(subnet.broadcast_address))
+            if not link.is_up:
+                self._host.do(netlink.change_link(link.index, up=True))
                 done.append("bridge up")
         return done
 
@@ -118,24 +115,20 @@ class Links:
         """
         name = network.vlan_if_name
         with _netlink_errors(f"VLAN {network.vlan_id} of network {network.network_id}"):
-            parent, bridge = self._uplink(), self._need(network.bridge)["index"]
+            parent, bridge = self._uplink(), self._need(network.bridge).index
             if parent is None:
                 raise NotFoundError("there is no default route, whose link would carry the VLAN")
-            link = self._link(name)
-            if link is not None and (
-                _kind(link) != "vlan"
-                or link.get_attr("IFLA_LINK") != parent
-                or link.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA", "IFLA_VLAN_ID") != network.vlan_id
-            ):
-                self._ip.link("del", index=link["index"])
+            link = self._host.link(name)
+            if link is not None and (link.kind, link.parent, link.vlan_id) != ("vlan", parent, network.vlan_id):
+                self._host.do(netlink.delete_link(link.index))
                 link = None
             done = []
             if link is None:
                 mac = mac_address(f"{name} {network.ip}")
                 try:
-                    self._ip.link("add", ifname=name, kind="vlan", link=parent, vlan_id=network.vlan_id, address=mac)
-                except Exception as error:
-                    if getattr(error, "code", None) == errno.EOPNOTSUPP:
+                    self._host.do(netlink.new_vlan(name, parent, network.vlan_id, mac))
+                except OSError as error:
+                    if error.errno == errno.EOPNOTSUPP:
                         where = socket.if_indextoname(parent)
                         raise NotSupportedError(
                             f"link {where} can carry no VLAN, or the kernel has none (8021q)"
@@ -149,12 +142,10 @@ class Links:
 
     def remove_link(self, name: str) -> None:
         """Delete a link; an absent one is success."""
-        if _index(name) is None:
-            return
-        with _netlink_errors(f"link {name}"):
-            index = _index(name)
-            if index is not None:
-                self._ip.link("del", index=index)
+        index = _index(name)
+        if index is not None:
+            with _netlink_errors(f"link {name}"):
+                self._host.do(netlink.delete_link(index))
 
     def attach(self, instance_id: str, network: Network, ip: str, config: NetworkConfig) -> list[str]:
         """Namespace of an instance and its link to the bridge, with addresses, route and speeds.
@@ -162,27 +153,30 @@ class Links:
         A namespace that is there is kept: a container may be running in it.
         """
         name, namespace = veth_name(instance_id), netns_path(instance_id)
-        done = []
+        address = Address(ip, parse_subnet(network.subnet).prefixlen)
+        done = self.ensure_namespace(instance_id)
         with _netlink_errors(f"network of instance {instance_id}"):
-            done += self.ensure_namespace(instance_id)
-            inside = None if done else linux.in_own_thread(_index_inside, namespace)
-            link = self._link(name)
-            if link is not None and (inside is None or link.get_attr("IFLA_LINK") != inside):
-                self._ip.link("del", index=link["index"])
+            bridge = self._need(network.bridge).index
+            link = None if done else self._host.link(name)
+            if link is not None and link.parent != linux.in_own_thread(_index_inside, namespace):
+                self._host.do(netlink.delete_link(link.index))
                 link = None
             if link is None:
-                self._make_link(instance_id, namespace)
-                link = self._need(name)
+                self._make_link(instance_id, namespace, bridge)
+                index = socket.if_nametoindex(name)
+                # What a queue of the new link would be is known: there is none.
+                self._host.do(
+                    netlink.change_link(index, alias=ALIAS, hairpin=True), *_rate(index, config.download_speed_kbit)
+                )
                 done.append("link")
             else:
                 # AosCore 9.1 shapes uploads there; without its ifb link everything would be dropped.
-                with contextlib.suppress(_netlink_error()):
-                    self._ip.tc("del", "ingress", link["index"])
-            self._own(link)
-            done += self._enslave(link, self._need(network.bridge)["index"])
-            self._ip.brport("set", index=link["index"], mode=_HAIRPIN)
-            _ensure_rate(self._ip, link, config.download_speed_kbit)
-            address = (ip, parse_subnet(network.subnet).prefixlen)
+                with contextlib.suppress(OSError):
+                    self._host.do(netlink.delete_ingress(link.index))
+                self._own(link)
+                done += self._enslave(link, bridge)
+                self._host.do(netlink.change_link(link.index, hairpin=True))
+                _ensure_rate(self._host, link, config.download_speed_kbit)
             done += linux.in_own_thread(_configure_inside, namespace, address, network.ip, config.upload_speed_kbit)
         return done
 
@@ -198,83 +192,75 @@ class Links:
 
     def detach(self, instance_id: str) -> None:
         """Remove link and namespace of an instance; repeatable."""
-        self.remove_link(veth_name(instance_id))
-        _remove_namespace(netns_path(instance_id))
+        self.remove_pairs([instance_id])
+        self.remove_namespace(instance_id)
+
+    def remove_pairs(self, instance_ids: Iterable[str]) -> None:
+        """Delete the links of instances; absent ones are success."""
+        indexes = [index for name in instance_ids if (index := _index(veth_name(name))) is not None]
+        with _netlink_errors("links of instances"):
+            if len(indexes) == 1:
+                self._host.do(netlink.delete_link(indexes[0]))
+            elif indexes:
+                # The kernel waits 30 ms for its readers: per deletion, or once for a group of any size.
+                group = random.randrange(1 << 30, 1 << 31)  # noqa: S311 - a number that nobody else uses
+                self._host.do(*(netlink.change_link(index, group=group) for index in indexes))
+                self._host.do(netlink.delete_group(group))
+
+    def remove_namespace(self, instance_id: str) -> None:
+        """Give up the namespace of an instance; an absent one is success."""
+        with _netlink_errors(f"network namespace of instance {instance_id}"):
+            _remove_namespace(netns_path(instance_id))
 
     def inventory(self) -> Inventory:
         """Links and namespaces of ours, whoever made them and when (sm-runtime.md §7, D39)."""
-        links: set[str] = set()
-        # Asked without netlink first: a node without instances need not load its library.
-        if any(_OUR_NAMES.fullmatch(name) for _, name in socket.if_nameindex()):
-            with _netlink_errors("list of links"):
-                links = _ours(list(self._ip.get_links()))
+        with _netlink_errors("list of links"):
+            links = _ours(self._host.links())
         names = NETNS_DIR.iterdir() if NETNS_DIR.is_dir() else ()
         return Inventory(frozenset(links), frozenset(path.name for path in names if is_instance_id(path.name)))
 
-    def _make_link(self, instance_id: str, namespace: Path) -> None:
+    def _make_link(self, instance_id: str, namespace: Path, bridge: int) -> None:
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # The same address at every start: neighbours remember it.
-            peer = {"ifname": INSIDE, "net_ns_fd": fd, "address": mac_address(instance_id)}
-            self._ip.link("add", ifname=veth_name(instance_id), kind="veth", peer=peer)
+            mac = mac_address(instance_id)
+            self._host.do(netlink.new_pair(veth_name(instance_id), bridge, INSIDE, mac, fd))
         finally:
             os.close(fd)
 
-    def _own(self, link: Any) -> None:
-        if link.get_attr("IFLA_IFALIAS") != ALIAS:
-            self._ip.link("set", index=link["index"], ifalias=ALIAS)
+    def _own(self, link: Link) -> None:
+        if link.alias != ALIAS:
+            self._host.do(netlink.change_link(link.index, alias=ALIAS))
 
-    def _enslave(self, link: Any, bridge: int) -> list[str]:
+    def _enslave(self, link: Link, bridge: int) -> list[str]:
         done = []
-        if link.get_attr("IFLA_MASTER") != bridge:
-            self._ip.link("set", index=link["index"], master=bridge)
+        if link.master != bridge:
+            self._host.do(netlink.change_link(link.index, master=bridge))
             done.append("place on bridge")
-        if not link["flags"] & _UP:
-            self._ip.link("set", index=link["index"], state="up")
+        if not link.is_up:
+            self._host.do(netlink.change_link(link.index, up=True))
             done.append("link up")
         return done
 
     def _uplink(self) -> int | None:
         """Index of the link with the preferred default route."""
-        routes = [
-            route for route in self._ip.get_routes(family=socket.AF_INET, table=_MAIN_TABLE) if _is_default(route)
-        ]
-        routes = [route for route in routes if route.get_attr("RTA_OIF")]
-        best = min(routes, key=lambda route: route.get_attr("RTA_PRIORITY") or 0, default=None)
-        return int(best.get_attr("RTA_OIF")) if best is not None else None
+        routes = [route for route in self._host.default_routes() if route.link]
+        best = min(routes, key=lambda route: route.priority, default=None)
+        return best.link if best is not None else None
 
-    def _link(self, name: str) -> Any:
-        index = _index(name)
-        return next(iter(self._ip.get_links(index)), None) if index is not None else None
-
-    def _need(self, name: str) -> Any:
-        link = self._link(name)
+    def _need(self, name: str) -> Link:
+        link = self._host.link(name)
         if link is None:
             raise RuntimeFailure(f"link {name} was made and is gone")
         return link
 
 
 @contextlib.contextmanager
-def _netlink_errors(what: str) -> Any:
+def _netlink_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except _netlink_error() as error:
-        raise RuntimeFailure(f"{what}: {os.strerror(error.code)}", error.code) from error
     except OSError as error:
         raise RuntimeFailure(f"{what}: {error.strerror or error}", error.errno or 0) from error
-
-
-def _netlink_error() -> Any:
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    return NetlinkError
-
-
-def _open_route() -> Any:
-    # Imported on use: it takes time and memory that a node without instances can save.
-    from pyroute2 import IPRoute
-
-    return IPRoute()
 
 
 def _index(name: str) -> int | None:
@@ -291,23 +277,18 @@ def _refuse_ipv6(name: str) -> None:
         Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
 
 
-def _kind(link: Any) -> str:
-    return str(link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "")
-
-
-def _ours(links: Iterable[Any]) -> set[str]:
+def _ours(links: Iterable[Link]) -> set[str]:
     """Names of the links that are ours, also those that AosCore 9.1 made."""
     links = list(links)
-    known = {link["index"]: link for link in links if _is_ours(link)}
-    bridges = {index for index, link in known.items() if _kind(link) == "bridge"}
-    on_bridge = [link for link in links if _kind(link) == "veth" and link.get_attr("IFLA_MASTER") in bridges]
-    return {str(link.get_attr("IFLA_IFNAME")) for link in (*known.values(), *on_bridge)}
+    known = {link.index: link for link in links if _is_ours(link)}
+    bridges = {index for index, link in known.items() if link.kind == "bridge"}
+    on_bridge = [link for link in links if link.kind == "veth" and link.master in bridges]
+    return {link.name for link in (*known.values(), *on_bridge)}
 
 
-def _is_ours(link: Any) -> bool:
-    former = _FORMER.get(_kind(link))
-    is_former = former is not None and former.fullmatch(str(link.get_attr("IFLA_IFNAME"))) is not None
-    return is_former or link.get_attr("IFLA_IFALIAS") == ALIAS
+def _is_ours(link: Link) -> bool:
+    former = _FORMER.get(link.kind)
+    return link.alias == ALIAS or (former is not None and former.fullmatch(link.name) is not None)
 
 
 def mac_address(text: str) -> str:
@@ -316,19 +297,16 @@ def mac_address(text: str) -> str:
     return ":".join(["02", "a0", *(digits[index : index + 2] for index in range(0, 8, 2))])
 
 
-def _ensure_address(route: Any, index: int, wanted: tuple[str, int], **members: str) -> list[str]:
+def _ensure_address(route: Route, index: int, wanted: Address, broadcast: str = "") -> list[str]:
     """Exactly one IPv4 address on a link."""
-    present = {
-        (address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS"), address["prefixlen"])
-        for address in route.get_addr(index=index, family=socket.AF_INET)
-    }
-    if present == {wanted}:
+    present = route.addresses(index)
+    if present == [wanted]:
         return []
     # One that is to go may take the wanted one of the same subnet along: so all go.
-    for address, prefix_length in present:
-        with contextlib.suppress(_netlink_error()):
-            route.addr("del", index=index, address=address, prefixlen=prefix_length)
-    route.addr("add", index=index, address=wanted[0], prefixlen=wanted[1], **members)
+    for address in present:
+        with contextlib.suppress(OSError):
+            route.do(netlink.delete_address(index, address))
+    route.do(netlink.new_address(index, wanted, broadcast))
     return ["address"]
 
 
@@ -341,19 +319,17 @@ def burst_bytes(kbit: int) -> int:
     return max(_MIN_BURST_BYTES, _rate_bytes(kbit) // 250)
 
 
-def _ensure_rate(route: Any, link: Any, kbit: int) -> None:
+def _rate(index: int, kbit: int) -> list[Message]:
+    """What limits a link that has no limit."""
+    return [netlink.limit_rate(index, _rate_bytes(kbit), burst_bytes(kbit))] if kbit > 0 else []
+
+
+def _ensure_rate(route: Route, link: Link, kbit: int) -> None:
     """Limit what a link sends, or see that nothing limits it."""
-    index = link["index"]
-    if kbit > 0:
-        rate, burst = _rate_bytes(kbit), burst_bytes(kbit)
-        # Replaced without a look at what is there: the kernel keeps a queue of the same kind and its packets.
-        route.tc("replace", "tbf", index, handle=_ROOT_HANDLE, rate=rate, burst=burst, limit=4 * burst)
-    elif link.get_attr("IFLA_QDISC") == "tbf":
-        route.tc("del", index=index, parent=_ROOT, handle=_ROOT_HANDLE)
-
-
-def _is_default(route: Any) -> bool:
-    return route["dst_len"] == 0 and route.get_attr("RTA_DST") is None
+    if kbit <= 0 and link.queue == "tbf":
+        route.do(netlink.unlimit_rate(link.index))
+    # Replaced without a look at what is there: the kernel keeps a queue of the same kind and its packets.
+    route.do(*_rate(link.index, kbit))
 
 
 def _make_namespace(path: Path) -> None:
@@ -402,24 +378,22 @@ def _index_inside(namespace: Path) -> int | None:
     return _index(INSIDE)
 
 
-def _configure_inside(namespace: Path, address: tuple[str, int], gateway: str, upload_kbit: int) -> list[str]:
+def _configure_inside(namespace: Path, address: Address, gateway: str, upload_kbit: int) -> list[str]:
     """In a thread of its own."""
     linux.setns(namespace, linux.CLONE_NEWNET)
     done = []
-    with contextlib.closing(_open_route()) as route:
-        links = {link.get_attr("IFLA_IFNAME"): link for link in route.get_links()}
+    with Route() as route:
+        links = {link.name: link for link in route.links()}
         inner = links[INSIDE]
-        index = inner["index"]
-        done += _ensure_address(route, index, address)
+        done += _ensure_address(route, inner.index, address)
         for link in (links["lo"], inner):
-            if not link["flags"] & _UP:
-                route.link("set", index=link["index"], state="up")
-                done.append(f"{link.get_attr('IFLA_IFNAME')} up")
-        defaults = [known for known in route.get_routes(family=socket.AF_INET, table=_MAIN_TABLE) if _is_default(known)]
-        if [(known.get_attr("RTA_OIF"), known.get_attr("RTA_GATEWAY")) for known in defaults] != [(index, gateway)]:
-            for known in defaults:
-                route.route("del", dst="default", priority=known.get_attr("RTA_PRIORITY") or 0)
-            route.route("add", dst="default", gateway=gateway)
+            if not link.is_up:
+                route.do(netlink.change_link(link.index, up=True))
+                done.append(f"{link.name} up")
+        defaults = route.default_routes()
+        if [(known.link, known.gateway) for known in defaults] != [(inner.index, gateway)]:
+            route.do(*(netlink.delete_default_route(known.priority) for known in defaults))
+            route.do(netlink.new_default_route(gateway))
             done.append("default route")
         _ensure_rate(route, inner, upload_kbit)
     return done

@@ -11,6 +11,7 @@ or the kernel cannot do it, instances of this node still have their network, and
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +30,7 @@ from aoscore.common.types import (
     NodeNetwork,
 )
 from aoscore.sm.launcher.runtimes.base import instance_id as id_of
-from aoscore.sm.networkmanager import nft
-from aoscore.sm.networkmanager.backend import Backend, BuiltinBackend
+from aoscore.sm.networkmanager.backend import Attachment, Backend, BuiltinBackend
 from aoscore.sm.networkmanager.cni import CniBackend, CniSettings
 from aoscore.sm.networkmanager.dns import DNS_DIR, DnsServer, Records, stop_unknown
 from aoscore.sm.networkmanager.firewall import instance_rules, ruleset
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TRAFFIC_PERIOD_S = 60.0
+# Changes in one round: enough to share what is done once, few enough that the first need not wait for the last.
+_ROUND = 32
 _IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 
@@ -117,11 +119,12 @@ class NetworkManager:
         self._dns: dict[str, DnsServer] = {}
         self._alone: dict[str, str] = {}
         """Networks that should be joined with other nodes and are not, and why."""
-        self._network_locks: dict[str, asyncio.Lock] = {}
-        self._firewall_lock = asyncio.Lock()
-        self._firewall_wanted = 0
-        self._firewall_applied = 0
-        self._traffic_lock = asyncio.Lock()
+        self._waiting: deque[_Change] = deque()
+        self._wake = asyncio.Event()
+        self._links_lock = asyncio.Lock()
+        """Held by whoever changes links."""
+        self._rules_lock = asyncio.Lock()
+        """Held by whoever changes or reads tables of nftables."""
         self._tasks: asyncio.TaskGroup | None = None
 
     # The service
@@ -132,6 +135,7 @@ class NetworkManager:
             try:
                 await self._restore()
                 self._tasks.create_task(self._follow_routes(), name="routes")
+                self._tasks.create_task(self._work(), name="network changes")
                 started()
                 while True:
                     await asyncio.sleep(_TRAFFIC_PERIOD_S)
@@ -165,7 +169,7 @@ class NetworkManager:
         for network_id in {instance.network_id for instance in self._instances.values() if instance.host_if_name}:
             await self._mend(self._networks[network_id])
         up = [instance for instance in self._instances.values() if instance.host_if_name]
-        await self._apply_firewall()
+        await self._write_rules()
         await self._traffic.start([_counted(instance) for instance in up], datetime.now(UTC))
         for network_id in {instance.network_id for instance in up}:
             await self._update_dns(network_id)
@@ -183,33 +187,35 @@ class NetworkManager:
         if mended:
             _log.warning(kv("Network mended", network=network.network_id, what=", ".join(mended)))
         await self._join_nodes(network)
-        for instance in self._attached(network.network_id):
+        instances = self._attached(network.network_id)
+        results = await self._backend.attach(
+            [Attachment(one.instance_id, network, one.allocated.ip, one.config) for one in instances]
+        )
+        for instance, attached in zip(instances, results, strict=True):
             name = instance.instance_id
-            try:
-                attached = await self._backend.attach(name, network, instance.allocated.ip, instance.config)
-            except AosError as error:
-                await self._give_up(instance, error)
+            if isinstance(attached, BaseException):
+                await self._give_up(instance, attached)
                 continue
             if attached.done:
                 _log.warning(kv("Network of instance mended", id=name, what=", ".join(attached.done)))
             if attached.host_if_name != instance.host_if_name:
                 instance = msgspec.structs.replace(instance, host_if_name=attached.host_if_name)
-                await self._store.save(network, instance)
+                await self._store.save((network, instance))
                 self._instances[name] = instance
 
-    async def _give_up(self, instance: StoredInstance, reason: AosError) -> None:
+    async def _give_up(self, instance: StoredInstance, reason: BaseException) -> None:
         """Remove what can't be mended: the runtime then finds no namespace and starts the instance anew."""
         name = instance.instance_id
         _log.warning(kv("Network of instance can't be mended and is removed", id=name, reason=reason))
         self._instances[name] = msgspec.structs.replace(instance, host_if_name="")
         with log_and_continue(_log, f"Can't remove network of instance {name}"):
-            await self._backend.detach(name)
+            await self._detach_at_once(name)
 
     async def _remove_leftovers(self, up: dict[str, StoredInstance]) -> None:
         found = await self._netlink.run(self._links.inventory)
         for name in (found.namespaces | await self._backend.known()) - up.keys():
             with log_and_continue(_log, f"Can't remove leftover network of instance {name}"):
-                await self._backend.detach(name)
+                await self._detach_at_once(name)
         used = {instance.host_if_name for instance in up.values()}
         networks = [self._networks[instance.network_id] for instance in up.values()]
         used |= {name for network in networks for name in (network.bridge, network.vlan_if_name)}
@@ -225,53 +231,181 @@ class NetworkManager:
 
         Raises AosError; then nothing is up, and an allocation stays stored for the next attempt.
         """
-        network, instance = await self._allocate(instance_id, check_network_id(network_id), config)
-        rules = instance_rules(instance)
         try:
-            async with self._network_lock(network_id):
-                self._check_name(instance)
-                await self._netlink.run(self._links.ensure_bridge, network)
-                await self._join_nodes(network)
-                attached = await self._backend.attach(instance_id, network, rules.ip, config)
-                instance = msgspec.structs.replace(instance, host_if_name=attached.host_if_name)
-                await self._store.save(network, instance)
-                self._instances[instance_id] = instance
-                await self._update_dns(network_id)
-            await self._apply_firewall()
-            async with self._traffic_lock:
-                await self._traffic.add(_counted(instance))
-        except BaseException:
+            await self._submit(_Change(instance_id, check_network_id(network_id), config))
+        except asyncio.CancelledError:
             with log_and_continue(_log, f"Can't take down network of instance {instance_id}"):
                 await self.detach(instance_id)
             raise
+        network, instance = self._networks[network_id], self._instances[instance_id]
         return AttachedNetwork(
             netns=netns_path(instance_id),
-            hosts=hosts_file(rules.ip, _own_names(config), network_id, config.hosts),
+            hosts=hosts_file(instance.allocated.ip, _own_names(config), network_id, config.hosts),
             resolv_conf=resolv_conf(network.ip, instance.allocated.dns_servers),
         )
 
     async def detach(self, instance_id: str) -> None:
         """Take an instance's network down and keep its allocation; repeatable."""
-        instance = self._instances.get(instance_id)
-        if instance is None:
-            await self._backend.detach(instance_id)
-            return
-        network = self._networks[instance.network_id]
-        async with self._traffic_lock:
-            with log_and_continue(_log, f"Can't keep traffic totals of instance {instance_id}"):
-                await self._traffic.remove(instance_id)
-        async with self._network_lock(network.network_id):
-            await self._backend.detach(instance_id)
-            if instance.host_if_name:
-                instance = msgspec.structs.replace(instance, host_if_name="")
-                self._instances[instance_id] = instance
-                await self._store.save(network, instance)
-            await self._update_dns(network.network_id)
-            if not self._attached(network.network_id):
-                for link in filter(None, (network.vlan_if_name, network.bridge)):
-                    await self._netlink.run(self._links.remove_link, link)
-                self._alone.pop(network.network_id, None)
-        await self._apply_firewall()
+        await self._submit(_Change(instance_id))
+
+    # Changes go in rounds: what comes while a round is being made waits for the next, so that many instances cost
+    # little more than one where the cost is a transaction, a program or a wait in the kernel.
+
+    async def _submit(self, change: "_Change") -> None:
+        if self._tasks is None:
+            raise FailedError("the network manager is not running")
+        self._waiting.append(change)
+        self._wake.set()
+        await change.done
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while changes := self._next_round():
+                async with self._links_lock:
+                    await self._make(changes)
+
+    def _next_round(self) -> list["_Change"]:
+        """At most one change of an instance, in the order in which they came."""
+        taken: dict[str, _Change] = {}
+        while self._waiting and len(taken) < _ROUND and self._waiting[0].instance_id not in taken:
+            change = self._waiting.popleft()
+            if not change.done.done():
+                taken[change.instance_id] = change
+        return list(taken.values())
+
+    async def _make(self, changes: Sequence["_Change"]) -> None:
+        """Make all changes or tell each why not. One that spoils a common step fails alone."""
+        try:
+            await self._make_together(changes)
+        except Exception as error:
+            left = [change for change in changes if not change.done.done()]
+            if len(changes) > 1:
+                for change in left:
+                    await self._make([change])
+                return
+            for change in left:
+                if change.config is not None:
+                    with log_and_continue(_log, f"Can't take down network of instance {change.instance_id}"):
+                        await self._make_together([_Change(change.instance_id)])
+                change.end(error)
+
+    async def _make_together(self, changes: Sequence["_Change"]) -> None:
+        up = await self._allocate([change for change in changes if change.config is not None])
+        up, failed = await self._attach(up)
+        down = [change for change in changes if change.config is None]
+        down = await self._detach([*down, *failed])
+        touched = [self._instances[one.instance_id] for one in (*up, *down) if one.instance_id in self._instances]
+        await self._store.save(*((self._networks[instance.network_id], instance) for instance in touched))
+        for network_id in dict.fromkeys(instance.network_id for instance in touched):
+            await self._update_dns(network_id)
+            if not self._attached(network_id):
+                await self._remove_bridge(self._networks[network_id])
+        await self._write_rules(
+            [_counted(self._instances[change.instance_id]) for change in up], [change.instance_id for change in down]
+        )
+        for change in (*up, *down):
+            change.end(change.error)
+
+    async def _allocate(self, changes: Sequence["_Change"]) -> list["_Change"]:
+        """See that networks and addresses are known and stored; those for which they are."""
+        new = [change for change in changes if not self._is_allocated(change)]
+        unknown = sorted({change.network_id for change in new} - self._networks.keys())
+        answers = await asyncio.gather(*map(self._cm.get_node_network_params, unknown), return_exceptions=True)
+        joined: dict[str, NodeNetwork | BaseException] = dict(zip(unknown, answers, strict=True))
+
+        async def allocate(change: _Change) -> tuple[Network, StoredInstance]:
+            assert change.config is not None  # noqa: S101 - it is to come up
+            network_id, config = change.network_id, change.config
+            network = self._networks.get(network_id)
+            if network is None:
+                node = joined[network_id]
+                if isinstance(node, BaseException):
+                    raise node
+                network = node_network(network_id, node)
+            allocated = await self._cm.allocate_instance_network(config.ident, network_id, wishes(config, network_id))
+            instance = StoredInstance(change.instance_id, network_id, config, allocated)
+            instance_rules(instance)
+            return network, instance
+
+        results = await asyncio.gather(*map(allocate, new), return_exceptions=True)
+        rows = [result for result in results if not isinstance(result, BaseException)]
+        await self._store.save(*rows)
+        for network, instance in rows:
+            self._networks[network.network_id] = network
+            self._instances[instance.instance_id] = instance
+        for change, result in zip(new, results, strict=True):
+            if isinstance(result, BaseException):
+                change.end(result)
+        return [change for change in changes if self._is_allocated(change)]
+
+    def _is_allocated(self, change: "_Change") -> bool:
+        stored = self._instances.get(change.instance_id)
+        return stored is not None and (stored.network_id, stored.config) == (change.network_id, change.config)
+
+    async def _attach(self, changes: Sequence["_Change"]) -> tuple[list["_Change"], list["_Change"]]:
+        """Bridges and links of instances; those that are up, and those that are not and must be cleaned."""
+        bridged: dict[str, AosError | None] = {}
+        for network_id in dict.fromkeys(change.network_id for change in changes):
+            try:
+                await self._netlink.run(self._links.ensure_bridge, self._networks[network_id])
+                await self._join_nodes(self._networks[network_id])
+                bridged[network_id] = None
+            except AosError as error:
+                bridged[network_id] = error
+        names = {(one.network_id, alias(one.config)): one for one in self._instances.values() if one.host_if_name}
+        for change in changes:
+            change.error = bridged[change.network_id] or self._claim_name(self._instances[change.instance_id], names)
+        wanted = [change for change in changes if change.error is None]
+        results = await self._backend.attach([self._attachment(change.instance_id) for change in wanted])
+        up = []
+        for change, result in zip(wanted, results, strict=True):
+            if isinstance(result, BaseException):
+                change.error = result
+            else:
+                up.append(change)
+                self._set_link(change.instance_id, result.host_if_name)
+        return up, [change for change in changes if change.error is not None]
+
+    def _claim_name(
+        self, instance: StoredInstance, names: dict[tuple[str, str], StoredInstance]
+    ) -> AlreadyExistsError | None:
+        """Two items may ask for one host name; then the second has to wait (sm.md §12, D10)."""
+        wanted = alias(instance.config)
+        holder = names.setdefault((instance.network_id, wanted), instance)
+        if not wanted or holder.instance_id == instance.instance_id:
+            return None
+        whose = f"instance {holder.config.ident} in network {instance.network_id}"
+        return AlreadyExistsError(f"host name {wanted} is that of {whose}")
+
+    async def _detach(self, changes: Sequence["_Change"]) -> list["_Change"]:
+        """Take links down; those that are. An instance that is not known has none of the rest either."""
+        results = await self._backend.detach([change.instance_id for change in changes])
+        for change, error in zip(changes, results, strict=True):
+            if error is None:
+                self._set_link(change.instance_id, "")
+            else:
+                change.end(change.error or error)
+        return [change for change, error in zip(changes, results, strict=True) if error is None]
+
+    async def _detach_at_once(self, instance_id: str) -> None:
+        for error in await self._backend.detach([instance_id]):
+            if error is not None:
+                raise error
+
+    def _attachment(self, instance_id: str) -> Attachment:
+        instance = self._instances[instance_id]
+        return Attachment(instance_id, self._networks[instance.network_id], instance.allocated.ip, instance.config)
+
+    def _set_link(self, instance_id: str, host_if_name: str) -> None:
+        if instance := self._instances.get(instance_id):
+            self._instances[instance_id] = msgspec.structs.replace(instance, host_if_name=host_if_name)
+
+    async def _remove_bridge(self, network: Network) -> None:
+        for link in filter(None, (network.vlan_if_name, network.bridge)):
+            await self._netlink.run(self._links.remove_link, link)
+        self._alone.pop(network.network_id, None)
 
     # For the launcher and the link to CM
 
@@ -319,15 +453,15 @@ class NetworkManager:
         allocated = msgspec.structs.replace(instance.allocated, firewall_rules=(*known, *new))
         instance = msgspec.structs.replace(instance, allocated=allocated)
         instance_rules(instance)
-        await self._store.save(self._networks[instance.network_id], instance)
+        await self._store.save((self._networks[instance.network_id], instance))
         self._instances[instance.instance_id] = instance
-        await self._apply_firewall()
+        await self._write_rules()
 
     # For monitoring
 
     async def refresh_traffic(self) -> None:
         """Read the traffic counters."""
-        async with self._traffic_lock:
+        async with self._rules_lock:
             await self._traffic.refresh(datetime.now(UTC))
 
     def traffic(self, instance_id: str | None = None) -> Totals:
@@ -335,33 +469,6 @@ class NetworkManager:
         return self._traffic.totals(instance_id or SYSTEM)
 
     # Inside
-
-    async def _allocate(
-        self, instance_id: str, network_id: str, config: NetworkConfig
-    ) -> tuple[Network, StoredInstance]:
-        stored = self._instances.get(instance_id)
-        if stored is not None and stored.network_id == network_id and stored.config == config:
-            return self._networks[network_id], stored
-        async with self._network_lock(network_id):
-            network = self._networks.get(network_id)
-            if network is None:
-                node = await self._cm.get_node_network_params(network_id)
-                network = node_network(network_id, node)
-        allocated = await self._cm.allocate_instance_network(config.ident, network_id, wishes(config, network_id))
-        instance = StoredInstance(instance_id, network_id, config, allocated)
-        instance_rules(instance)
-        await self._store.save(network, instance)
-        self._networks[network_id] = network
-        self._instances[instance_id] = instance
-        return network, instance
-
-    def _check_name(self, instance: StoredInstance) -> None:
-        """Two items may ask for one host name; then the second has to wait (sm.md §12, D10)."""
-        wanted, network_id = alias(instance.config), instance.network_id
-        for other in self._attached(network_id) if wanted else ():
-            if other.instance_id != instance.instance_id and alias(other.config) == wanted:
-                holder = other.config.ident
-                raise AlreadyExistsError(f"host name {wanted} is that of instance {holder} in network {network_id}")
 
     async def _join_nodes(self, network: Network) -> None:
         """Join a network with the other nodes, or say once why that can't be."""
@@ -382,7 +489,7 @@ class NetworkManager:
             while True:
                 await changes.wait()
                 for name in sorted({instance.network_id for instance in self._instances.values()}):
-                    async with self._network_lock(name):
+                    async with self._links_lock:
                         if self._attached(name):
                             await self._join_nodes(self._networks[name])
 
@@ -405,24 +512,17 @@ class NetworkManager:
             self._dns[network_id] = DnsServer(self._networks[network_id], self._files, self._tasks, root=self._dns_dir)
         await self._dns[network_id].update(records)
 
-    async def _apply_firewall(self) -> None:
-        """Write the table. Callers that come while it is being written share the next round."""
-        self._firewall_wanted += 1
-        mine = self._firewall_wanted
-        async with self._firewall_lock:
-            if self._firewall_applied >= mine:
-                return
-            covers = self._firewall_wanted
+    async def _write_rules(self, counted: Sequence[Counted] = (), not_counted: Sequence[str] = ()) -> None:
+        """Write the firewall as a whole and change what is counted, in one transaction."""
+        async with self._rules_lock:
             up = [instance for instance in self._instances.values() if instance.host_if_name]
             networks = {instance.network_id for instance in up}
-            await nft.apply(
-                ruleset(
-                    [self._networks[network_id] for network_id in sorted(networks)],
-                    [instance_rules(instance) for instance in sorted(up, key=lambda item: item.instance_id)],
-                    self._host_ports,
-                )
+            rules = ruleset(
+                [self._networks[network_id] for network_id in sorted(networks)],
+                [instance_rules(instance) for instance in sorted(up, key=lambda item: item.instance_id)],
+                self._host_ports,
             )
-            self._firewall_applied = covers
+            await self._traffic.change(counted, not_counted, rules)
 
     def _attached(self, network_id: str) -> list[StoredInstance]:
         return [
@@ -431,8 +531,26 @@ class NetworkManager:
             if instance.network_id == network_id and instance.host_if_name
         ]
 
-    def _network_lock(self, network_id: str) -> asyncio.Lock:
-        return self._network_locks.setdefault(network_id, asyncio.Lock())
+
+class _Change:
+    """An instance's network that is to come up, or to go down where there is no `config`; `done` when it has."""
+
+    def __init__(self, instance_id: str, network_id: str = "", config: NetworkConfig | None = None) -> None:
+        self.instance_id = instance_id
+        self.network_id = network_id
+        self.config = config
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.error: BaseException | None = None
+        """Why it does not come up, while what there is of it is being removed."""
+
+    def end(self, error: BaseException | None) -> None:
+        """Tell whoever waits for it."""
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
 
 
 def _own_names(config: NetworkConfig) -> tuple[str, ...]:

@@ -86,6 +86,8 @@ class _Listing(msgspec.Struct, frozen=True):
 
 async def apply(commands: Sequence[Command]) -> None:
     """Do all commands or none. Raises FailedError with nft's reason."""
+    if not commands:
+        return
     await run_program(["nft", "-j", "-f", "-"], stdin=to_json({"nftables": commands}), timeout_s=_TIMEOUT_S)
 
 

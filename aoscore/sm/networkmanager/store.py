@@ -101,26 +101,30 @@ class NetworkStore:
                 _log.error(kv("Stored network of instance can't be read, skipped", id=row[0], error=error))
         return instances
 
-    async def save(self, network: Network, instance: StoredInstance) -> None:
-        """Insert or replace an instance together with its network."""
+    async def save(self, *rows: tuple[Network, StoredInstance]) -> None:
+        """Insert or replace instances together with their networks."""
+        networks = {network.network_id: network for network, _ in rows}.values()
 
         def write(connection: apsw.Connection) -> None:
-            connection.execute(
+            connection.executemany(
                 "INSERT OR REPLACE INTO network (networkID, ip, subnet, vlanID, vlanIfName, bridgeIfName) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    network.network_id,
-                    network.ip,
-                    network.subnet,
-                    network.vlan_id,
-                    network.vlan_if_name,
-                    network.bridge,
-                ),
+                [
+                    (
+                        network.network_id,
+                        network.ip,
+                        network.subnet,
+                        network.vlan_id,
+                        network.vlan_if_name,
+                        network.bridge,
+                    )
+                    for network in networks
+                ],
             )
-            connection.execute(
+            connection.executemany(
                 "INSERT OR REPLACE INTO instancenetwork "
                 "(instanceID, networkID, networkConfig, allocatedParams, hostIfName) VALUES (?, ?, ?, ?, ?)",
-                _instance_to_row(instance),
+                [_instance_to_row(instance) for _, instance in rows],
             )
 
         await self._database.write(write)

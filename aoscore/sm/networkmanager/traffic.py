@@ -7,7 +7,7 @@ An instance over its limit is put into a set whose members lose all their traffi
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal, Protocol, get_args
 
@@ -100,27 +100,28 @@ class Traffic:
         self._blocked = {"in": set(), "out": set()}
         await self.refresh(now)
 
-    async def add(self, counted: Counted) -> None:
-        """Count an instance; repeatable."""
-        if self._counted.get(counted.name) == counted:
-            return
-        if counted.name in self._counted:
-            await self.remove(counted.name)
-        await nft.apply([*add_commands(counted, {name: self._initial(name) for name in _names(counted.name)})])
-        self._counted[counted.name] = counted
+    async def change(self, add: Iterable[Counted], remove: Iterable[str], also: Sequence[Command] = ()) -> None:
+        """Count some instances and others no more, in one transaction with other commands; repeatable.
 
-    async def remove(self, name: str) -> None:
-        """Stop counting; the total is kept for the rest of the period."""
-        counted = self._counted.get(name)
-        if counted is None:
-            return
-        await self.refresh(datetime.now(UTC))
-        blocked = [direction for direction, addresses in self._blocked.items() if counted.ip in addresses]
-        await nft.apply([*remove_commands(counted, blocked)])
-        for direction in blocked:
-            self._blocked[direction].discard(counted.ip)
-        del self._counted[name]
-        await self._save(_names(name), datetime.now(UTC))
+        Totals of those that are counted no more are kept for the rest of the period.
+        """
+        new = [counted for counted in add if self._counted.get(counted.name) != counted]
+        gone = [self._counted[name] for name in {*remove, *(counted.name for counted in new)} if name in self._counted]
+        if gone:
+            await self.refresh(datetime.now(UTC))
+        commands = [*also]
+        for counted in gone:
+            blocked = [direction for direction, addresses in self._blocked.items() if counted.ip in addresses]
+            commands += remove_commands(counted, blocked)
+        for counted in new:
+            commands += add_commands(counted, {name: self._initial(name) for name in _names(counted.name)})
+        await nft.apply(commands)
+        for counted in gone:
+            for addresses in self._blocked.values():
+                addresses.discard(counted.ip)
+            del self._counted[counted.name]
+        self._counted |= {counted.name: counted for counted in new}
+        await self._save([chain for counted in gone for chain in _names(counted.name)], datetime.now(UTC))
 
     async def forget(self, name: str) -> None:
         """Delete the totals of an instance that is gone for good."""

@@ -37,7 +37,7 @@ from aoscore.common.types import (
     SMInfo,
 )
 from aoscore.sm.launcher.model import NodeStatuses
-from aoscore.sm.smclient.messages import AverageMonitoring, Outgoing, Value, to_frame
+from aoscore.sm.smclient.messages import Answer, AverageMonitoring, Value, to_frame
 from aoscore.sm.smclient.network import FirewallUpdate, NetworkClient
 from aoscore.sm.smclient.outbox import Outbox
 
@@ -190,7 +190,7 @@ class SmClient:
         while True:
             self._put(await queue.get())  # type: ignore[arg-type]
 
-    def _put(self, value: Outgoing) -> None:
+    def _put(self, value: Value | Answer) -> None:
         self._outbox.put(value)
         self._filled.set()
 

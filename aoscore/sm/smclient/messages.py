@@ -14,11 +14,17 @@ class AverageMonitoring(msgspec.Struct, frozen=True):
     monitoring: NodeMonitoring
 
 
+class StatusChanges(msgspec.Struct, frozen=True):
+    """Statuses that have changed."""
+
+    statuses: tuple[InstanceStatus, ...]
+
+
 Value = InstanceStatus | NodeStatuses | NodeAlert | NodeMonitoring | LogData
 """What parts of SM send by themselves."""
 Answer = NodeConfigStatus | AverageMonitoring
 """What is sent because CM asked."""
-Outgoing = Value | Answer
+Outgoing = StatusChanges | NodeStatuses | NodeAlert | NodeMonitoring | LogData | Answer
 
 
 def to_frame(value: Outgoing | SMInfo) -> pb.SMOutgoingMessages:
@@ -29,8 +35,8 @@ def to_frame(value: Outgoing | SMInfo) -> pb.SMOutgoingMessages:
         case NodeStatuses():
             statuses = [convert.instance_status_to_pb(status) for status in value.statuses]
             return pb.SMOutgoingMessages(node_instances_status=pb.NodeInstancesStatus(instances=statuses))
-        case InstanceStatus():
-            statuses = [convert.instance_status_to_pb(value)]
+        case StatusChanges():
+            statuses = [convert.instance_status_to_pb(status) for status in value.statuses]
             return pb.SMOutgoingMessages(update_instances_status=pb.UpdateInstancesStatus(instances=statuses))
         case NodeConfigStatus():
             return pb.SMOutgoingMessages(node_config_status=convert.node_config_status_to_pb(value))

@@ -24,7 +24,7 @@ from aoscore.common.types import (
     NodeMonitoring,
 )
 from aoscore.sm.launcher.model import NodeStatuses
-from aoscore.sm.smclient.messages import Answer, AverageMonitoring, Outgoing
+from aoscore.sm.smclient.messages import Answer, AverageMonitoring, Outgoing, StatusChanges, Value
 
 ALERTS = 512
 SAMPLES = 8
@@ -55,7 +55,7 @@ class Outbox:
         """Whether the sender of logs may go on."""
         return self._log_bytes < LOG_BYTES
 
-    def put(self, value: Outgoing) -> None:
+    def put(self, value: Value | Answer) -> None:
         """Add a value; may drop older ones of its kind."""
         match value:
             case NodeStatuses():
@@ -97,7 +97,7 @@ class Outbox:
         if self._answers:
             return self._answers[0]
         if self._statuses:
-            return next(iter(self._statuses.values()))
+            return StatusChanges(tuple(self._statuses.values()))
         if self._lost_alerts:
             report = CoreAlert(datetime.now(UTC), "SM", f"{self._lost_alerts} alerts were lost while CM was away")
             self._loss_report = report, self._lost_alerts
@@ -114,10 +114,11 @@ class Outbox:
             self._complete = None
         elif self._answers and value is self._answers[0]:
             self._answers.popleft()
-        elif isinstance(value, InstanceStatus):
-            # A newer status of the instance may have come while this one was written.
-            if self._statuses.get(value.ident) is value:
-                del self._statuses[value.ident]
+        elif isinstance(value, StatusChanges):
+            for status in value.statuses:
+                # A newer status of the instance may have come while this one was written.
+                if self._statuses.get(status.ident) is status:
+                    del self._statuses[status.ident]
         elif self._alerts and value is self._alerts[0]:
             self._alerts.popleft()
         elif self._loss_report and value is self._loss_report[0]:

@@ -208,7 +208,26 @@ async def test_request_waits_for_a_node_that_should_be_there(tmp_path: Path) -> 
             assert await half.settled() == {"a#0": "active@n1"}
 
 
+async def test_request_that_is_not_wanted_any_more_changes_nothing(half: NodeHalf) -> None:
+    """Neither while nodes are awaited nor while one does not tell how busy it is."""
+    sm = TestSm("n1")
+    sm.average = None
+    unplaced = asyncio.create_task(half.launcher.run_instances([request("b")]))
+    await asyncio.sleep(0)
+    unplaced.cancel()
+    async with connected(half, sm):
+        running = asyncio.create_task(half.launcher.run_instances([request("a")]))
+        await sm.wait(lambda sm: [one for one in sm.received if one.HasField("get_average_monitoring")])
+        running.cancel()
+        await asyncio.wait({running, unplaced})
+        assert running.cancelled() and unplaced.cancelled()
+        assert half.launcher.requests() == [] and half.overview() == {}
+        assert await half.db.select("SELECT * FROM launcher_run_requests") == []
+        assert await half.db.select("SELECT * FROM launcher_instances") == []
+
+
 async def test_request_does_not_wait_for_a_missing_node(tmp_path: Path) -> None:
+    """A node that is long gone blocks every update of AosCore 9.1 (observed.md, defect 8)."""
     async with node_half(tmp_path, node_ids=("n1", "n2"), sm_timeout_s=0.3) as half:
         async with connected(half, TestSm("n1")):
             await half.launcher.run_instances([request("a", 2)])
@@ -298,6 +317,7 @@ async def test_overloaded_node_gives_work_away(tmp_path: Path) -> None:
             }
             await half.launcher.run_instances([request("a", priority=9), request("b", priority=1)])
             assert await half.settled() == {"a#0": "active@n1", "b#0": "active@n1"}
+            assert first.average is not None
             first.average.node_monitoring.cpu = 1000
             for item in "ab":
                 sample = first.average.instances_monitoring.add()

@@ -17,7 +17,7 @@ from aoscore.cm.networkmanager.store import NetworkStore
 from aoscore.cm.smcontroller import link as sm_link
 from aoscore.cm.smcontroller.controller import Receivers, SmController
 from aoscore.common.db import Database, Schema
-from aoscore.common.errors import DeadlineError, NotFoundError
+from aoscore.common.errors import DeadlineError, NotFoundError, SignatureError
 from aoscore.common.tls import TlsIdentity, grpc_server_credentials
 from aoscore.common.types import (
     AlertStatus,
@@ -96,7 +96,14 @@ class Bed:
             networks=self.networks,
             blob_url=self._blob_url,
             receivers=self.heard.receivers(),
+            admit=self._admit,
         )
+        self.strangers: set[str] = set()
+        """Node ids that nobody may speak for."""
+
+    async def _admit(self, node_id: str, context: Any) -> None:
+        if node_id in self.strangers:
+            raise SignatureError("a stranger")
 
     @staticmethod
     def _blob_url(digest: str) -> str:
@@ -336,3 +343,22 @@ async def test_renewed_certificate_is_used_without_losing_sms(bed: Bed) -> None:
             await bed.controller.update_instances("n2", [], [])
             await bed.heard.get("all", 4)
     assert [value for kind, value in bed.heard.events[:6] if kind == "lost"] == []
+
+
+async def test_a_stranger_is_refused_on_every_way(bed: Bed) -> None:
+    """AosCore 9.1 lets any certificate of the Unit's CA speak for any node (observed.md, defect 8)."""
+    bed.strangers.add("n1")
+    sm = bed.sm()
+    async with sm.connected(bed.port, bed.identity()):
+        async with asyncio.timeout(10):
+            await sm.ended.wait()
+        answer = await sm.networks.GetNodeNetworkParams(
+            net.GetNodeNetworkParamsRequest(node_id="n1", network_id="network")
+        )
+        assert answer.error.message == "a stranger"
+        with pytest.raises(grpc.aio.AioRpcError, match="a stranger"):
+            async for _ in sm.networks.SubscribeInstanceNetworkUpdates(
+                net.SubscribeInstanceNetworkUpdatesRequest(node_id="n1")
+            ):
+                pass
+    assert not [frame for frame in sm.received if not frame.HasField("connection_status")]

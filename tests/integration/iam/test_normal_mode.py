@@ -85,6 +85,26 @@ def test_public_port_serves_public_services_only(unit: Iam) -> None:
             assert status(call, request) is grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_services_can_be_kept_for_certificate_types(make_iam: Callable[..., Iam]) -> None:
+    iam = make_iam(access={"IAMNodesService": ["cm"], "IAMPermissionsService": ["sm"]}, enablePermissionsHandler=True)
+    iam.provision()
+    iam.start()
+    pause, register = pb.PauseNodeRequest(node_id="node-1"), pb.RegisterInstanceRequest(instance=IDENT)
+    stranger = grpc.ssl_channel_credentials(iam.authority.root_pem, *key_and_chain(iam.authority, "anyone"))
+    with iam.secure("cm") as cm, iam.secure("sm") as sm, Client(iam, iam.protected, stranger) as other:
+        for client in (sm, other):
+            assert status(client.states.PauseNode, pause) is grpc.StatusCode.PERMISSION_DENIED
+        for client in (cm, other):
+            assert status(client.instances.RegisterInstance, register) is grpc.StatusCode.PERMISSION_DENIED
+        assert not cm.states.PauseNode(pause).HasField("error")
+        assert sm.instances.RegisterInstance(register).secret
+        # What is not named is open to the Unit, and so is what both ports have.
+        for client in (cm, sm, other):
+            assert client.provisioning.GetCertTypes(pb.GetCertTypesRequest(node_id="node-1")).types
+            assert client.nodes.GetAllNodeIDs(Empty()).ids == ["node-1"]
+    assert "Call refused: method=IAMNodesService.PauseNode, certType=sm" in iam.log()
+
+
 def test_names_in_server_certificate(unit: Iam) -> None:
     """C++ peers check the name by which they call us; clients of stdlib ssl do too."""
     context = ssl.create_default_context(cafile=str(unit.ca_file))

@@ -88,9 +88,9 @@ def served_serial(node: TokenIam) -> int:
 
 def test_component_with_its_key_on_the_token(node: TokenIam) -> None:
     for cert_type in ("cm", "sm"):
-        result = node.client(cert_type, "50")
+        result = node.client(cert_type, "50", "20")
         assert result["url"].startswith(f"pkcs11:token=aoscore;object={cert_type};")
-        assert (result["answers"], result["error"]) == (50, "")
+        assert (result["answers"], result["greeted"], result["error"]) == (50, 20, "")
 
 
 def test_callers_are_known_behind_the_relay(node: TokenIam) -> None:

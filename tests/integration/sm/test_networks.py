@@ -276,7 +276,7 @@ async def test_traffic_totals_over_restarts_and_days() -> None:
     await nft.apply([TABLE.add("counter", "in_id", packets=1, bytes=77)])
     traffic = await started(noon + timedelta(days=1, minutes=5), counted)
     assert traffic.totals("id") == Totals(77, 0)
-    await traffic.remove("id")
+    await traffic.change([], ["id"])
     await traffic.forget("id")
     assert "in_id" not in store.totals
     store.totals = {"in_id": StoredTraffic("in_id", noon, 100)}

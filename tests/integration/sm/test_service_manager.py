@@ -2,73 +2,17 @@
 
 import contextlib
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from aoscore.common.types import InstanceInfo
-from aoscore.sm.launcher.runtimes.base import instance_id, runtime_id
-from tests.support import bed as namespaces
-from tests.support.items import tar
+from aoscore.sm.launcher.runtimes.base import instance_id
 from tests.support.running import until
-from tests.support.smbed import NODE, Child, SmBed, child
+from tests.support.smbed import SmBed
+from tests.support.smunit import SmUnit
 
 pytestmark = [pytest.mark.container, pytest.mark.net]
-
-PROGRAM = "from aoscore.sm.app import main; main()"
-
-
-class Unit:
-    """An SM's surroundings, with services that are one busybox."""
-
-    def __init__(self, bed: SmBed) -> None:
-        self.bed = bed
-        self.cm = bed.cm
-
-    def service(self, item: str, version: str = "1.0.0", **changes: Any) -> InstanceInfo:
-        """A service whose process can be found by item and version."""
-        digest = self.bed.blobs.item(
-            [tar({"bin/busybox": Path("/bin/busybox").read_bytes()}, mode=0o755)],
-            process={
-                "entrypoint": ["/bin/busybox", "sh", "-c"],
-                "cmd": [f": {item}-{version}-marker; trap 'exit 0' TERM; while true; do /bin/busybox sleep 0.2; done"],
-            },
-            item_config={"hostname": item, "baseLayerIsNodeRootfs": False, "quotas": {"pidsLimit": 20}},
-        )
-        return self.bed.instance(
-            item,
-            version,
-            manifest_digest=digest,
-            runtime_id=runtime_id("crun", NODE.node_id),
-            uid=5000,
-            gid=5000,
-            **changes,
-        )
-
-    @contextlib.asynccontextmanager
-    async def sm(self) -> AsyncIterator[Child]:
-        """The process; each has a log of its own."""
-        container = {
-            "runtimeDir": str(self.bed.root / "runtime"),
-            "storageDir": str(self.bed.root / "storages"),
-            "stateDir": str(self.bed.root / "states"),
-            "crunStateRoot": str(self.bed.root / "crun"),
-            "cgroupParent": namespaces.cgroup_parent(),
-            "output": "files",
-        }
-        path = self.bed.write_config(
-            runtimes=[{"plugin": "container", "type": "crun", "config": container}], monitoring={"pollPeriod": "1s"}
-        )
-        log = self.bed.root / f"sm-{len(list(self.bed.root.glob('sm-*.log')))}.log"
-        async with child(sys.executable, "-c", PROGRAM, "-c", str(path), "-v", "debug", log=log) as one:
-            try:
-                yield one
-            except BaseException:
-                print(one.text()[-10000:])
-                raise
 
 
 def pids(item: str, version: str = "1.0.0") -> list[int]:
@@ -83,13 +27,13 @@ def pids(item: str, version: str = "1.0.0") -> list[int]:
 
 
 @pytest.fixture
-async def unit(tmp_path: Path) -> AsyncIterator[Unit]:
+async def unit(tmp_path: Path) -> AsyncIterator[SmUnit]:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     async with SmBed(tmp_path).running() as bed:
-        yield Unit(bed)
+        yield SmUnit(bed)
 
 
-async def test_kill_adopt_update_stop_and_cold_start(unit: Unit) -> None:
+async def test_kill_adopt_update_stop_and_cold_start(unit: SmUnit) -> None:
     first, second = unit.service("first"), unit.service("second")
     both = {"first": ("1.0.0", "active"), "second": ("1.0.0", "active")}
     async with unit.sm() as sm:
@@ -127,10 +71,10 @@ async def test_kill_adopt_update_stop_and_cold_start(unit: Unit) -> None:
     assert pids("first", "2.0.0") == []
     assert not Path("/run/netns", name).exists()
     assert "veth" not in subprocess.run(["ip", "link"], check=True, capture_output=True, text=True).stdout
-    assert list((unit.bed.root / "runtime").iterdir()) == []
+    assert list(Path("/run/aos/runtime").iterdir()) == []
 
 
-async def test_cold_start_without_cm(unit: Unit) -> None:
+async def test_cold_start_without_cm(unit: SmUnit) -> None:
     async with unit.sm():
         await unit.cm.connected(1)
         unit.cm.update(unit.service("first"))
@@ -141,7 +85,7 @@ async def test_cold_start_without_cm(unit: Unit) -> None:
         await until(lambda: len(pids("first")) == 1)
 
 
-async def test_killed_while_starting_leaves_one_container_of_each(unit: Unit) -> None:
+async def test_killed_while_starting_leaves_one_container_of_each(unit: SmUnit) -> None:
     services = [unit.service(f"svc{number}") for number in range(4)]
     expected = {info.ident.item_id: ("1.0.0", "active") for info in services}
     async with unit.sm() as sm:

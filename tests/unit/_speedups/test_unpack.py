@@ -182,6 +182,9 @@ def test_size_of_the_blob(unpack: Unpack) -> None:
 def test_media_types() -> None:
     assert Compression.of_media_type("application/vnd.oci.image.layer.v1.tar") is Compression.NONE
     assert Compression.of_media_type("application/vnd.oci.image.layer.v1.tar+gzip") is Compression.GZIP
+    sealed = "application/vnd.aos.image.layer.enc.v1.aes256gcm+tar"
+    assert Compression.of_media_type(sealed) is Compression.NONE
+    assert {Compression.of_media_type(sealed + suffix) for suffix in ("+gz", "+gzip")} == {Compression.GZIP}
     assert Compression.of_media_type("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd") is Compression.ZSTD
     with pytest.raises(UnsupportedLayerError, match="squashfs"):
         Compression.of_media_type("application/vnd.aos.image.component.full.v1+squashfs")

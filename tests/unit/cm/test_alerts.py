@@ -1,17 +1,21 @@
 """Alerts for the cloud."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
-from aoscore.cm.alerts import ALERTS_PER_MESSAGE, AlertCache, Alerts, cloud_alert
+from aoscore.cm.alerts import ALERTS_PER_MESSAGE, AlertCache, Alerts, AlertStore, cloud_alert
 from aoscore.cm.communication import messages
-from aoscore.cm.communication.messages import Identity
+from aoscore.cm.communication.messages import DownloadState, Identity
+from aoscore.cm.database import OWN_TABLES
 from aoscore.common import types
+from aoscore.common.db import Database, Schema
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.types import AlertStatus, InstanceIdent
-from tests.support.running import running
+from tests.support.running import running, until
 from tests.unit.cm.fakes import FakeLink
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -24,32 +28,32 @@ def system_alert(number: int, second: int = 0) -> messages.SystemAlert:
     return messages.SystemAlert(timestamp=NOW + timedelta(seconds=second), node=NODE, message=f"alert {number}")
 
 
-@pytest.mark.parametrize(
-    ("alert", "expected"),
-    [
-        (types.SystemAlert(NOW, "x"), messages.SystemAlert(timestamp=NOW, node=NODE, message="x")),
-        (
-            types.CoreAlert(NOW, "SM", "x"),
-            messages.CoreAlert(timestamp=NOW, node=NODE, core_component=messages.CoreComponent.SM, message="x"),
-        ),
-        (
-            types.InstanceAlert(NOW, IDENT, "1.0.0", "x"),
-            messages.InstanceAlert(timestamp=NOW, **NAMES, version="1.0.0", message="x"),
-        ),
-        (
-            types.SystemQuotaAlert(NOW, "cpu", 5, AlertStatus.RAISE),
-            messages.SystemQuotaAlert(timestamp=NOW, node=NODE, parameter="cpu", value=5),
-        ),
-        (
-            types.InstanceQuotaAlert(NOW, IDENT, "ram", 5, AlertStatus.FALL),
-            messages.InstanceQuotaAlert(timestamp=NOW, **NAMES, parameter="ram", value=5),
-        ),
-        (
-            types.ResourceAllocateAlert(NOW, IDENT, "gpu", "x"),
-            messages.ResourceAllocateAlert(timestamp=NOW, **NAMES, node=NODE, device_id="gpu", message="x"),
-        ),
-    ],
-)
+NODE_ALERTS: list[tuple[types.NodeAlert, messages.AnyAlert]] = [
+    (types.SystemAlert(NOW, "x"), messages.SystemAlert(timestamp=NOW, node=NODE, message="x")),
+    (
+        types.CoreAlert(NOW, "SM", "x"),
+        messages.CoreAlert(timestamp=NOW, node=NODE, core_component=messages.CoreComponent.SM, message="x"),
+    ),
+    (
+        types.InstanceAlert(NOW, IDENT, "1.0.0", "x"),
+        messages.InstanceAlert(timestamp=NOW, **NAMES, version="1.0.0", message="x"),
+    ),
+    (
+        types.SystemQuotaAlert(NOW, "cpu", 5, AlertStatus.RAISE),
+        messages.SystemQuotaAlert(timestamp=NOW, node=NODE, parameter="cpu", value=5),
+    ),
+    (
+        types.InstanceQuotaAlert(NOW, IDENT, "ram", 5, AlertStatus.FALL),
+        messages.InstanceQuotaAlert(timestamp=NOW, **NAMES, parameter="ram", value=5),
+    ),
+    (
+        types.ResourceAllocateAlert(NOW, IDENT, "gpu", "x"),
+        messages.ResourceAllocateAlert(timestamp=NOW, **NAMES, node=NODE, device_id="gpu", message="x"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("alert", "expected"), NODE_ALERTS)
 def test_node_alerts(alert: types.NodeAlert, expected: messages.AnyAlert) -> None:
     assert cloud_alert("n", alert) == expected
 
@@ -71,17 +75,59 @@ def test_cache_collapses_and_drops_the_oldest() -> None:
     assert len(cache) == 0
 
 
-async def test_sending_in_batches_with_a_word_about_losses() -> None:
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[AlertStore]:
+    async with Database(tmp_path / "cm.db", Schema(create=OWN_TABLES)) as database:
+        yield AlertStore(database)
+
+
+async def test_what_waits_for_a_connection_outlives_the_process(store: AlertStore) -> None:
     link = FakeLink()
     link.connected = False
-    alerts = Alerts(link, send_period_s=0.01, main_node_id=lambda: "main", now=lambda: NOW)
+
+    def process() -> Alerts:
+        return Alerts(link, store, send_period_s=0.01, main_node_id=lambda: "main", now=lambda: NOW)
+
+    alerts = [cloud_alert("n", alert) for alert, _ in NODE_ALERTS]
+    alerts.append(
+        messages.DownloadProgressAlert(
+            timestamp=NOW, digest="sha256:1", url="u", downloaded_bytes=1, total_bytes=2, state=DownloadState.STARTED
+        )
+    )
+    first = process()
+    async with running(first):
+        for alert in alerts:
+            first.add(alert)
+        while len(await store.load()) < len(alerts):
+            pass
+    assert await store.load() == alerts
+    second = process()
+    async with running(second):
+        second.add(alerts[0])  # still the same
+        link.connected = True
+        await until(lambda: link.sent)
+        while await store.load():
+            pass
+    assert [item for one in link.sent if isinstance(one, messages.Alerts) for item in one.items] == alerts
+
+
+async def test_a_stored_alert_that_cannot_be_read_is_passed_over(store: AlertStore) -> None:
+    await store.save([system_alert(1)])
+    await store._database.execute("INSERT INTO aoscore_alerts VALUES ('{')")
+    assert await store.load() == [system_alert(1)]
+
+
+async def test_sending_in_batches_with_a_word_about_losses(store: AlertStore) -> None:
+    link = FakeLink()
+    link.connected = False
+    alerts = Alerts(link, store, send_period_s=0.01, main_node_id=lambda: "main", now=lambda: NOW)
     async with running(alerts):
         for number in range(300):
             alerts.add(system_alert(number))
         await asyncio.sleep(0.03)
         assert link.sent == []
         link.connected = True
-        await asyncio.sleep(0.03)
+        await until(lambda: len(link.sent) >= 17)
     sent = [message for message in link.sent if isinstance(message, messages.Alerts)]
     assert [len(message.items) for message in sent] == [ALERTS_PER_MESSAGE] * 16 + [1]
     items = [item for message in sent for item in message.items]

@@ -45,6 +45,7 @@ async def test_named_nodes_and_an_answer_for_the_missing_one() -> None:
 
 
 async def test_no_names_mean_all_nodes() -> None:
+    """AosCore 9.1 acknowledges the request and forgets it (observed.md, defect 10)."""
     source = FakeSource()
     await LogForwarder(FakeLink(), source, node_ids=lambda: ["a", "b"]).on_request(request())
     assert [node_id for node_id, _ in source.requests] == ["a", "b"]

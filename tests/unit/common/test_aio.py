@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from aoscore.common.aio import (
     Worker,
     comes_within,
     log_and_continue,
+    raise_if_abandoned,
     raise_if_cancelled,
     run_services,
 )
@@ -199,3 +201,31 @@ async def test_forgotten_key_is_told_to_nobody_new() -> None:
     feed.forget("unknown")
     late = feed.values()
     assert await anext(late) == 2
+
+
+async def test_long_work_in_a_worker_ends_when_its_caller_is_cancelled() -> None:
+    begun = threading.Event()
+    ended: list[bool] = []
+
+    def work() -> None:
+        begun.set()
+        try:
+            while True:
+                raise_if_abandoned()
+                time.sleep(0.001)
+        finally:
+            ended.append(True)
+
+    async with Worker("test") as worker:
+        task = asyncio.create_task(worker.run(work))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended == [True]
+        assert await worker.run(lambda: raise_if_abandoned() or 7) == 7
+
+
+def test_nobody_is_abandoned_outside_of_a_worker() -> None:
+    raise_if_abandoned()

@@ -14,7 +14,7 @@ from aoscore.common.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from aoscore.common.files import DirectoryLock, remove_tree, safe_join, write_atomic
+from aoscore.common.files import DirectoryLock, remove_tree, remove_unfinished, safe_join, write_atomic
 from aoscore.common.process import OUTPUT_LIMIT_BYTES, run_program
 from tests.support.items import sha256
 
@@ -152,3 +152,11 @@ def test_deep_tree_is_removed(tmp_path: Path) -> None:
         os.close(here)
     remove_tree(top)
     assert not top.exists()
+
+
+def test_what_an_interrupted_write_left_is_removed(tmp_path: Path) -> None:
+    for name in (".a.cfg.x7.tmp", ".b.cfg.x7.tmp", "a.cfg"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path / "a.cfg")
+    assert {path.name for path in tmp_path.iterdir()} == {".b.cfg.x7.tmp", "a.cfg"}
+    remove_unfinished(tmp_path / "missing" / "a.cfg")

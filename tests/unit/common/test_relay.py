@@ -30,20 +30,8 @@ from aoscore.common.rpc import (
     rpc_errors,
 )
 from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
-from tests.support.pki import TestCa
+from tests.support.pki import TestCa, relayed
 from tests.support.running import running, until
-
-
-class Relayed(TlsIdentity, frozen=True):
-    """Takes the way of a key on a token."""
-
-    @property
-    def on_token(self) -> bool:
-        return True
-
-
-def relayed(identity: TlsIdentity) -> TlsIdentity:
-    return Relayed(identity.ca_file, identity.cert_url, identity.key_url)
 
 
 class Certificates(stubs.IAMPublicCertServiceServicer):

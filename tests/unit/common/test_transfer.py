@@ -1,6 +1,7 @@
 """Download and file server together, and each against a badly behaved other side."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aoscore.common.aio import Backoff, Worker
-from aoscore.common.download import Downloader, HttpStatusError
+from aoscore.common.download import Downloader, HttpStatusError, TooSlowError, redirected
 from aoscore.common.errors import (
     AlreadyExistsError,
     AosError,
@@ -144,6 +145,47 @@ async def test_silent_server_is_given_up(tmp_path: Path, worker: Worker) -> None
         with pytest.raises(DeadlineError, match="said nothing"):
             await downloader(worker, attempts=1).download(f"{url}/x", tmp_path / "x", size=5)
     assert (tmp_path / "x").read_bytes() == b"hel", "what came is kept for the next attempt"
+
+
+async def test_a_server_that_trickles_is_given_up(tmp_path: Path, worker: Worker) -> None:
+    async def talk(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+    async with bad_server(talk) as url:
+        with pytest.raises(TooSlowError, match="bytes per second"):
+            await downloader(worker).download(f"{url}/x", tmp_path / "x", size=1000)
+
+
+async def test_redirects_are_followed_so_far(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    async with file_server(tmp_path) as good:
+
+        async def talk(head: bytes, writer: asyncio.StreamWriter) -> None:
+            left = int(head.split()[1].lstrip(b"/"))
+            location = f"/{left - 1}" if left else f"{good}/file"
+            writer.write(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
+            await writer.drain()
+
+        async with bad_server(talk) as url:
+            (tmp_path / "x").write_bytes(DATA[:1000])
+            await downloader(worker).download(f"{url}/4", tmp_path / "x", size=len(DATA))
+            assert (tmp_path / "x").read_bytes() == DATA
+            with pytest.raises(FailedError, match="more than 5 redirects"):
+                await downloader(worker).download(f"{url}/5", tmp_path / "y", size=len(DATA))
+
+
+def test_where_redirects_lead() -> None:
+    assert redirected("https://a/x?sig=1", 200, "https://b") is None
+    assert redirected("https://a/x", 307, "/y") == "https://a/y"
+    assert redirected("http://a/x", 301, "https://b/y") == "https://b/y"
+    for location in ("http://b/y", "file:///etc/passwd", ""):
+        with pytest.raises(FailedError, match="not as safe"):
+            redirected("https://a/x", 302, location)
 
 
 async def test_changed_file_is_begun_anew(tmp_path: Path, worker: Worker) -> None:

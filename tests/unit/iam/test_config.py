@@ -138,6 +138,8 @@ def test_disabled_module_is_ignored_completely(tmp_path: Path) -> None:
         ({"certModules": [{**MODULE, "id": "../x"}]}, r"certModules\[0\].id: '../x' is no name"),
         ({"certModules": [MODULE, MODULE]}, r"certModules\[1\].id: type 'iam' is there twice"),
         ({"hookTimeout": "0s"}, "hookTimeout must be positive"),
+        ({"access": {"IAMService": ["iam"]}}, "access: 'IAMService' is none of IAMCertificateService, "),
+        ({"access": {"IAMNodesService": ["cm"]}}, "access.IAMNodesService: 'cm' is no certificate type"),
         ({"nodeInfo": {"attrs": {"a": 1}}}, "attrs"),
         ({"colour": 1}, "unknown key 'colour'"),
     ],

@@ -3,10 +3,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from aoscore.common.certs import key_digest
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.iam.certhandler.csr import build_csr
 from aoscore.iam.database import IamDatabase
-from aoscore.iam.nodekeys import NodeKeys, key_digest, request_digest
+from aoscore.iam.nodekeys import NodeKeys, request_digest
 from tests.support.pki import TestCa
 
 

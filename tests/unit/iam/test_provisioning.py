@@ -90,10 +90,10 @@ def bench(tmp_path: Path) -> Bench:
 
 async def test_order_of_steps(bench: Bench) -> None:
     await bench.provisioning.start("pw")
-    await bench.provisioning.finish()
+    await bench.provisioning.finish("pw")
     await bench.provisioning.pause()
     await bench.provisioning.resume()
-    await bench.provisioning.deprovision()
+    await bench.provisioning.deprovision("pw")
     assert bench.calls == [
         "clear",
         "owner pw",
@@ -139,9 +139,9 @@ async def test_what_cannot_be_undone_cannot_be_finished(bench: Bench) -> None:
     bench.certs.fail = "clear"
     await bench.provisioning.recover()
     with pytest.raises(WrongStateError, match="start it again"):
-        await bench.provisioning.finish()
+        await bench.provisioning.finish("pw")
     await bench.provisioning.start("pw")
-    await bench.provisioning.finish()
+    await bench.provisioning.finish("pw")
 
 
 async def test_interrupted_start_of_a_node_that_is_in_service_is_history(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ ALLOWED = {
 @pytest.mark.parametrize("operation", list(ALLOWED))
 async def test_states_in_which_an_operation_is_allowed(operation: str, state: NodeState, tmp_path: Path) -> None:
     bench = Bench(state, tmp_path)
-    arguments = ["pw"] if operation == "start" else []
+    arguments = [] if operation in ("pause", "resume") else ["pw"]
     call: Any = getattr(bench.provisioning, operation)
     if state in ALLOWED[operation]:
         await call(*arguments)
@@ -178,13 +178,13 @@ async def test_states_in_which_an_operation_is_allowed(operation: str, state: No
 async def test_finish_without_own_certificate_is_refused(bench: Bench) -> None:
     bench.certs.has_certificate = False
     with pytest.raises(WrongStateError, match="no iam"):
-        await bench.provisioning.finish()
+        await bench.provisioning.finish("pw")
     assert bench.calls == []
 
 
 async def test_repeated_finish_runs_no_hook(tmp_path: Path) -> None:
     bench = Bench(NodeState.PROVISIONED, tmp_path, finish_provisioning_cmd_args=("false",))
-    await bench.provisioning.finish()
+    await bench.provisioning.finish("pw")
     assert bench.calls == []
 
 
@@ -195,7 +195,7 @@ async def test_failing_hook_keeps_the_state(operation: str, tmp_path: Path, capl
     bench = Bench(state, tmp_path, finish_provisioning_cmd_args=hook, deprovision_cmd_args=hook)
     caplog.set_level("INFO")
     with pytest.raises(FailedError, match="sh failed with code 7: why"):
-        await getattr(bench.provisioning, operation)()
+        await getattr(bench.provisioning, operation)("pw")
     assert bench.node.info.state is state
     assert ": first" in caplog.text
 
@@ -208,7 +208,7 @@ async def test_hanging_hook_is_killed_and_its_last_words_are_told(operation: str
     bench = Bench(state, tmp_path, **{f"{name}_cmd_args": value for name, value in args.items()})
     bench.provisioning._hooks._timeout_s = Duration(0.3)
     with pytest.raises(DeadlineError, match=r"sh did not end within 0.3 s and was killed: working"):
-        await getattr(bench.provisioning, operation)(*(["pw"] if operation == "start" else []))
+        await getattr(bench.provisioning, operation)("pw")
     assert bench.node.info.state is state
 
 
@@ -224,6 +224,23 @@ async def test_hook_sees_neither_password_nor_notify_socket(
     assert "diskEncryption: CKTEEC_LOGIN_TYPE=user" in output
     assert not any("NOTIFY_SOCKET" in line or "Secret123" in line for line in output)
     assert "Secret123" not in caplog.text
+
+
+async def test_hooks_get_the_password_of_their_call_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    names = ("start_provisioning", "disk_encryption", "finish_provisioning", "deprovision")
+    hooks: dict[str, tuple[str, ...]] = {
+        f"{name}_cmd_args": ("sh", "-c", f'printf %s "$AOS_PROVISIONING_PASSWORD" > {tmp_path}/{name}')
+        for name in names
+    }
+    bench = Bench(NodeState.UNPROVISIONED, tmp_path, hooks_get_password=True, **hooks)  # type: ignore[arg-type]
+    await bench.provisioning.start("first")
+    await bench.provisioning.finish("second")
+    await bench.provisioning.deprovision("third")
+    assert [(tmp_path / name).read_text() for name in names] == ["first", "first", "second", "third"]
+    assert not any(word in caplog.text for word in ("first", "second", "third"))
 
 
 async def test_one_operation_at_a_time(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from aoscore.common.errors import NotSupportedError
-from aoscore.sm.cgroups import parse_layout
+from aoscore.sm.cgroups import CgroupLayout, parse_layout
 
 V2 = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid,nodev,noexec,relatime 0 0\n"
 V1 = """tmpfs /sys/fs/cgroup tmpfs rw,relatime,mode=755 0 0
@@ -48,3 +48,12 @@ def test_processes_of_a_group(tmp_path: Path) -> None:
     layout = parse_layout(f"cgroup2 {tmp_path} cgroup2 rw 0 0\n")
     assert layout.processes("/a/b") == [12, 345]
     assert layout.processes("/a/c") == []
+
+
+@pytest.mark.parametrize(("version", "name"), [(2, "memory.events"), (1, "memory.oom_control")])
+def test_out_of_memory_is_known_from_the_group(tmp_path: Path, version: int, name: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_text("oom 5\noom_kill 3\noom_kill_disable 0\n")
+    layout = CgroupLayout(tmp_path if version == 2 else None, {} if version == 2 else {"memory": tmp_path})
+    assert layout.oom_kills("/a") == 3
+    assert layout.oom_kills("/b") == 0

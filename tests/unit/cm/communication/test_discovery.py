@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from aoscore.cm.communication.discovery import (
     Addresses,
     Answer,
+    certificate_urls,
     discovery_urls,
     parse_answer,
     request_body,
@@ -43,7 +44,7 @@ def certificate(*, organization: str = "", uris: tuple[str, ...] = ()) -> x509.C
 
 
 def urls(*, override: str = "", cert: x509.Certificate | None = None, configured: str = CONFIGURED) -> list[str]:
-    return discovery_urls(configured=configured, override=override, certificate=cert)
+    return discovery_urls(configured=configured, override=override, named=certificate_urls(cert) if cert else ())
 
 
 def test_the_path_is_always_the_configured_one() -> None:

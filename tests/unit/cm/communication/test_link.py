@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from aoscore.cm.certnotes import CertificateNotes
+from aoscore.cm.communication import discovery
 from aoscore.cm.communication.envelope import Received
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messagelog import MessageLog
@@ -22,7 +24,9 @@ from aoscore.cm.communication.messages import (
     StateRequest,
     UpdateState,
 )
+from aoscore.cm.database import OWN_TABLES
 from aoscore.common.aio import Worker
+from aoscore.common.db import Database, Schema
 from aoscore.common.errors import DeadlineError, NotFoundError, WrongStateError
 from aoscore.common.tls import TlsIdentity
 from tests.support.cloud import FakeCloud
@@ -351,6 +355,32 @@ async def test_mutual_tls_with_the_online_certificate(worker: Worker, tmp_path: 
             await cloud.sockets[-1].close()
             await until(lambda: len(cloud.handshakes) == 2)
     assert identities.asked == 2  # for each connection, so that a renewed certificate is used
+
+
+async def test_what_the_certificate_says_is_read_once(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over restarts, too: the X.509 library takes 9 MB."""
+    ca = TestCa()
+    tls = Tls(tmp_path, ca, ca)
+    read = 0
+
+    def certificate_urls(certificate: object) -> list[str]:
+        nonlocal read
+        read += 1
+        return [cloud.discovery_url]
+
+    monkeypatch.setattr(discovery, "certificate_urls", certificate_urls)
+    async with (
+        Database(tmp_path / "cm.db", Schema(create=OWN_TABLES)) as database,
+        FakeCloud(SYSTEM, tls.context).running() as cloud,
+    ):
+        for number in (1, 2):
+            notes = CertificateNotes(database)
+            await notes.load()
+            async with running(make_link(worker, "http://configured/sd/v7/", Identities(tls.unit), notes=notes)):
+                await until(lambda: len(cloud.handshakes) == number)  # noqa: B023
+    assert read == 1
 
 
 async def test_a_cloud_with_a_foreign_certificate_gets_nothing(

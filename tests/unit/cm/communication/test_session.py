@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 
 from aoscore.cm.communication.envelope import EnvelopeError, Received
@@ -15,11 +16,14 @@ from aoscore.cm.communication.messages import (
     IssueUnitCertificates,
     Message,
     MonitoringData,
+    NewState,
+    OverrideEnvVarsStatus,
+    PushLog,
     RequestBlobUrls,
     StateRequest,
     UnitStatus,
 )
-from aoscore.cm.communication.session import Session
+from aoscore.cm.communication.session import MAX_ROUNDS, Session
 
 CREATED = datetime(2026, 3, 1, tzinfo=UTC)
 SYSTEM = "unit-0042"
@@ -49,35 +53,38 @@ class Bench:
         return self.session.receive(json.dumps(frame).encode(), now=self.now, created_at=CREATED)
 
 
+VARS = OverrideEnvVarsStatus(statuses=())
 STATE = StateRequest(item=Identity(id="i"), subject=Identity(id="s"), instance=0, default=False)
+NEW_STATE = NewState(item=Identity(id="i"), subject=Identity(id="s"), instance=0, state_checksum="", state="")
 CSR = IssueUnitCertificates(requests=())
 
 
 def test_nothing_leaves_without_a_connection_and_all_of_it_in_order_afterwards() -> None:
+    """And nobody looks meanwhile: AosCore 9.1 burns a core (observed.md, defect 3)."""
     bench = Bench(connected=False)
-    bench.send(STATE)
+    bench.send(VARS)
     bench.send(CSR)
     assert bench.out(1000) == [] and bench.session.next_time() is None
     bench.session.connected()
-    assert bench.out() == ["stateRequest:t1", "issueUnitCertificates:t2"]
+    assert bench.out() == ["overrideEnvVarsStatus:t1", "issueUnitCertificates:t2"]
     assert bench.out() == []
 
 
 def test_four_transmissions_with_the_same_txn_then_silence() -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     sent = [bench.out()]
     for _ in range(6):
         assert bench.out(9.9) == []
         sent.append(bench.out(0.1))
-    assert sent == [["stateRequest:t1"]] * 4 + [[]] * 3
+    assert sent == [["overrideEnvVarsStatus:t1"]] * 4 + [[]] * 3
     assert bench.session.waiting == 0 and bench.session.dropped == 1
     assert bench.session.next_time() is None
 
 
 def test_an_ack_ends_it_and_an_unknown_one_does_no_harm() -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     bench.out()
     bench.get({"messageType": "ack"}, txn="other")
     assert bench.session.waiting == 1
@@ -87,56 +94,56 @@ def test_an_ack_ends_it_and_an_unknown_one_does_no_harm() -> None:
 
 def test_what_was_not_acknowledged_before_a_break_is_sent_again_in_order() -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     bench.send(CSR)
     bench.out()
     bench.session.disconnected(now=bench.now)
-    bench.send(STATE)
+    bench.send(VARS)
     bench.session.connected()
-    assert bench.out() == ["stateRequest:t1", "issueUnitCertificates:t2", "stateRequest:t3"]
+    assert bench.out() == ["overrideEnvVarsStatus:t1", "issueUnitCertificates:t2", "overrideEnvVarsStatus:t3"]
     bench.get({"messageType": "ack"}, txn="t1")
-    assert bench.out(10) == ["issueUnitCertificates:t2", "stateRequest:t3"]
+    assert bench.out(10) == ["issueUnitCertificates:t2", "overrideEnvVarsStatus:t3"]
 
 
 def test_the_time_out_counts_from_the_transmission() -> None:
     bench = Bench(connected=False)
-    bench.send(STATE)
+    bench.send(VARS)
     bench.now += 3600
     bench.session.connected()
-    assert bench.out() == ["stateRequest:t1"]
+    assert bench.out() == ["overrideEnvVarsStatus:t1"]
     assert bench.session.next_time() == bench.now + 10
     assert bench.out(9.9) == []
 
 
 def test_nacks_delay_without_end_and_do_not_count() -> None:
     bench = Bench()
-    bench.send(STATE)
-    assert bench.out() == ["stateRequest:t1"]
+    bench.send(VARS)
+    assert bench.out() == ["overrideEnvVarsStatus:t1"]
     for _ in range(20):
         bench.get({"messageType": "nack", "retryAfter": 2500}, txn="t1")
         assert bench.session.next_time() == bench.now + 2.5
         assert bench.out(2.4) == []
-        assert bench.out(0.1) == ["stateRequest:t1"]
-    assert [bench.out(10) for _ in range(4)] == [["stateRequest:t1"]] * 3 + [[]]
+        assert bench.out(0.1) == ["overrideEnvVarsStatus:t1"]
+    assert [bench.out(10) for _ in range(4)] == [["overrideEnvVarsStatus:t1"]] * 3 + [[]]
 
 
 def test_a_delayed_message_does_not_hold_up_the_others() -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     bench.out()
     bench.get({"messageType": "nack"}, txn="t1")
     bench.send(CSR)
     assert bench.out() == ["issueUnitCertificates:t2"]
-    assert bench.out(0.5) == ["stateRequest:t1"]
+    assert bench.out(0.5) == ["overrideEnvVarsStatus:t1"]
 
 
 @pytest.mark.parametrize("delay_ms", [-5, 10**15])
 def test_absurd_nack_delays_are_bounded(delay_ms: int) -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     bench.out()
     bench.get({"messageType": "nack", "retryAfter": delay_ms}, txn="t1")
-    assert bench.out(600) == ["stateRequest:t1"]
+    assert bench.out(600) == ["overrideEnvVarsStatus:t1"]
 
 
 def test_nacks_for_unknown_messages_are_ignored() -> None:
@@ -149,9 +156,9 @@ def test_nacks_for_unknown_messages_are_ignored() -> None:
 
 def test_a_broken_link_uses_up_no_try_until_it_is_suspicious() -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     for _ in range(10):
-        assert bench.out() == ["stateRequest:t1"]
+        assert bench.out() == ["overrideEnvVarsStatus:t1"]
         bench.session.disconnected(now=bench.now)
         bench.session.connected()
     assert bench.out() == [] and bench.session.dropped == 1
@@ -163,10 +170,10 @@ def test_a_unit_status_does_not_survive_its_connection() -> None:
     bench.send(UnitStatus(is_delta_info=True, items=()))
     bench.out()
     bench.send(UnitStatus(is_delta_info=True, items=()))
-    bench.send(STATE)
+    bench.send(VARS)
     bench.session.disconnected(now=bench.now)
     bench.session.connected()
-    assert bench.out() == ["stateRequest:t3"]
+    assert bench.out() == ["overrideEnvVarsStatus:t3"]
 
 
 def test_every_message_is_acknowledged_once_with_its_txn() -> None:
@@ -207,14 +214,14 @@ def test_a_repetition_is_acknowledged_and_not_handed_on() -> None:
 
 def test_acks_go_first_and_die_with_the_connection() -> None:
     bench = Bench()
-    bench.send(STATE)
+    bench.send(VARS)
     bench.get({"messageType": "desiredStatus"})
     assert bench.session.next_time() == 0
-    assert bench.out() == ["ack:c1", "stateRequest:t1"]
+    assert bench.out() == ["ack:c1", "overrideEnvVarsStatus:t1"]
     bench.get({"messageType": "desiredStatus"}, txn="c2")
     bench.session.disconnected(now=bench.now)
     bench.session.connected()
-    assert bench.out() == ["stateRequest:t1"]
+    assert bench.out() == ["overrideEnvVarsStatus:t1"]
 
 
 def test_queues_are_bounded_per_type_oldest_first_and_certificates_are_kept() -> None:
@@ -241,3 +248,88 @@ def test_a_withdrawn_message_is_gone_wherever_it_was() -> None:
     bench.out()
     bench.session.withdraw(sent)
     assert bench.out(60) == [] and bench.session.dropped == 0
+
+
+# --- what must arrive (cloud-protocol §10.1)
+
+LOG = PushLog(correlation_id="c", node=Identity.of_codename("n"), part=1, parts_count=1, content=b"x", status="ok")
+
+
+def test_a_lasting_message_without_an_ack_waits_for_the_next_connection() -> None:
+    bench = Bench()
+    bench.send(CSR)
+    for round_number in range(3):
+        assert [bench.out(10) for _ in range(6)] == [["issueUnitCertificates:t1"]] * 4 + [[]] * 2, round_number
+        assert bench.session.next_time() is None
+        bench.session.disconnected(now=bench.now)
+        bench.session.connected()
+    assert bench.out() == ["issueUnitCertificates:t1"]
+    bench.get({"messageType": "ack"}, txn="t1")
+    assert bench.session.waiting == bench.session.dropped == 0 and bench.session.take_finished() == ["t1"]
+    assert bench.session.take_finished() == []
+
+
+def test_an_ack_that_comes_too_late_counts() -> None:
+    bench = Bench()
+    bench.send(CSR)
+    assert [bench.out(10) for _ in range(6)][-1] == []
+    bench.get({"messageType": "ack"}, txn="t1")
+    assert bench.session.waiting == 0 and bench.session.take_finished() == ["t1"]
+
+
+def test_a_lasting_message_that_nobody_acknowledges_is_given_up_at_last() -> None:
+    bench = Bench()
+    bench.send(CSR)
+    for _ in range(MAX_ROUNDS):
+        assert bench.session.take_finished() == []
+        for _ in range(6):
+            bench.out(10)
+        bench.session.disconnected(now=bench.now)
+        bench.session.connected()
+    assert bench.session.dropped == 1 and bench.session.take_finished() == ["t1"]
+
+
+def test_a_lasting_message_that_breaks_the_link_gives_the_others_room() -> None:
+    bench = Bench()
+    bench.send(CSR)
+    for _ in range(40):
+        bench.out(601)
+        bench.session.disconnected(now=bench.now)
+        bench.session.connected()
+    bench.send(VARS)
+    assert bench.session.dropped == 0
+    assert bench.out() == ["overrideEnvVarsStatus:t2"]
+    bench.get({"messageType": "ack"}, txn="t2")
+    assert bench.out(601) == ["issueUnitCertificates:t1"]
+
+
+@pytest.mark.parametrize("told_anew", [NEW_STATE, STATE])
+def test_states_do_not_survive_their_connection(told_anew: Message) -> None:
+    """Their sender looks at every state when there is a connection again, and would have them sent twice."""
+    bench = Bench()
+    bench.send(told_anew)
+    bench.out()
+    bench.send(told_anew)
+    bench.session.disconnected(now=bench.now)
+    bench.session.connected()
+    assert bench.out() == []
+
+
+def test_what_an_earlier_process_left_goes_first_and_once() -> None:
+    bench = Bench(connected=False)
+    kept = [(type(message), *bench.session.frame(message, created_at=CREATED)) for message in (CSR, LOG)]
+    bench.send(VARS)
+    bench.session.enqueue(*kept[1], now=bench.now)
+    bench.session.restore(kept, now=bench.now)
+    bench.session.connected()
+    assert bench.out() == ["issueUnitCertificates:t1", "overrideEnvVarsStatus:t3", "pushLog:t2"]
+
+
+def test_logs_are_bounded_in_bytes_and_the_rows_of_dropped_ones_go() -> None:
+    bench = Bench(connected=False)
+    for _ in range(5):
+        bench.send(msgspec.structs.replace(LOG, content=b"x" * (2 * 1024 * 1024)))
+    assert bench.session.take_finished() == ["t1", "t2", "t3"]
+    bench.send(msgspec.structs.replace(LOG, content=b"x" * (9 * 1024 * 1024)))
+    bench.session.connected()
+    assert bench.out() == ["pushLog:t6"]

@@ -51,11 +51,26 @@ def test_gcm(tmp_path: Path) -> None:
             decrypt(write(tmp_path, broken), tmp_path / "plain", info)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_gcm_of_a_layer_that_begins_with_its_iv(tmp_path: Path, told: bool) -> None:
+    """As the media types `…layer.enc.v1.aes256gcm+tar…` have it: IV, ciphertext, tag."""
+    key, iv = os.urandom(32), os.urandom(12)
+    cipher = Cipher(algorithms.AES(key), modes.GCM(iv)).encryptor()
+    sealed = iv + cipher.update(DATA) + cipher.finalize() + cipher.tag
+    info = DecryptInfo(block_alg="AES256/GCM", block_iv=iv if told else b"", block_key=key)
+    decrypt(write(tmp_path, sealed), tmp_path / "plain", info)
+    assert (tmp_path / "plain").read_bytes() == DATA
+    for broken in (sealed[:-1], b"x" + sealed[1:], sealed[:27], b""):
+        with pytest.raises((ChecksumError, InvalidArgumentError)):
+            decrypt(write(tmp_path, broken), tmp_path / "plain", info)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
         ({"block_key": b"x" * 31}, InvalidArgumentError),
         ({"block_iv": b"x" * 15}, InvalidArgumentError),
+        ({"block_iv": b""}, InvalidArgumentError),
         ({"block_key": b"x" * 32}, ChecksumError),
         ({"block_alg": "AES256/CTR"}, NotSupportedError),
         ({"block_alg": "DES"}, NotSupportedError),

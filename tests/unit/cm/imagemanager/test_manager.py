@@ -90,7 +90,7 @@ class Bench:
                 self.store,
                 fetcher,
                 worker,
-                roots=self.roots,
+                roots=lambda: self.roots,
                 runtimes=lambda: self.runtimes,
                 now=lambda: self.now,
             )

@@ -20,6 +20,7 @@ from aoscore.cm.launcher.balancer import (
     Usage,
     Variant,
     Wanted,
+    _Ledger,
     place,
     reserved_amount,
 )
@@ -264,6 +265,21 @@ class TestStability:
         second = items("a", 1, 5, requested=Amounts(cpu=800))
         before = sites(place([make_node("n")], first, {}))
         assert by_name(place([make_node("n")], [*first, *second], before)) == {"b#0": "n", "a#0": "NotFoundError"}
+
+
+class TestRoom:
+    def test_a_node_that_is_overcommitted_has_no_room_and_never_less(self) -> None:
+        """AosCore 9.1 logs negative figures then (observed.md, defect 10)."""
+        ident = InstanceIdent("other", "subject", 0)
+        loads = {(ident, "runc-a"): Usage(5000, 1 << 40)}
+        for load in (Usage(9000, 1 << 40), Usage(0, 0)):
+            busy = make_node("a", load=load, instance_loads=loads)
+            ledger = _Ledger([busy], Budgets(), frozenset())
+            assert min(ledger.room("a")) >= 0
+        full = make_node("a", load=Usage(9000, 1 << 40))
+        decision = place([full], items("s1", 1, requested=Amounts(ram=1)), {})[InstanceIdent("s1", "subject", 0)]
+        assert (decision.site, str(decision.error)) == (None, "no runtimes with requested RAM")
+        assert by_name(place([full], items("s1", 1), {})) == {"s1#0": "a"}
 
 
 class TestMissingNodes:

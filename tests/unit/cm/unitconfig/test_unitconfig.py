@@ -12,7 +12,7 @@ from aoscore.cm.unitconfig.config import node_config_text, pick_node_config
 from aoscore.cm.unitconfig.manager import UnitConfigManager
 from aoscore.common.errors import FailedError, WrongStateError
 from aoscore.common.types import ConfigState, ErrorInfo, NodeConfigStatus
-from tests.support.running import running
+from tests.support.running import running, until
 from tests.unit.cm.fakes import FakeNodes, unit_node
 
 
@@ -46,7 +46,14 @@ class FakeSms:
     def __init__(self) -> None:
         self.configs: dict[str, tuple[str, int]] = {}
         self.refuse: set[str] = set()
+        self.hanging: set[str] = set()
+        self._released = asyncio.Event()
         self.calls: list[tuple[str, str]] = []
+
+    def release(self) -> None:
+        """What hangs goes on."""
+        self.hanging.clear()
+        self._released.set()
 
     async def get_node_config_status(self, node_id: str) -> NodeConfigStatus:
         self.calls.append(("get", node_id))
@@ -59,6 +66,8 @@ class FakeSms:
 
     async def set_node_config(self, node_id: str, config: str, version: str) -> NodeConfigStatus:
         self.calls.append(("set", node_id))
+        if node_id in self.hanging:
+            await self._released.wait()
         if node_id not in self.refuse or version == "1.0.0":
             self.configs[node_id] = (version, json.loads(config)["priority"])
         return self._answer(node_id, version)
@@ -113,9 +122,38 @@ async def test_refusing_node_brings_all_back(tmp_path: Path) -> None:
             await bed.manager.check(config("2.0.0", priority=9))
         with pytest.raises(FailedError, match="node b: no such label"):
             await bed.manager.update(config("2.0.0", priority=9))
-        assert bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)}
+        await until(lambda: bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)})
         assert bed.manager.status().version == "1.0.0"
         assert bed.file.read_bytes() == to_json(config("1.0.0"))
+
+
+async def test_update_that_is_not_wanted_any_more_leaves_no_node_behind(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "a", "b")
+    async with running(bed.manager):
+        await bed.manager.update(config("1.0.0"))
+        bed.sms.hanging.add("b")
+        bed.sms.calls.clear()
+        update = asyncio.create_task(bed.manager.update(config("2.0.0", priority=9)))
+        await until(lambda: ("set", "b") in bed.sms.calls)
+        assert bed.sms.configs["a"] == ("2.0.0", 9)
+        update.cancel()
+        await asyncio.wait({update})
+        bed.sms.hanging.clear()
+        await until(lambda: bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)})
+        assert bed.manager.current() == config("1.0.0")
+
+
+async def test_node_that_connects_in_the_middle_of_an_update_gets_the_new_config(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "a")
+    async with running(bed.manager):
+        bed.sms.hanging.add("a")
+        update = asyncio.create_task(bed.manager.update(config("1.0.0")))
+        await until(lambda: ("set", "a") in bed.sms.calls)
+        bed.nodes.set(unit_node("b"))
+        await asyncio.sleep(0.01)  # it is looked at while there is no config yet
+        bed.sms.release()
+        await update
+        await until(lambda: bed.sms.configs == {"a": ("1.0.0", 1), "b": ("1.0.0", 7)})
 
 
 async def test_node_that_connects_is_configured_once(tmp_path: Path) -> None:

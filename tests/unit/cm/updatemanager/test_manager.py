@@ -36,7 +36,7 @@ from aoscore.cm.updatemanager.schedule import Kind, Rule, Start
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Broadcast
 from aoscore.common.db import Database, Schema
-from aoscore.common.errors import AosError, FailedError, SignatureError, to_error_info
+from aoscore.common.errors import AosError, FailedError, NoSpaceError, SignatureError, to_error_info
 from aoscore.common.types import (
     ConfigState,
     Duration,
@@ -49,7 +49,7 @@ from aoscore.common.types import (
     NodeState,
 )
 from tests.support.images import desired as wanted_item
-from tests.support.running import running
+from tests.support.running import running, until
 
 SCHEMA = Schema(create=(*UPDATE_MANAGER_TABLES, *UPDATE_GATE_TABLES))
 AT_ONCE, ON_TRIGGER = Rule(), Rule(type=Start.TRIGGER)
@@ -224,7 +224,7 @@ class FakeUnitConfigs:
 async def manager_of(
     unit: Unit, path: Path, retry_s: float = 3600.0, *, fota: Rule = AT_ONCE, sota: Rule = AT_ONCE, **more: Any
 ) -> AsyncIterator[UpdateManager]:
-    settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0} | more
+    settings: dict[str, Any] = {"activating_s": 5.0, "placement_s": 0.0, "retry_pause_s": retry_s} | more
     async with Database(path / "cm.db", SCHEMA) as database:
         unit.gate = UpdateGate(GateStore(database), {Kind.FOTA: fota, Kind.SOTA: sota})
         manager = UpdateManager(
@@ -240,7 +240,6 @@ async def manager_of(
             gate=unit.gate,
             alert=unit.alerts.append,
             backoff=lambda: Backoff(0.01, 0.02),
-            retry_pause=Backoff(retry_s, retry_s),
         )
         async with running(manager):
             yield manager
@@ -448,6 +447,28 @@ async def test_a_crash_while_going_back(tmp_path: Path, after: str) -> None:
     assert unit.view == {"a 1": "installed", "a 2": "failed"} and unit.running == {"a": "1"}
 
 
+async def test_a_crash_between_the_verdict_and_the_way_back(tmp_path: Path) -> None:
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1")))
+    unit.crashing = {("a", "2")}
+    original, judged = unit.fail, asyncio.Event()
+
+    async def fail(item_id: str, version: str, error: AosError) -> None:
+        await original(item_id, version, error)
+        judged.set()
+        await asyncio.Event().wait()  # the process ends here
+
+    unit.fail = fail  # type: ignore[method-assign]
+    async with manager_of(unit, tmp_path) as manager:
+        await give(manager, desired(("a", "2")))
+        await judged.wait()
+    unit.fail = original  # type: ignore[method-assign]
+    async with manager_of(unit, tmp_path) as manager:
+        await finished(manager)
+    assert unit.view == {"a 1": "installed", "a 2": "failed"} and unit.running == {"a": "1"}
+
+
 async def test_a_new_item_that_does_not_run_stays(tmp_path: Path) -> None:
     unit = Unit()
     unit.crashing = {("a", "1")}
@@ -481,46 +502,82 @@ async def test_an_item_that_cannot_be_downloaded_keeps_its_old_version_and_holds
         assert unit.running == {"a": "1", "b": "1"}
 
 
-@pytest.mark.parametrize("step", ["download", "activating"])
-async def test_another_wish_wakes_what_waits(tmp_path: Path, step: str) -> None:
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "pending"])
+async def test_another_wish_breaks_off_a_step_in_any_phase(tmp_path: Path, phase: str) -> None:
+    """The step would never end by itself. The gate, whose waiting is phase pending, has a test of its own below."""
     unit = Unit()
+    steps = {"downloading": "download", "installing": "pause n1", "launching": "launch a:1", "finalizing": "install"}
+    node = DesiredNode(item=Identity.of_codename("n1"), state=DesiredNodeState.PAUSED)
+    inside = asyncio.Event()
+
+    async def hang(step: str) -> None:
+        if step == steps.get(phase) and not inside.is_set():
+            inside.set()
+            await asyncio.Event().wait()
+
+    unit.before = hang
     async with manager_of(unit, tmp_path, activating_s=3600.0) as manager:
-        if step == "activating":
+        if phase == "activating":
             unit.activating = {"a"}
-            await give(manager, desired(("a", "1")))
-            while manager.phase is not Phase.ACTIVATING:
-                await asyncio.sleep(0.005)
-        else:
-            crash = Crash(unit, "downloading")
-            await give(manager, desired(("a", "1")))
-            await crash.reached.wait()
-            unit.before = None
+        await give(manager, desired(("a", "1"), nodes=(node,)))
+        if phase != "activating":
+            await inside.wait()
+        await until(lambda: manager.phase == phase)
         unit.activating = set()
         reports = unit.reports
-        await apply(manager, desired(("a", "2")))
-        assert unit.running == {"a": "2"} and unit.view["a 2"] == "installed"
-        assert unit.reports == reports + 1  # nothing is said about the run that was replaced
+        for version in ("2", "3"):
+            await give(manager, desired(("a", version), nodes=(node,)))
+        await finished(manager)
+        assert unit.running == {"a": "3"} and unit.view["a 3"] == "installed"  # the last one wins
+        assert "launch a:2" not in unit.trace
+        assert unit.reports == reports + 1  # nothing is said about the runs that were replaced
 
 
-async def test_a_step_that_changes_things_ends_before_another_wish_is_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full_from", range(8))
+async def test_a_full_disk_under_the_database_loses_no_wish_and_heals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_from: int
+) -> None:
+    """From some write on every one fails; then there is space again."""
     unit = Unit()
-    inside, gate = asyncio.Event(), asyncio.Event()
+    writes, is_full = 0, True
 
-    async def slow(step: str) -> None:
-        if step == "launch a:1":
-            inside.set()
-            await gate.wait()
+    original = UpdateStore._write
 
-    unit.before = slow
+    async def write(self: UpdateStore, statement: str, values: tuple[str, ...]) -> None:
+        nonlocal writes
+        writes += 1
+        if is_full and writes > full_from:
+            raise NoSpaceError("database cm.db: no space left")
+        await original(self, statement, values)
+
+    monkeypatch.setattr(UpdateStore, "_write", write)
     async with manager_of(unit, tmp_path) as manager:
         await give(manager, desired(("a", "1")))
-        await inside.wait()
-        for version in ("2", "3", "4"):
-            await give(manager, desired(("a", version)))
-        gate.set()
-        await finished(manager)
-        assert unit.running == {"a": "4"}  # the last one wins
-        assert "launch a:2" not in unit.trace and "launch a:3" not in unit.trace
+        if full_from < 7:  # a run writes the wish and six phases
+            await until(lambda: writes > full_from + 3)
+            assert len(unit.alerts) == 1 and "no space left" in unit.alerts[0]
+        is_full = False
+        await until(lambda: unit.view == {"a 1": "installed"} and manager.phase is Phase.NONE)
+    assert (await row(tmp_path))[1] == "none" and unit.running == {"a": "1"}
+
+
+async def test_a_wish_that_could_not_be_stored_gives_way_to_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = Unit()
+    original = UpdateStore.save
+
+    async def save(self: UpdateStore, desired: DesiredStatus, phase: Phase) -> None:
+        if desired.items and desired.items[0].version == "1":
+            raise NoSpaceError("database cm.db: no space left")
+        await original(self, desired, phase)
+
+    monkeypatch.setattr(UpdateStore, "save", save)
+    async with manager_of(unit, tmp_path) as manager:
+        await give(manager, desired(("a", "1")))
+        await until(lambda: unit.alerts)
+        await apply(manager, desired(("a", "2")))
+        assert unit.running == {"a": "2"} and unit.trace == ["download", "launch a:2", "install"]
 
 
 async def test_the_same_wish_does_not_disturb_the_run(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as stubs
 from aoscore.common import convert
 from aoscore.common.aio import ChangeFeed
+from aoscore.common.certs import key_digest
 from aoscore.common.keys import private_key_pem
 from aoscore.common.rpc import Server
 from aoscore.common.tls import grpc_server_credentials
@@ -26,7 +27,7 @@ from aoscore.iam.iamserver.nodelink import UnreachableError
 from aoscore.iam.iamserver.peer import Peer
 from aoscore.iam.iamserver.public import NodesService
 from aoscore.iam.iamserver.services import PUBLIC_LIMITS
-from aoscore.iam.nodekeys import NodeKeys, key_digest
+from aoscore.iam.nodekeys import NodeKeys
 from aoscore.iam.nodemanager import NodeManager
 from tests.support.pki import Issued, TestCa
 from tests.support.running import running, until

@@ -95,6 +95,10 @@ class FakeRuntime:
 
     async def stop_instance(self, ident: InstanceIdent) -> None:
         self.calls.append(f"stop {ident.item_id}")
+        self.parallel += 1
+        self.most_parallel = max(self.most_parallel, self.parallel)
+        await asyncio.sleep(self.delay_s)
+        self.parallel -= 1
         if error := self.stop_errors.get(ident.item_id):
             raise error
         if info := self.instances.pop(ident, None):
@@ -120,6 +124,7 @@ class FakeImages:
         self.errors: dict[str, AosError] = {}
         self.gate: asyncio.Event | None = None
         self.calls: list[str] = []
+        self.loads: list[ItemKey] = []
         self.offline_ttl_s = 0.0
 
     def installed(self) -> Set[ItemKey]:
@@ -137,6 +142,7 @@ class FakeImages:
         self.keys.add(key)
 
     async def load(self, key: ItemKey) -> InstalledImage:
+        self.loads.append(key)
         return InstalledImage(
             key, ImageConfig(), ItemConfig(offline_ttl=Duration(self.offline_ttl_s)), layers=(Path("/layer"),)
         )
@@ -362,15 +368,27 @@ async def test_update_during_an_update_is_not_lost(bed: Bed) -> None:
         assert "start a 1.0.0" not in bed.runtime.calls
 
 
-async def test_start_order_and_bounded_parallelism(bed: Bed) -> None:
+async def test_order_of_starts_and_stops(bed: Bed) -> None:
+    """Starts begin in descending priority, stops end in ascending priority."""
     bed.runtime.delay_s = 0.01
     async with bed.launcher() as launcher:
-        many = [info(f"item{number}", priority=number) for number in range(10)]
+        many = [info(f"item{number}", priority=number // 2) for number in range(10)]
         await update(launcher, *many)
-        assert bed.runtime.calls == [f"start item{number} 1.0.0" for number in reversed(range(10))]
-        assert bed.runtime.most_parallel == 4
+        starts = [f"start item{number} 1.0.0" for pair in reversed(range(5)) for number in (2 * pair, 2 * pair + 1)]
+        assert bed.runtime.calls == starts
+        assert bed.runtime.most_parallel == 10
         bed.runtime.calls.clear()
+        bed.runtime.most_parallel = 0
     assert bed.runtime.calls == [f"stop item{number}" for number in range(10)]
+    assert bed.runtime.most_parallel == 2, "those of a higher priority wait for those of a lower"
+
+
+async def test_an_item_is_read_once_for_all_its_instances(bed: Bed) -> None:
+    many = [msgspec.structs.replace(A, ident=msgspec.structs.replace(A.ident, instance=n)) for n in range(5)]
+    async with bed.launcher() as launcher:
+        await update(launcher, *many)
+        assert len(bed.runtime.instances) == 5
+    assert bed.images.loads == [item_key(A)]
 
 
 async def test_restart_after_a_crash_adopts(bed: Bed) -> None:

@@ -277,7 +277,7 @@ MIGRATIONS = Path(__file__).parents[4] / "aoscore" / "sm" / "migration"
 async def test_rows_are_those_of_aoscore_9_1(tmp_path: Path) -> None:
     async with open_database(tmp_path / "sm.db", MIGRATIONS, tmp_path / "merged") as database:
         store = NetworkStore(database)
-        await store.save(NETWORK, INSTANCE)
+        await store.save((NETWORK, INSTANCE))
         assert (await store.load_networks(), await store.load_instances()) == ([NETWORK], [INSTANCE])
         [(config, allocated)] = await database.select("SELECT networkConfig, allocatedParams FROM instancenetwork")
         assert json.loads(config) == {

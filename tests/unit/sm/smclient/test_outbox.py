@@ -16,7 +16,7 @@ from aoscore.common.types import (
     SystemAlert,
 )
 from aoscore.sm.launcher.model import NodeStatuses
-from aoscore.sm.smclient.messages import Outgoing
+from aoscore.sm.smclient.messages import Outgoing, StatusChanges
 from aoscore.sm.smclient.outbox import ALERTS, LOG_BYTES, SAMPLES, Outbox
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -47,7 +47,7 @@ def test_last_status_of_each_instance() -> None:
     outbox = Outbox()
     for value in (status("a", InstanceState.ACTIVATING), status("b"), status("a")):
         outbox.put(value)
-    assert drain(outbox) == [status("b"), status("a")]
+    assert drain(outbox) == [StatusChanges((status("b"), status("a")))]
 
 
 def test_newer_status_during_a_write_is_sent_too() -> None:
@@ -56,8 +56,9 @@ def test_newer_status_during_a_write_is_sent_too() -> None:
     first = outbox.next()
     assert first is not None
     outbox.put(status("a", InstanceState.FAILED))
+    outbox.put(status("b"))
     outbox.written(first)
-    assert drain(outbox) == [status("a", InstanceState.FAILED)]
+    assert drain(outbox) == [StatusChanges((status("a", InstanceState.FAILED), status("b")))]
 
 
 def test_complete_list_replaces_single_statuses() -> None:
@@ -66,7 +67,7 @@ def test_complete_list_replaces_single_statuses() -> None:
     complete = NodeStatuses((status("a"),))
     outbox.put(complete)
     outbox.put(status("b"))
-    assert drain(outbox) == [complete, status("b")]
+    assert drain(outbox) == [complete, StatusChanges((status("b"),))]
 
 
 def test_connection_begins_with_the_list_and_without_old_answers() -> None:

@@ -158,6 +158,8 @@ class Bundle:
 
     def remove(self) -> None:
         """Unmount and delete everything; repeatable."""
+        if not self.path.exists():
+            return
         for target in self._mounted():
             self._unmount(target)
         remove_tree(self.path)
@@ -169,8 +171,10 @@ class Bundle:
 
     def _mounted(self) -> list[Path]:
         """Mounts at or below rootfs, inner ones first."""
-        targets = [Path(line.split(" ")[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
-        return [target for target in reversed(targets) if target.is_relative_to(self.rootfs)]
+        rootfs = str(self.rootfs)
+        # A node has thousands of mounts: they are compared as text.
+        targets = [line.split(" ", 2)[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        return [Path(one) for one in reversed(targets) if one == rootfs or one.startswith(f"{rootfs}/")]
 
     def _unmount(self, target: Path) -> None:
         for attempt in range(1, _UNMOUNT_ATTEMPTS + 1):

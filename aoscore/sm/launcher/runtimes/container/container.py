@@ -77,12 +77,12 @@ class Container:
         self._tools.publish(self.status())
 
     async def start(self) -> None:
-        """Create and start; afterwards its process runs."""
+        """Afterwards its process runs."""
+        # What a process writes at once belongs to its run.
+        started = time.time()
         with self._tools.output.prepare(self.id) as output:
-            self.pid = await self._tools.engine.create(self.id, self.bundle.path, output)
-        # Before the start: what a process writes at once belongs to its run.
-        self.record = msgspec.structs.replace(self.record, started=time.time())
-        await self._tools.engine.start(self.id)
+            self.pid = await self._tools.engine.run(self.id, self.bundle.path, output)
+        self.record = msgspec.structs.replace(self.record, started=started)
 
     async def supervise(self) -> None:
         """Report what becomes of it, and start it again whenever it ends, until cancelled."""

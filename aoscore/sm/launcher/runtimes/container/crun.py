@@ -1,4 +1,4 @@
-"""crun and conmon by exec: create, start, signal, delete, list (sm-runtime.md §2.3).
+"""crun and conmon by exec: run, delete, list (sm-runtime.md §2.3).
 
 Each container has a conmon of its own as parent. It is the smallest program that keeps what must outlive SM: it waits
 for the container (so the exit code is known also when SM was away), writes the exit code to a file, and carries the
@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
-import subprocess
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -21,7 +20,7 @@ import msgspec
 from aoscore.common.aio import unbroken
 from aoscore.common.config import from_json
 from aoscore.common.errors import ConfigError, DeadlineError, FailedError
-from aoscore.common.process import run_program, start_program
+from aoscore.common.process import run_blocking, run_program, spawn
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.engine import EngineState, Exit
@@ -37,6 +36,10 @@ _CONMON_NICE = 10
 # conmon writes the exit code right after the container has ended.
 _EXIT_CODE_WAIT_S = 2.0
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+# Words after it: crun, two options, conmon's "create", and what belongs to that.
+_RUN = 'root=$1 manager=$2; shift 3; exec "$0" "$root" "$manager" run --detach "$@"'
 
 
 class _Created(msgspec.Struct, frozen=True):
@@ -60,6 +63,10 @@ class Crun:
             str(config.crun_state_root),
             "--cgroup-manager=cgroupfs",
         )
+        # conmon has a container created only. The same crun runs it at once, which saves a program per start.
+        prefix, root = layout.runtime_prefix(), f"--root={config.crun_state_root}"
+        self._run_command = (*prefix, "/bin/sh", "-c", _RUN, config.crun_executable, root, "--cgroup-manager=cgroupfs")
+        self._layout = layout
 
     def check(self) -> None:
         """Raises ConfigError when a program the runtime needs is missing, with what to do."""
@@ -72,15 +79,15 @@ class Crun:
         """Control group of an instance, below the mount."""
         return f"{self._config.cgroup_parent}/{instance_id}"
 
-    async def create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
-        """Make the container of a bundle, ready to be started; returns the pid of its first process.
+    async def run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+        """Run the container of a bundle; returns the pid of its first process.
 
         A cancellation takes effect after it, so that nothing is made behind the back of a later `delete`.
         Raises FailedError with crun's reason, NotFoundError when conmon is not installed, DeadlineError.
         """
-        return await unbroken(self._create(instance_id, bundle, output))
+        return await unbroken(asyncio.to_thread(self._run, instance_id, bundle, output))
 
-    async def _create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+    def _run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
         exit_dir = bundle / "exit"
         exit_dir.mkdir(exist_ok=True)
         for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid"):
@@ -90,21 +97,28 @@ class Crun:
             *("--name", instance_id, "--bundle", bundle, "--exit-dir", exit_dir, "--full-attach"),
             *("--container-pidfile", bundle / "pid", "--conmon-pidfile", bundle / "conmon.pid"),
             *output.arguments,
-            *("--runtime", self._command[0]),
-            *(word for part in self._command[1:] for word in ("--runtime-arg", part)),
+            *("--runtime", self._run_command[0]),
+            *(word for part in self._run_command[1:] for word in ("--runtime-arg", part)),
         ]
-        with (bundle / "conmon.log").open("wb") as words:
-            line = await _with_sync_pipe(
-                lambda fd: start_program(
-                    args,
-                    stdout=words.fileno() if output.stdout is None else output.stdout,
-                    stderr=words.fileno() if output.stderr is None else output.stderr,
-                    pass_fds=(fd,),
-                    env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(fd)},
-                    cwd=bundle,
-                ),
-                what=f"container {instance_id}",
-            )
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            with (bundle / "conmon.log").open("wb") as words:
+                try:
+                    process = spawn(
+                        args,
+                        stdout=words.fileno() if output.stdout is None else output.stdout,
+                        stderr=words.fileno() if output.stderr is None else output.stderr,
+                        pass_fds=(write_fd,),
+                        env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(write_fd)},
+                        cwd=bundle,
+                    )
+                finally:
+                    os.close(write_fd)
+            line = _read_line(read_fd, what=f"container {instance_id}")
+            # What stays is its child; the process that we started ends at once.
+            process.wait()
+        finally:
+            os.close(read_fd)
         if not line:
             reason = _last_words((bundle / "conmon.log").read_bytes())
             raise FailedError(f"conmon of container {instance_id} failed: {reason}")
@@ -117,18 +131,10 @@ class Crun:
                 os.setpriority(os.PRIO_PROCESS, conmon, _CONMON_NICE)
         return created.data
 
-    async def start(self, instance_id: str) -> None:
-        """Let a created container run. Raises FailedError with crun's reason."""
-        await run_program([*self._command, "start", instance_id], timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT)
-
     async def delete(self, instance_id: str) -> None:
         """Kill it if needed and remove its state and control groups; an unknown one is success."""
-        done = await run_program(
-            [*self._command, "delete", "--force", instance_id],
-            timeout_s=_COMMAND_TIMEOUT_S,
-            env=_ENVIRONMENT,
-            check=False,
-        )
+        command = [*self._command, "delete", "--force", instance_id]
+        done = await asyncio.to_thread(run_blocking, command, timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT)
         if done.code != 0:
             known = await self.list()
             if instance_id in known:
@@ -152,30 +158,25 @@ class Crun:
             if read_exit_code(bundle, instance_id) is not None:
                 break
             await asyncio.sleep(0.01)
-        return Exit(read_exit_code(bundle, instance_id), out_of_memory=(bundle / "oom").exists())
+        # conmon begins to look after the container has; the control group knows from the beginning.
+        out_of_memory = (bundle / "oom").exists() or self._layout.oom_kills(self.cgroup(instance_id)) > 0
+        return Exit(read_exit_code(bundle, instance_id), out_of_memory=out_of_memory)
 
 
-async def _with_sync_pipe(start: Callable[[int], Awaitable["subprocess.Popen[bytes]"]], *, what: str) -> bytes:
-    """Start conmon with the writing end of a pipe; the line it writes, empty when it ended without one."""
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    reader = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb", buffering=0)
-    )
-    try:
-        try:
-            process = await start(write_fd)
-        finally:
-            os.close(write_fd)
-        async with asyncio.timeout(_CREATE_TIMEOUT_S):
-            line = await reader.readline()
-            # What stays is its child; the process that we started ends at once.
-            await asyncio.to_thread(process.wait)
-            return line
-    except TimeoutError:
-        raise DeadlineError(f"{what} was not created within {_CREATE_TIMEOUT_S:g} s") from None
-    finally:
-        transport.close()
+def _read_line(fd: int, *, what: str) -> bytes:
+    """One line of conmon's pipe, empty when it ended without one."""
+    deadline_s = time.monotonic() + _CREATE_TIMEOUT_S
+    line = b""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while not line.endswith(b"\n"):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not poll.poll(left_s * 1000):
+            raise DeadlineError(f"{what} was not created within {_CREATE_TIMEOUT_S:g} s")
+        if not (data := os.read(fd, 65536)):
+            break
+        line += data
+    return line
 
 
 def exit_file(bundle: Path, instance_id: str) -> Path:

@@ -40,12 +40,8 @@ class Engine(Protocol):
         """Control group of an instance, below the mount."""
         ...
 
-    async def create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
-        """Make the instance of a bundle; the pid of its first process. It runs after `start` at the latest."""
-        ...
-
-    async def start(self, instance_id: str) -> None:
-        """Let it run."""
+    async def run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+        """Run the instance of a bundle; the pid of its first process."""
         ...
 
     async def delete(self, instance_id: str) -> None:

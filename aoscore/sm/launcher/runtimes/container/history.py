@@ -49,7 +49,8 @@ class RunHistory:
         """Remember that this instance exists; writes only when that is news."""
         known = self.get(instance_id)
         if known is None or known.version != version:
-            self._write(instance_id, InstanceHistory(ident, version, known.runs if known else ()))
+            # What a power cut takes away the next start notes again.
+            self._write(instance_id, InstanceHistory(ident, version, known.runs if known else ()), durable=False)
 
     def note_end(self, instance_id: str, run: Run) -> None:
         """Add a run of a known instance."""
@@ -78,7 +79,7 @@ class RunHistory:
         for path in unused[: max(0, len(unused) - _KEPT_INSTANCES)]:
             remove_tree(path.parent)
 
-    def _write(self, instance_id: str, history: InstanceHistory) -> None:
+    def _write(self, instance_id: str, history: InstanceHistory, *, durable: bool = True) -> None:
         folder = self._root / instance_id
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(folder / _FILE, to_json(history))
+        write_atomic(folder / _FILE, to_json(history), durable=durable)

@@ -51,7 +51,8 @@ T = TypeVar("T")
 
 MAX_INSTANCES = 256
 _THREADS = 4
-_PARALLEL_STARTS = 8
+# Programs of the engine at a time.
+_PARALLEL = 8
 _TEND_PERIOD_S = 10.0
 
 
@@ -114,7 +115,7 @@ class ContainerRuntime:
         self._tools = Tools(config, self._engine, output, history, self._worker, self.changed.publish)
         self._containers: dict[str, Container] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._starting = asyncio.Semaphore(_PARALLEL_STARTS)
+        self._slots = asyncio.Semaphore(_PARALLEL)
         self._tasks: asyncio.TaskGroup | None = None
 
     # The service
@@ -204,8 +205,7 @@ class ContainerRuntime:
             self.changed.publish(instance_status(info, InstanceState.ACTIVATING))
             item = image.item_config or ItemConfig()
             try:
-                async with self._starting:
-                    container = await self._bring_up(name, info, image, item)
+                container = await self._bring_up(name, info, image, item)
             except BaseException as error:
                 # Also when cancelled: a half-made container must not be left to nobody.
                 with log_and_continue(_log, f"Can't clean instance {name}"):
@@ -251,17 +251,25 @@ class ContainerRuntime:
         bundle = self._bundle(name)
         self._resources.allocate(name, info.ident, [resource.name for resource in item.resources])
         await self._delete_leftover(bundle)
-        await self._worker.run(bundle.create)
         wishes = network_config(info.ident, image.image_config, item, self._resources.hosts(item.resources))
         network = await self._networks.attach(name, info.owner_id, wishes)
         secret = ""
         if item.permissions:
             secret = await self._permissions.register_instance(info.ident, item.permissions)
-        record = await self._worker.run(self._preparation.fill, bundle, info, image, network, secret)
-        await self._worker.run(self._tools.history.note_start, name, info.ident, info.version)
-        container = Container(self._tools, bundle, record)
-        await container.start()
+        async with self._slots:
+            record = await self._worker.run(self._fill, bundle, info, image, network, secret)
+            container = Container(self._tools, bundle, record)
+            await container.start()
         return container
+
+    def _fill(
+        self, bundle: Bundle, info: InstanceInfo, image: InstalledImage, network: AttachedNetwork, secret: str
+    ) -> BundleRecord:
+        """In a worker thread."""
+        bundle.create()
+        record = self._preparation.fill(bundle, info, image, network, secret)
+        self._tools.history.note_start(bundle.path.name, info.ident, info.version)
+        return record
 
     def _keep(self, container: Container) -> None:
         if self._tasks is None:
@@ -313,7 +321,8 @@ class ContainerRuntime:
     async def _delete_leftover(self, bundle: Bundle) -> None:
         # A container never exists without its bundle, and asking crun costs a process.
         if bundle.path.exists():
-            await self._engine.delete(bundle.path.name)
+            async with self._slots:
+                await self._engine.delete(bundle.path.name)
 
     # Names
 

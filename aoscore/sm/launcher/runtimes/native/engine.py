@@ -55,11 +55,11 @@ class SystemdEngine:
         """Control group of the unit."""
         return f"{CGROUP_PARENT}/{unit_name(instance_id)}"
 
-    async def create(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+    async def run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
         """Start the unit; its output goes to the journal. Raises FailedError with systemd's reason, DeadlineError."""
-        return await unbroken(self._create(instance_id, bundle))
+        return await unbroken(self._run(instance_id, bundle))
 
-    async def _create(self, instance_id: str, bundle: Path) -> int:
+    async def _run(self, instance_id: str, bundle: Path) -> int:
         spec: dict[str, Any] = msgspec.json.decode((bundle / "config.json").read_bytes())
         # Beside the spec itself, of which a restart needs the limits again.
         config = bundle / "native.json"
@@ -85,9 +85,6 @@ class SystemdEngine:
             if time.monotonic() > deadline_s:
                 raise DeadlineError(f"unit {unit_name(instance_id)} did not start within {_START_TIMEOUT_S:g} s")
             await asyncio.sleep(_POLL_S)
-
-    async def start(self, instance_id: str) -> None:
-        """Nothing: a unit runs at once."""
 
     async def delete(self, instance_id: str) -> None:
         """Kill what is left and unload the unit."""
