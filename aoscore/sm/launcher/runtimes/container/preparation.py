@@ -72,6 +72,7 @@ class Preparation:
                 state=state,
                 storage=storage,
                 seccomp=default_profile(platform.machine()) if self._config.seccomp else None,
+                capabilities=self._config.capabilities,
                 default_pids_limit=self._config.default_pids_limit,
                 disk_speed=self._config.disk_speed,
                 disks=self._disks(image.layers, state, storage),

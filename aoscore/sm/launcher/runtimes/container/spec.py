@@ -15,7 +15,7 @@ from aoscore.common.errors import InvalidArgumentError, to_error_info
 from aoscore.common.oci import ImageConfig, ItemConfig, Quotas
 from aoscore.common.types import EnvVar, EnvVarStatus, InstanceInfo
 from aoscore.sm.launcher.runtimes.base import instance_id
-from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
+from aoscore.sm.launcher.runtimes.container.config import CAPABILITIES, DiskSpeed
 from aoscore.sm.resourcemanager.resources import DeviceNode, GrantedResource
 from aoscore.sm.resourcemanager.resources import MountConfig as Mount
 
@@ -29,7 +29,6 @@ _OOM_SCORE = 500
 # Names of the kernel for what images call otherwise, and what a processor runs beside its own.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i386": "386", "i686": "386"}
 _ALSO_RUNS = {"amd64": "386", "arm64": "arm"}
-_CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 _BASE_ENV = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm")
 _MASKED_PATHS = [
     *(f"/proc/{name}" for name in ("acpi", "asound", "kcore", "keys", "latency_stats", "timer_list", "timer_stats")),
@@ -62,6 +61,7 @@ class SpecInput(msgspec.Struct, frozen=True):
     state: Path | None = None
     storage: Path | None = None
     seccomp: Mapping[str, Any] | None = None
+    capabilities: Sequence[str] = CAPABILITIES
     default_pids_limit: int = 0
     disk_speed: DiskSpeed = DiskSpeed()
     disks: Sequence[tuple[int, int]] = ()
@@ -83,7 +83,7 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
             "args": args,
             "env": _environment(source),
             "cwd": process.working_dir or "/",
-            "capabilities": {kind: list(_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+            "capabilities": {kind: list(source.capabilities) for kind in ("bounding", "effective", "permitted")},
             "rlimits": _rlimits(quotas),
             "noNewPrivileges": True,
             "oomScoreAdj": _OOM_SCORE,

@@ -91,6 +91,8 @@ def test_limits_of_the_node() -> None:
     limits = build_spec(spec_input(item=ItemConfig()))["linux"]["resources"]
     assert "pids" not in limits and "blockIO" not in limits
     speed = DiskSpeed(write_bytes_per_s=1000, reads_per_s=10)
+    few = build_spec(spec_input(capabilities=("CAP_KILL",)))["process"]["capabilities"]
+    assert few == {key: ["CAP_KILL"] for key in ("bounding", "effective", "permitted")}
     more = spec_input(item=ItemConfig(), default_pids_limit=100, disk_speed=speed, disks=((8, 0), (259, 1)))
     limits = build_spec(more)["linux"]["resources"]
     assert limits["pids"] == {"limit": 100}
