@@ -75,6 +75,7 @@ class Preparation:
                 capabilities=self._config.capabilities,
                 default_pids_limit=self._config.default_pids_limit,
                 disk_speed=self._config.disk_speed,
+                user_base=self._config.user_namespace_base,
                 disks=self._disks(image.layers, state, storage),
             )
         )
