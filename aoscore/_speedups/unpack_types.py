@@ -108,7 +108,7 @@ class Code(IntEnum):
 _TEXTS = {
     Code.STREAM_CORRUPT: "the compressed data is damaged",
     Code.STREAM_TRUNCATED: "the compressed data ends too early",
-    Code.TRUNCATED: "the archive ends without its end marker",
+    Code.TRUNCATED: "the archive ends too early",
     Code.CHECKSUM: "the checksum of a header is wrong",
     Code.NUMBER: "a number in the header is not valid",
     Code.EXTENDED_HEADER: "an extended header is malformed",

@@ -45,7 +45,7 @@ from aoscore.sm.launcher.runtimes.rootfs.config import RootfsConfig, load_rootfs
 from aoscore.sm.launcher.runtimes.rootfs.runtime import RootfsRuntime
 from aoscore.sm.launcher.store import LauncherStore
 from aoscore.sm.logprovider.provider import LogProvider
-from aoscore.sm.logprovider.source import FileSource, JournalSource, LogSource
+from aoscore.sm.logprovider.source import AllSources, FileSource, JournalSource, LogSource
 from aoscore.sm.monitoring.monitor import Monitoring
 from aoscore.sm.networkmanager.cni import DEFAULT, CniSettings, load_config_list
 from aoscore.sm.networkmanager.manager import NetworkManager
@@ -135,7 +135,9 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
     layout = await core.worker.run(cgroups.probe)
     history = RunHistory(setup.config.working_dir / "instancelogs")
     runtimes: list[Runtime] = []
-    sources: list[LogSource] = []
+    # Control groups whose output is in the journal, folders of the others.
+    journal_groups: dict[str, None] = {}
+    folders: dict[Path, None] = {}
     for runtime_type, section in setup.runtimes:
         if isinstance(section, RootfsConfig):
             runtimes.append(RootfsRuntime(section, runtime_type, core.node, Systemd()))
@@ -148,8 +150,10 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
             engine, section = SystemdEngine(section, Systemd()), section.as_container()
         output_dir = section.output_dir or setup.config.working_dir / "instancelogs"
         output = choose_output(section.output, output_dir, section.output_max_size_bytes)
-        is_journal = isinstance(output, JournalOutput)
-        sources.append(JournalSource(section.cgroup_parent) if is_journal else FileSource(output_dir))
+        if isinstance(output, JournalOutput):
+            journal_groups[section.cgroup_parent] = None
+        else:
+            folders[output_dir] = None
         runtimes.append(
             ContainerRuntime(
                 section,
@@ -177,10 +181,10 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         window_s=setup.config.monitoring.average_window_s,
     )
     has_journal = journal.is_available()
-    no_files = FileSource(setup.config.working_dir / "instancelogs")
+    files: list[LogSource] = [FileSource(folder) for folder in folders]
     logs = LogProvider(
-        JournalSource("") if has_journal else no_files,
-        sources[0] if sources else no_files,
+        JournalSource() if has_journal else AllSources(files),
+        AllSources([*files, *([JournalSource(*journal_groups)] if journal_groups else [])]),
         history,
         core.client.send,
         max_part_size_bytes=setup.config.logging.max_part_size_bytes,

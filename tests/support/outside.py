@@ -1,4 +1,4 @@
-"""Images that others made: a root file system of Debian's busybox, by GNU tar and umoci."""
+"""Images that others made: a root file system of Debian's busybox, packed by umoci."""
 
 import json
 import shutil
@@ -21,15 +21,14 @@ def make_busybox_layout(folder: Path) -> Path:
     for applet in APPLETS:
         (content / "bin" / applet).symlink_to("busybox")
     (content / "www" / "index.html").write_text("hello\n")
-    image, layer = f"{layout}:{_TAG}", folder / "layer.tar"
+    image = f"{layout}:{_TAG}"
     for args in (
-        ("tar", "-C", content, "--numeric-owner", "-cf", layer, "."),
-        ("umoci", "init", "--layout", layout),
-        ("umoci", "new", "--image", image),
-        ("umoci", "raw", "add-layer", "--image", image, layer),
-        ("umoci", "config", "--image", image, "--config.entrypoint", "/bin/sh", "--config.entrypoint", "-c"),
+        ("init", "--layout", layout),
+        ("new", "--image", image),
+        ("insert", "--image", image, content, "/"),
+        ("config", "--image", image, "--config.entrypoint", "/bin/sh", "--config.entrypoint", "-c"),
     ):
-        subprocess.run(args, check=True, capture_output=True)
+        subprocess.run(["umoci", *args], check=True, capture_output=True)
     return layout
 
 

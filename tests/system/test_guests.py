@@ -104,6 +104,7 @@ def test_memory_limit_holds(unit: QemuUnit) -> None:
     assert int(group.read("memory.peak")) <= 32 * MIB
     kills = unit.main.shell("dmesg | grep 'Killed process'").splitlines()
     assert all("(dd)" in line for line in kills), kills
+    unit.wait(lambda: told(unit, "the limit of memory was reached: "), 120, "the cloud to hear of it")
 
 
 def test_pids_limit_holds(unit: QemuUnit) -> None:
@@ -113,6 +114,12 @@ def test_pids_limit_holds(unit: QemuUnit) -> None:
     # The shell that wanted more has ended by now, or does so before it has more.
     assert int(group.read("pids.current")) <= 16
     assert group.read("pids.peak") == "16"
+    unit.wait(lambda: told(unit, "the limit of processes was reached: "), 120, "the cloud to hear of it")
+
+
+def told(unit: QemuUnit, text: str) -> bool:
+    """Whether the cloud has an alert with that text."""
+    return any(text in str(alert) for alert in unit.ask("alerts"))
 
 
 def test_quota_of_a_user_holds(unit: QemuUnit) -> None:

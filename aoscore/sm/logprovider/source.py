@@ -1,5 +1,6 @@
 """Where log lines come from: the journal, or the files of containers where there is no journal."""
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +39,9 @@ class LogSource(Protocol):
 class JournalSource:
     """The system journal. Entries of an instance are known by its control group or, without systemd, its identifier."""
 
-    def __init__(self, cgroup_parent: str, *, directory: Path | None = None) -> None:
-        """`cgroup_parent` is the group below which each instance has one."""
-        self._cgroup_parent = cgroup_parent
+    def __init__(self, *cgroup_parents: str, directory: Path | None = None) -> None:
+        """`cgroup_parents` are the groups below which instances have theirs."""
+        self._cgroup_parents = cgroup_parents
         self._directory = directory
 
     def system(self, since: datetime | None, till: datetime | None) -> Iterator[LogLine]:
@@ -51,10 +52,10 @@ class JournalSource:
         self, instance_ids: Sequence[str], since: datetime | None, till: datetime | None
     ) -> Iterator[LogLine]:
         """See LogSource."""
-        matches: list[Match] = [
-            [f"{field}={prefix}{name}" for name in instance_ids]
-            for field, prefix in (("_SYSTEMD_CGROUP", f"{self._cgroup_parent}/"), ("SYSLOG_IDENTIFIER", ""))
-        ]
+        groups = [f"{parent}/{name}" for parent in self._cgroup_parents for name in instance_ids]
+        matches: list[Match] = [[f"SYSLOG_IDENTIFIER={name}" for name in instance_ids]]
+        if groups:
+            matches.append([f"_SYSTEMD_CGROUP={group}" for group in groups])
         return self._read(matches, since, till, with_unit=False)
 
     def _read(
@@ -96,6 +97,27 @@ class FileSource:
             except FileNotFoundError:
                 continue
             yield from parse_lines(text)
+
+
+class AllSources:
+    """Several at once, for runtimes whose instances write to different places."""
+
+    def __init__(self, sources: Sequence[LogSource]) -> None:
+        self._sources = sources
+
+    def system(self, since: datetime | None, till: datetime | None) -> Iterator[LogLine]:
+        """See LogSource."""
+        return heapq.merge(*(source.system(since, till) for source in self._sources), key=_time)
+
+    def instances(
+        self, instance_ids: Sequence[str], since: datetime | None, till: datetime | None
+    ) -> Iterator[LogLine]:
+        """See LogSource."""
+        return heapq.merge(*(source.instances(instance_ids, since, till) for source in self._sources), key=_time)
+
+
+def _time(line: LogLine) -> datetime:
+    return line.time
 
 
 def parse_lines(text: str) -> Iterator[LogLine]:

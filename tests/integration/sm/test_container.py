@@ -221,6 +221,28 @@ async def test_capabilities_seccomp_and_privileges(host: ContainerRuntime, tmp_p
     assert "NoNewPrivs: 1 Seccomp: 2" in words and "refused" in words
 
 
+async def test_user_namespace(tmp_path: Path) -> None:
+    # Its root must get to the mounts by their paths, as it does on a node.
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    made = runtime(tmp_path, user_namespace_base=700_000)
+    info = instance(state_path="1/state", storage_path="1")
+    script = "cat /proc/self/uid_map; id -u; cat /state.dat; echo new >/state.dat; touch /storage/x; ls -ln /bin/sh; "
+    async with running(made):
+        await made.adopt([])
+        await made.start_instance(info, image(tmp_path, script + FOREVER))
+        await until(lambda: "started" in output(tmp_path, info))
+        pid = made.sample_targets()[0].pid
+        assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", "700000", "1", "5000", "5000", "1"]
+        await made.stop_instance(info.ident)
+    lines = output(tmp_path, info).splitlines()
+    assert [line.split() for line in lines[:3]] == [["0", "700000", "1"], ["5000", "5000", "1"], ["5000"]]
+    # Files of the node's root are nobody's.
+    assert "65534" in lines[3]
+    assert (tmp_path / "states/1/state").read_text() == "new\n"
+    assert (tmp_path / "storages/1/x").stat().st_uid == 5000
+
+
 async def test_resources_reach_the_container(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "file").write_text("from the host\n")

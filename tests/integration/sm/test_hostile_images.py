@@ -31,7 +31,7 @@ HOSTILE = {
     "link": (lambda: symlink(b"etc", b"/etc") + member(b"etc/escaped", b"bad") + END, "'etc/escaped': lies below"),
     "device": (lambda: member(b"sda", kind=b"4", device=(8, 0)) + END, "'sda': is a device node"),
     "name": (lambda: member(b"line\nbreak", b"1") + END, "line break in its name"),
-    "cut": (lambda: member(b"file", b"x" * 2000)[:1500], "ends without its end marker"),
+    "cut": (lambda: member(b"file", b"x" * 2000)[:1500], "the archive ends too early"),
 }
 
 

@@ -118,6 +118,11 @@ def runtime(**changes: Any) -> dict[str, Any]:
         (runtime(config={"crunExecutble": "x"}), r"runtimes\[0\].config.crunExecutble"),
         (runtime(config={"hostBinds": "usr"}), r"runtimes\[0\].config"),
         (runtime(config={"diskSpeed": {"writeSpeed": -1}}), r"runtimes\[0\].config.*can't be below 0"),
+        (
+            runtime(config={"userNamespaceBase": 1000}),
+            r"config.userNamespaceBase' must be 0 or at least 65536",
+        ),
+        (runtime(config={"capabilities": ["KILL"]}), r"runtimes\[0\].config.capabilities': 'KILL' is no capability"),
         (runtime(config={"diskSpeed": {"writSpeed": 1}}), r"runtimes\[0\].config"),
         ({"runtimes": [{"plugin": "container", "type": "a"}] * 2}, r"'runtimes\[1\].type' 'a' is used twice"),
     ],

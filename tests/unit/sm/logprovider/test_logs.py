@@ -14,7 +14,7 @@ from aoscore.common.types import InstanceFilter, InstanceIdent, LogData, LogKind
 from aoscore.sm.launcher.runtimes.container.history import InstanceHistory, Run, RunHistory
 from aoscore.sm.logprovider.parts import build_parts, format_line
 from aoscore.sm.logprovider.provider import LogProvider, last_crash
-from aoscore.sm.logprovider.source import FileSource, LogLine, parse_lines
+from aoscore.sm.logprovider.source import AllSources, FileSource, LogLine, parse_lines
 from tests.support.running import running
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -58,6 +58,17 @@ def test_conmon_lines() -> None:
     lines = list(parse_lines(text))
     assert [line.message for line in lines] == ["first line", "begin, end", "", "cut off"]
     assert lines[1].time == NOON and lines[0].time.microsecond == 123456
+
+
+def test_runtimes_that_write_to_different_places_make_one_log(tmp_path: Path) -> None:
+    for folder, seconds in (("one", (0, 3)), ("two", (1, 2))):
+        log = tmp_path / folder / "id" / "output.log"
+        log.parent.mkdir(parents=True)
+        times = [(NOON + timedelta(seconds=second)).isoformat() for second in seconds]
+        log.write_text("".join(f"{when} stdout F {second}\n" for when, second in zip(times, seconds, strict=True)))
+    source = AllSources([FileSource(tmp_path / "one"), FileSource(tmp_path / "two")])
+    assert [line.message for line in source.instances(["id"], None, None)] == ["0", "1", "2", "3"]
+    assert list(source.system(None, None)) == [] == list(AllSources([]).instances(["id"], None, None))
 
 
 @given(st.text())

@@ -1,5 +1,7 @@
 """The container runtime's own configuration (sm-runtime.md §2.1) and keys that only we have."""
 
+import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,12 @@ import msgspec
 
 from aoscore.common.config import Duration, load_section
 from aoscore.common.errors import ConfigError
+
+CAPABILITIES = ("CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE")
+# Below are users of the node and of services.
+_FIRST_FREE_ID = 65536
+_LAST_ID = 2**31
+_CAPABILITY = re.compile(r"CAP_[A-Z_]{2,30}")
 
 
 class OutputKind(StrEnum):
@@ -43,7 +51,10 @@ class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     `settle_time` (a process that lives that long is active); `restart_limit` (longest pause between restarts);
     `output` and, for files, `output_dir`, `output_max_size` (bytes per instance); `default_pids_limit` (processes of an
     instance whose item names no limit, 0 for none: one that forks without end must not take the node along);
-    `disk_speed`.
+    `disk_speed`; `capabilities` (all that a service may ever have, those of AosCore 9.1 unless others are named);
+    `user_namespace_base` (0 for none: otherwise services live in user namespaces, where root is this id of the node and
+    nobody else exists but the service's own user and groups. Then their storages must be reachable for everybody by
+    path, and devices have the same place inside as outside).
     """
 
     runtime_dir: Path = Path("/run/aos/runtime")
@@ -63,6 +74,8 @@ class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     restart_limit_s: Duration = msgspec.field(name="restartLimit", default=Duration(60))
     default_pids_limit: int = 4096
     disk_speed: DiskSpeed = DiskSpeed()
+    capabilities: tuple[str, ...] = CAPABILITIES
+    user_namespace_base: int = 0
     output: OutputKind = OutputKind.AUTO
     output_dir: Path | None = None
     output_max_size_bytes: int = msgspec.field(name="outputMaxSize", default=1024 * 1024)
@@ -74,7 +87,9 @@ def load_container_config(raw: dict[str, Any], *, path: Path, where: str, workin
     Raises ConfigError naming file and key.
     """
     config = load_section(raw, ContainerConfig, path=path, where=where)
-    check_limits(config.default_pids_limit, config.disk_speed, path=path, where=where)
+    check_limits(config.default_pids_limit, config.disk_speed, config.capabilities, path=path, where=where)
+    if config.user_namespace_base and not _FIRST_FREE_ID <= config.user_namespace_base < _LAST_ID:
+        raise ConfigError(f"{path}: '{where}.userNamespaceBase' must be 0 or at least {_FIRST_FREE_ID}")
     return msgspec.structs.replace(
         config,
         storage_dir=config.storage_dir or working_dir / "storages",
@@ -83,7 +98,11 @@ def load_container_config(raw: dict[str, Any], *, path: Path, where: str, workin
     )
 
 
-def check_limits(pids_limit: int, disk_speed: DiskSpeed, *, path: Path, where: str) -> None:
-    """Raise ConfigError for limits below 0."""
+def check_limits(
+    pids_limit: int, disk_speed: DiskSpeed, capabilities: Sequence[str], *, path: Path, where: str
+) -> None:
+    """Raise ConfigError for limits below 0 and for what can be no capability."""
     if min(pids_limit, *msgspec.structs.astuple(disk_speed)) < 0:
         raise ConfigError(f"{path}: '{where}': 'defaultPidsLimit' and 'diskSpeed' can't be below 0")
+    if bad := [name for name in capabilities if not _CAPABILITY.fullmatch(name)]:
+        raise ConfigError(f"{path}: '{where}.capabilities': {bad[0]!r} is no capability, write for example CAP_KILL")

@@ -72,8 +72,10 @@ class Preparation:
                 state=state,
                 storage=storage,
                 seccomp=default_profile(platform.machine()) if self._config.seccomp else None,
+                capabilities=self._config.capabilities,
                 default_pids_limit=self._config.default_pids_limit,
                 disk_speed=self._config.disk_speed,
+                user_base=self._config.user_namespace_base,
                 disks=self._disks(image.layers, state, storage),
             )
         )

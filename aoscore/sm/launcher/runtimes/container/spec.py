@@ -15,7 +15,7 @@ from aoscore.common.errors import InvalidArgumentError, to_error_info
 from aoscore.common.oci import ImageConfig, ItemConfig, Quotas
 from aoscore.common.types import EnvVar, EnvVarStatus, InstanceInfo
 from aoscore.sm.launcher.runtimes.base import instance_id
-from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
+from aoscore.sm.launcher.runtimes.container.config import CAPABILITIES, DiskSpeed
 from aoscore.sm.resourcemanager.resources import DeviceNode, GrantedResource
 from aoscore.sm.resourcemanager.resources import MountConfig as Mount
 
@@ -29,8 +29,9 @@ _OOM_SCORE = 500
 # Names of the kernel for what images call otherwise, and what a processor runs beside its own.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i386": "386", "i686": "386"}
 _ALSO_RUNS = {"amd64": "386", "arm64": "arm"}
-_CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 _BASE_ENV = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm")
+# devpts gives terminals to this group.
+_TERMINAL_GID = 5
 _MASKED_PATHS = [
     *(f"/proc/{name}" for name in ("acpi", "asound", "kcore", "keys", "latency_stats", "timer_list", "timer_stats")),
     *("/proc/sched_debug", "/proc/scsi", "/sys/firmware"),
@@ -62,10 +63,13 @@ class SpecInput(msgspec.Struct, frozen=True):
     state: Path | None = None
     storage: Path | None = None
     seccomp: Mapping[str, Any] | None = None
+    capabilities: Sequence[str] = CAPABILITIES
     default_pids_limit: int = 0
     disk_speed: DiskSpeed = DiskSpeed()
     disks: Sequence[tuple[int, int]] = ()
     """Major and minor number of what `disk_speed` is about."""
+    user_base: int = 0
+    """Id of the node that root of a user namespace has; 0 means none."""
 
 
 def build_spec(source: SpecInput) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
             "args": args,
             "env": _environment(source),
             "cwd": process.working_dir or "/",
-            "capabilities": {kind: list(_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+            "capabilities": {kind: list(source.capabilities) for kind in ("bounding", "effective", "permitted")},
             "rlimits": _rlimits(quotas),
             "noNewPrivileges": True,
             "oomScoreAdj": _OOM_SCORE,
@@ -102,6 +106,11 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
     gids = sorted({gid for resource in source.resources for gid in resource.gids})
     if gids:
         spec["process"]["user"]["additionalGids"] = gids
+    if source.user_base:
+        spec["linux"]["namespaces"].append({"type": "user"})
+        spec["linux"]["uidMappings"] = _mapping({0: source.user_base}, [info.uid])
+        terminals = {0: source.user_base, _TERMINAL_GID: source.user_base + _TERMINAL_GID}
+        spec["linux"]["gidMappings"] = _mapping(terminals, [info.gid, *gids])
     if source.item.sysctl:
         spec["linux"]["sysctl"] = dict(source.item.sysctl)
     devices = {node.path: node for resource in source.resources for node in resource.devices}
@@ -265,6 +274,12 @@ def _resources(quotas: Quotas, source: SpecInput) -> dict[str, Any]:
 def _namespaces(netns: Path | None) -> list[dict[str, str]]:
     network = [] if netns is None else [{"type": "network", "path": str(netns)}]
     return [{"type": "pid"}, *network, *({"type": kind} for kind in ("ipc", "uts", "mount", "cgroup"))]
+
+
+def _mapping(fixed: Mapping[int, int], same: Iterable[int]) -> list[dict[str, int]]:
+    """Ids inside to ids of the node; those of `same` are what they are, so that files and quotas are the service's."""
+    ids = {**fixed, **{one: one for one in same if one}}
+    return [{"containerID": inside, "hostID": outside, "size": 1} for inside, outside in sorted(ids.items())]
 
 
 def _device_object(node: DeviceNode) -> dict[str, Any]:

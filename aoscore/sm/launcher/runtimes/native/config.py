@@ -6,7 +6,13 @@ from typing import Any
 import msgspec
 
 from aoscore.common.config import Duration, load_section
-from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, DiskSpeed, OutputKind, check_limits
+from aoscore.sm.launcher.runtimes.container.config import (
+    CAPABILITIES,
+    ContainerConfig,
+    DiskSpeed,
+    OutputKind,
+    check_limits,
+)
 from aoscore.sm.launcher.runtimes.native.unit import CGROUP_PARENT
 
 
@@ -26,6 +32,7 @@ class NativeConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     restart_limit_s: Duration = msgspec.field(name="restartLimit", default=Duration(60))
     default_pids_limit: int = 4096
     disk_speed: DiskSpeed = DiskSpeed()
+    capabilities: tuple[str, ...] = CAPABILITIES
 
     def as_container(self) -> ContainerConfig:
         """What the parts that both runtimes share are told."""
@@ -42,6 +49,7 @@ class NativeConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
             restart_limit_s=self.restart_limit_s,
             default_pids_limit=self.default_pids_limit,
             disk_speed=self.disk_speed,
+            capabilities=self.capabilities,
             output=OutputKind.JOURNAL,
         )
 
@@ -52,7 +60,7 @@ def load_native_config(raw: dict[str, Any], *, path: Path, where: str, working_d
     Raises ConfigError naming file and key.
     """
     config = load_section(raw, NativeConfig, path=path, where=where)
-    check_limits(config.default_pids_limit, config.disk_speed, path=path, where=where)
+    check_limits(config.default_pids_limit, config.disk_speed, config.capabilities, path=path, where=where)
     return msgspec.structs.replace(
         config,
         storage_dir=config.storage_dir or working_dir / "storages",

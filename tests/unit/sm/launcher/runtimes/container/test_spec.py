@@ -87,10 +87,29 @@ def test_image_for_another_machine(os: str, architecture: str, node: set[str], r
         check_platform(image, node)
 
 
+def test_user_namespace_knows_nobody_but_the_service() -> None:
+    resource = GrantedResource("audio", gids=(29, 5))
+    spec = build_spec(spec_input(user_base=700000, resources=(resource,)))
+    assert {"type": "user"} in spec["linux"]["namespaces"]
+
+    def pairs(name: str) -> list[tuple[int, int]]:
+        assert all(one["size"] == 1 for one in spec["linux"][name])
+        return [(one["containerID"], one["hostID"]) for one in spec["linux"][name]]
+
+    assert pairs("uidMappings") == [(0, 700000), (5000, 5000)]
+    assert pairs("gidMappings") == [(0, 700000), (5, 5), (29, 29), (5000, 5000)]
+    # Root inside is never root of the node.
+    info = msgspec.structs.replace(spec_input().info, uid=0, gid=0)
+    spec = build_spec(spec_input(user_base=700000, info=info))
+    assert pairs("uidMappings") == [(0, 700000)] and pairs("gidMappings") == [(0, 700000), (5, 700005)]
+
+
 def test_limits_of_the_node() -> None:
     limits = build_spec(spec_input(item=ItemConfig()))["linux"]["resources"]
     assert "pids" not in limits and "blockIO" not in limits
     speed = DiskSpeed(write_bytes_per_s=1000, reads_per_s=10)
+    few = build_spec(spec_input(capabilities=("CAP_KILL",)))["process"]["capabilities"]
+    assert few == {key: ["CAP_KILL"] for key in ("bounding", "effective", "permitted")}
     more = spec_input(item=ItemConfig(), default_pids_limit=100, disk_speed=speed, disks=((8, 0), (259, 1)))
     limits = build_spec(more)["linux"]["resources"]
     assert limits["pids"] == {"limit": 100}
