@@ -12,6 +12,15 @@ from tests.support.devcloud import DevcloudProcess
 
 
 @pytest.fixture
+def cloud(tmp_path: Path, repository: Path) -> Iterator[DevcloudProcess]:
+    """A cloud that checks every message against the published schema."""
+    process = DevcloudProcess(tmp_path / "cloud")
+    process.start("--schema", str(repository / "tests/data/cloud/messages-v7.schema.json"))
+    yield process
+    process.stop()
+
+
+@pytest.fixture
 def tools_cloud(tmp_path: Path, repository: Path) -> Iterator[DevcloudProcess]:
     """A cloud on the port that the tools know."""
     process = DevcloudProcess(tmp_path / "cloud")

@@ -2,8 +2,9 @@
 
 As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `update N` or
 `back N`: SIGKILL right before the N-th persistent step of an update, counted from its acceptance or from the moment
-when a version is found not to work; or `never`. Steps are: begin and end of each database transaction, and every
-rename, removal, directory and opening for writing below the directory of the configuration file.
+when a version is found not to work; `after PHASE`: when that phase has just been stored; or `never`. Steps are: begin
+and end of each database transaction, and every rename, removal, directory and opening for writing below the directory
+of the configuration file.
 """
 
 import asyncio
@@ -291,11 +292,26 @@ def _die_at(point: str, root: Path) -> None:
     sys.addaudithook(audit)
 
 
+def _die_after(phase: str) -> None:
+    from aoscore.cm.updatemanager.store import UpdateStore
+
+    original: Callable[..., Any] = UpdateStore.save_phase
+
+    async def save_phase(self: UpdateStore, present: str) -> None:
+        await original(self, present)
+        if present == phase:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    UpdateStore.save_phase = save_phase  # type: ignore[method-assign, assignment]
+
+
 def _main(point: str, arguments: list[str]) -> int:
     from aoscore.cm.app import PROGRAM
     from aoscore.common.daemon import run_daemon
 
-    if point != "never":
+    if point.startswith("after "):
+        _die_after(point.removeprefix("after "))
+    elif point != "never":
         _die_at(point, Path(arguments[arguments.index("-c") + 1]).parent)
     return run_daemon(PROGRAM, arguments)
 

@@ -39,14 +39,6 @@ class _ProvisionedByIam(MiniUnit):
 
 
 @pytest.fixture
-def cloud(tmp_path: Path, repository: Path) -> Iterator[DevcloudProcess]:
-    process = DevcloudProcess(tmp_path / "cloud")
-    process.start("--schema", str(repository / "tests/data/cloud/messages-v7.schema.json"))
-    yield process
-    process.stop()
-
-
-@pytest.fixture
 def iam(tmp_path: Path, cloud: DevcloudProcess) -> Iterator[Iam]:
     (tmp_path / "iam").mkdir()
     unit_iam = Iam(tmp_path / "iam", _Authority(cloud.root_file.read_bytes()))  # type: ignore[arg-type]

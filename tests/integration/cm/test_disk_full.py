@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import errno
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 
 from tests.support.iam import Iam
 from tests.support.images import Image
-from tests.support.pki import TestCa
 from tests.support.unitbed import UnitBed, shown_items, unit_bed
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
@@ -20,15 +19,6 @@ pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
 MIB = 1024 * 1024
 A1, B1 = Image([b"a1" * 50_000]), Image([b"b1" * 50_000])
 LARGE = Image([b"a2" * (16 * MIB)])
-
-
-@pytest.fixture(scope="module")
-def iam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iam]:
-    unit_iam = Iam(tmp_path_factory.mktemp("iam"), TestCa())
-    unit_iam.provision()
-    unit_iam.start()
-    yield unit_iam
-    unit_iam.kill()
 
 
 def mount(directory: Path, size_mib: int, *options: str) -> None:

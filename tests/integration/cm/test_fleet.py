@@ -5,13 +5,13 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aoscore.common.certs import file_url
+from aoscore.common.certurls import file_url
 from aoscore.common.tls import TlsIdentity
 from aoscore.common.types import CertInfo
 from tests.support.devcloud import DevcloudProcess, MiniUnit
@@ -23,14 +23,6 @@ pytestmark = pytest.mark.timeout(300)
 
 COUNTS = {"one": 20, "two": 15, "three": 5}
 NODES = fleet_nodes(4)
-
-
-@pytest.fixture
-def cloud(tmp_path: Path, repository: Path) -> Iterator[DevcloudProcess]:
-    process = DevcloudProcess(tmp_path / "cloud")
-    process.start("--schema", str(repository / "tests/data/cloud/messages-v7.schema.json"))
-    yield process
-    process.stop()
 
 
 def write_items(folder: Path, apps: dict[str, str], version: str) -> Path:

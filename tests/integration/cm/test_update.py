@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,15 +29,6 @@ def image(text: str) -> Image:
 
 
 A1, A2, A3, B1 = image("a1"), image("a2"), image("a3"), image("b1")
-
-
-@pytest.fixture(scope="module")
-def iam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iam]:
-    unit_iam = Iam(tmp_path_factory.mktemp("iam"), TestCa())
-    unit_iam.provision()
-    unit_iam.start()
-    yield unit_iam
-    unit_iam.kill()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.iam import Iam
 from tests.support.images import Image
-from tests.support.pki import TestCa
 from tests.support.unitbed import SUBJECT, UnitBed, shown_items, unit_bed
 
 pytestmark = pytest.mark.timeout(300)
@@ -26,15 +25,6 @@ GONE = Image([b"gone" * 50_000])
 STEPS = {"update": 90, "back": 30}
 STEPS_PER_TEST = 10
 CASES = [(kind, first) for kind, count in STEPS.items() for first in range(1, count, STEPS_PER_TEST)]
-
-
-@pytest.fixture(scope="module")
-def iam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iam]:
-    unit_iam = Iam(tmp_path_factory.mktemp("iam"), TestCa())
-    unit_iam.provision()
-    unit_iam.start()
-    yield unit_iam
-    unit_iam.kill()
 
 
 class Snapshot:

@@ -1,7 +1,7 @@
 """A real CM that waits for the start of updates, and a scheduler outside of it: gRPC over mutual TLS."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,12 @@ from aoscore.common.rpc import open_tls_channel
 from aoscore.common.tls import TlsIdentity, TlsRoots
 from tests.support.iam import TYPES, Iam, free_port
 from tests.support.images import Image
-from tests.support.pki import TestCa
 from tests.support.unitbed import UnitBed, shown_items, unit_bed
 
 pytestmark = pytest.mark.timeout(120)
 
 A1, A2 = (Image([text.encode() * 1000]) for text in ("a1", "a2"))
 State = pb.UpdateState
-
-
-@pytest.fixture(scope="module")
-def iam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iam]:
-    unit_iam = Iam(tmp_path_factory.mktemp("iam"), TestCa())
-    unit_iam.provision()
-    unit_iam.start()
-    yield unit_iam
-    unit_iam.kill()
 
 
 class Scheduler:

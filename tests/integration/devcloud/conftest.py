@@ -9,14 +9,6 @@ from tests.support.devcloud import DevcloudProcess, MiniUnit, write_service
 
 
 @pytest.fixture
-def cloud(tmp_path: Path, repository: Path) -> Iterator[DevcloudProcess]:
-    process = DevcloudProcess(tmp_path / "cloud")
-    process.start("--schema", str(repository / "tests/data/cloud/messages-v7.schema.json"))
-    yield process
-    process.stop()
-
-
-@pytest.fixture
 def unit(cloud: DevcloudProcess) -> Iterator[MiniUnit]:
     unit = MiniUnit(cloud)
     unit.provision()
