@@ -82,10 +82,10 @@ class PeerConfig(_Section, frozen=True):
 
 
 class TransportConfig(_Section, frozen=True):
-    """What carries the link; `auto`: vchan where it can be had and its paths are set, else a socket.
+    """What carries the link; `auto`: vchan where it can be had and has paths, else a socket.
 
-    `listen` is the gateway's address, `connect` where a node finds it. `peers` are the nodes behind vchan, or for a node
-    its gateway; without any it is that of `vchan`.
+    `listen` is the gateway's address, `connect` where a node finds it. `peers` are the nodes behind vchan, or for a
+    node its gateway; without any it is that of `vchan`.
     """
 
     type: Literal["auto", "socket", "vchan"] = "auto"
