@@ -1,6 +1,8 @@
 """Build steps that pyproject.toml cannot say: protobuf code and Cython extensions."""
 
+import os
 import runpy
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,13 +29,27 @@ class BuildPy(build_py):
         super().run()
 
 
+def has_header(name: str) -> bool:
+    """Whether the compiler that builds us finds a header: where Xen is not, its module is not either."""
+    from distutils.ccompiler import new_compiler
+    from distutils.sysconfig import customize_compiler
+
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    command = [*getattr(compiler, "compiler", ["cc"]), "-E", "-x", "c", "-", "-o", os.devnull]
+    done = subprocess.run(command, input=f"#include <{name}>\n", text=True, capture_output=True, check=False)
+    return done.returncode == 0
+
+
 def extensions() -> list[Extension]:
     sources = sorted((ROOT / "aoscore" / "_speedups").glob("*.pyx"))
+    if not has_header("libxenvchan.h"):
+        sources = [path for path in sources if path.stem != "_vchan"]
     if not sources:
         return []
     from Cython.Build import cythonize
 
-    libraries = {"_unpack": ["z", "zstd", "crypto"], "_chunker": ["crypto"]}
+    libraries = {"_unpack": ["z", "zstd", "crypto"], "_chunker": ["crypto"], "_vchan": ["xenvchan", "xenstore"]}
     return cythonize(
         [
             Extension(

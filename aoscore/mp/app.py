@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from aoscore.common.aio import Broadcast, Service, Worker
+from aoscore.common.aio import Backoff, Broadcast, Service, Worker
 from aoscore.common.daemon import Option, Program, run_daemon
 from aoscore.common.errors import ConfigError
 from aoscore.common.files import DirectoryLock
@@ -18,9 +18,11 @@ from aoscore.common.rpc import LazyChannel, Server
 from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
 from aoscore.mp.clock import ClockSync
 from aoscore.mp.cmclient.registration import sm_relay
+from aoscore.mp.communication import vchans
 from aoscore.mp.communication.connection import LinkSettings
-from aoscore.mp.communication.sockets import Connector, Listener
-from aoscore.mp.config import Config, load
+from aoscore.mp.communication.connector import FIRST_PAUSE_S, Connector, Handler
+from aoscore.mp.communication.sockets import Listener, connected
+from aoscore.mp.config import Config, PeerConfig, load
 from aoscore.mp.gateway import Gateway, NodeIds
 from aoscore.mp.iamclient.certificates import Certificate
 from aoscore.mp.iamclient.registration import open_iam_relay, secure_iam_relay
@@ -31,6 +33,8 @@ from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
 from aoscore.mp.nodeserver.services import cm_services, node_services
 from aoscore.mp.nodeserver.store import NodeStore
+
+_XENSTORE_THREADS = 4
 
 Renewals = Sequence[tuple[Broadcast[TlsIdentity], Sequence[int]]]
 
@@ -72,7 +76,7 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
         # The main IAM is in provisioning mode as well, or has just left it.
         relay = open_iam_relay(iam.open_port, address, [lambda: None, lambda: TlsRoots(ca_file)])
         gateway = Gateway(settings, {}, ids, relays=[relay], cm=None)
-        return [Listener(config.transport.listen, gateway.serve)]
+        return await _links(config, gateway.serve, stack)
 
     channels = config.ports.certificates(iam=config.vchan.iam_cert_storage, sm=config.vchan.sm_cert_storage)
     certificates = await _certificates(config, {config.cert_storage, iam.cert_storage, *channels.values()}, stack)
@@ -91,7 +95,7 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
         cm=await stack.enter_async_context(LazyChannel(cm.cm_server_url, lambda: towards_cm.identity)),
         renewals=_renewals(certificates, channels),
     )
-    return [*certificates.values(), Listener(config.transport.listen, gateway.serve)]
+    return [*certificates.values(), *await _links(config, gateway.serve, stack)]
 
 
 async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
@@ -102,7 +106,7 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
     open_nodes = node_services(link, iam.open_port)
     if settings.provisioning:
         end = Node(settings, {}, link, clock, ())
-        return [Server(node.iam_public_proxy_url, None, open_nodes), Connector(config.transport.connect, end.serve)]
+        return [Server(node.iam_public_proxy_url, None, open_nodes), *await _links(config, end.serve, stack)]
 
     certificates = await _certificates(config, set(channels.values()), stack)
     calls, downloads = CallClient(link), DownloadClient(link)
@@ -141,8 +145,27 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
         blobs,
         blob_server,
         *(Deferred(own.known, server) for server in servers),
-        Connector(config.transport.connect, end.serve),
+        *await _links(config, end.serve, stack),
     ]
+
+
+async def _links(config: Config, handler: Handler, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
+    """Where links come from: TCP, or the vchans of each peer."""
+    transport = config.transport
+    if transport.type == "vchan" or (transport.type == "auto" and config.peers and vchans.is_there()):
+        worker = await stack.enter_async_context(Worker("xenstore", min(len(config.peers), _XENSTORE_THREADS)))
+        return [_vchan_link(config, peer, worker, handler) for peer in config.peers]
+    if config.role == "gateway":
+        return [Listener(transport.listen, handler)]
+    return [Connector(transport.connect, partial(connected, transport.connect), handler)]
+
+
+def _vchan_link(config: Config, one: PeerConfig, worker: Worker, handler: Handler) -> Connector:
+    peer = vchans.Peer(one.domain, one.xs_rx_path, one.xs_tx_path, one.ring_size)
+    link = vchans.VchanLink(config.role, peer, worker)
+    # A gateway waits in any case: its node must find new vchans soon, whatever became of the link before.
+    backoff = Backoff(FIRST_PAUSE_S, FIRST_PAUSE_S) if config.role == "gateway" else None
+    return Connector(peer.label, link.connected, handler, backoff=backoff)
 
 
 def _ca_file(config: Config) -> Path:

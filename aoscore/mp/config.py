@@ -16,6 +16,11 @@ from aoscore.mp.communication.ports import Ports
 
 _MAX_PORT = 2**32 - 1
 _MIN_BUFFER_BYTES = 64 * 1024
+_RING_BYTES = 64 * 1024
+_MAX_RING_BYTES = 1024 * 1024
+_MAX_XENSTORE_PATH_BYTES = 49
+_MAX_PEERS = 64
+_MAX_DOMAIN = 0x7FEF
 
 
 class _Section(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -68,16 +73,20 @@ class LogProviderConfig(_Section, frozen=True):
 
 
 class PeerConfig(_Section, frozen=True):
-    """A node behind vchan."""
+    """A node behind vchan; see `communication.vchans.Peer`. Size of a ring in bytes."""
 
     domain: int | str = 0
     xs_rx_path: str = ""
     xs_tx_path: str = ""
-    ring_size: int = 0
+    ring_size: int = _RING_BYTES
 
 
 class TransportConfig(_Section, frozen=True):
-    """What carries the link; `auto` is a socket. `listen` is the gateway's address, `connect` where a node finds it."""
+    """What carries the link; `auto`: vchan where it can be had and has paths, else a socket.
+
+    `listen` is the gateway's address, `connect` where a node finds it. `peers` are the nodes behind vchan, or for a
+    node its gateway; without any it is that of `vchan`.
+    """
 
     type: Literal["auto", "socket", "vchan"] = "auto"
     listen: str = "0.0.0.0:30001"
@@ -146,6 +155,14 @@ class Config(_Section, frozen=True):
         return Ports(iam.open_port, iam.secure_port, cm.open_port, cm.secure_port)
 
     @property
+    def peers(self) -> tuple[PeerConfig, ...]:
+        """The other ends of vchan links; none where only a socket is configured."""
+        vchan, transport = self.vchan, self.transport
+        if transport.peers or not (vchan.xs_rx_path or transport.type == "vchan"):
+            return transport.peers
+        return (PeerConfig(vchan.domain, vchan.xs_rx_path, vchan.xs_tx_path),)
+
+    @property
     def images_dir(self) -> Path:
         """Where a node keeps blobs."""
         return self.image_store_dir or self.working_dir / "images"
@@ -158,6 +175,7 @@ def load(path: Path) -> Config:
         _check_ports(config)
         _check_needed(config)
         _check_supported(config)
+        _check_peers(config)
         _check_amounts(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -220,12 +238,34 @@ def _check_needed(config: Config) -> None:
 def _check_supported(config: Config) -> None:
     if config.profile == "legacy":
         raise ConfigError("'profile': legacy is not supported yet, use auto or v5")
-    if config.transport.type == "vchan":
-        raise ConfigError("'transport.type': vchan is not supported yet, use auto or socket")
-    if config.transport.peers:
-        raise ConfigError("'transport.peers': vchan is not supported yet")
     if config.node.prefetch:
         raise ConfigError("'node.prefetch': fetching ahead is not supported yet, leave it out or write false")
+
+
+def _check_peers(config: Config) -> None:
+    if config.transport.type == "socket" and not config.transport.peers:
+        return  # what an mp.cfg of AosCore 9.1 says about vchan is of no matter
+    if config.role == "node" and len(config.transport.peers) > 1:
+        raise ConfigError("'transport.peers': a node has one gateway")
+    if len(config.transport.peers) > _MAX_PEERS:
+        raise ConfigError(f"'transport.peers': {_MAX_PEERS} is most")
+    seen: dict[str, str] = {}
+    for index, peer in enumerate(config.peers):
+        place = f"transport.peers[{index}]" if config.transport.peers else "vchan"
+        if isinstance(peer.domain, int):
+            is_good = 0 <= peer.domain <= _MAX_DOMAIN
+        else:
+            is_good = peer.domain.startswith(("name:", "key:")) and not peer.domain.endswith(":")
+        if not is_good:
+            raise ConfigError(f"'{place}.domain' must be a domain number, name:GUEST or key:PATH, not {peer.domain!r}")
+        for key, path in ((f"{place}.xsRxPath", peer.xs_rx_path), (f"{place}.xsTxPath", peer.xs_tx_path)):
+            if not 0 < len(path) <= _MAX_XENSTORE_PATH_BYTES or not path.isascii() or not path.isprintable():
+                raise ConfigError(f"{key!r} must be a path of 1 to {_MAX_XENSTORE_PATH_BYTES} characters in xenstore")
+            if path in seen:
+                raise ConfigError(f"{key!r} is {path!r} like {seen[path]!r}: each direction of each node has its own")
+            seen[path] = key
+        if not 0 <= peer.ring_size <= _MAX_RING_BYTES:
+            raise ConfigError(f"'{place}.ringSize' must be 0 to {_MAX_RING_BYTES}")
 
 
 def _check_amounts(config: Config) -> None:

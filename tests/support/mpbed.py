@@ -1,4 +1,7 @@
-"""Both MP processes between a test CM, test IAMs and a test SM; their link goes through a wire that can be cut."""
+"""Both MP processes between a test CM, test IAMs and a test SM.
+
+Their link goes through a wire that can be cut, or through vchans over stand-ins for Xen.
+"""
 
 import asyncio
 import contextlib
@@ -18,6 +21,7 @@ from aoscore.common.tls import TlsIdentity, grpc_server_credentials
 from aoscore.common.types import CertInfo, NodeInfo
 from tests.support.cm import TestCm
 from tests.support.fakeiam import TestIam
+from tests.support.fakexen import FakeXen
 from tests.support.iam import free_port
 from tests.support.items import Blobs
 from tests.support.pki import TestCa
@@ -126,14 +130,19 @@ class MainNodes:
 
 @contextlib.asynccontextmanager
 async def mp_process(
-    root: Path, name: str, document: dict[str, Any], *, provisioning: bool = False
+    root: Path,
+    name: str,
+    document: dict[str, Any],
+    *,
+    provisioning: bool = False,
+    env: dict[str, str] | None = None,
 ) -> AsyncIterator[Child]:
     """An MP with that configuration, ready; its log is `<root>/<name>.log`."""
     config = root / f"{name}.cfg"
     config.write_text(json.dumps(document))
     program = "from aoscore.mp.app import main; main()"
     words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program, "-c", str(config), "-v", "debug"]
-    async with child(*words, *(["-provisioning"] if provisioning else []), log=root / f"{name}.log") as one:
+    async with child(*words, *(["-provisioning"] if provisioning else []), log=root / f"{name}.log", env=env) as one:
         before = one.text().count("MP is ready")
         async with asyncio.timeout(READY_S):
             while one.text().count("MP is ready") == before:
@@ -142,11 +151,22 @@ async def mp_process(
         yield one
 
 
+DOMAINS = {"gateway": 1, "node": 2}
+
+
+def vchan_transport(name: str) -> dict[str, Any]:
+    """The section of one end."""
+    other = DOMAINS["node" if name == "gateway" else "gateway"]
+    paths = {"xsRxPath": "data/vchan/aos/rx", "xsTxPath": "data/vchan/aos/tx"}
+    return {"type": "vchan", "peers": [{"domain": other, **paths}]}
+
+
 class MpBed:
     """See the module text."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, xen: FakeXen | None = None) -> None:
         self.root = root
+        self.xen = xen
         self.ca = TestCa()
         self.pki = root / "pki"
         self.pki.mkdir()
@@ -221,8 +241,24 @@ class MpBed:
             "transport": {"listen": f"127.0.0.1:{self.gateway_port}"},
             **changes,
         }
-        async with mp_process(self.root, "gateway", document, provisioning=provisioning) as self.gateway:
+        async with self._process("gateway", document, provisioning) as self.gateway:
             yield self.gateway
+
+    @contextlib.asynccontextmanager
+    async def _process(self, name: str, document: dict[str, Any], provisioning: bool) -> AsyncIterator[Child]:
+        env = None
+        if self.xen is not None:
+            document["transport"] = vchan_transport(name)
+            env = self.xen.environment(DOMAINS[name])
+        async with mp_process(self.root, name, document, provisioning=provisioning, env=env) as one:
+            yield one
+
+    async def kill(self, one: Child) -> None:
+        """kill -9, and what the kernel does then."""
+        one.kill()
+        await one.wait()
+        if self.xen is not None:
+            self.xen.bury(one.process.pid)
 
     @contextlib.asynccontextmanager
     async def run_node(self, *, provisioning: bool = False, **changes: Any) -> AsyncIterator[Child]:
@@ -245,7 +281,7 @@ class MpBed:
             "images": {"minFreeSpace": 0},
             **changes,
         }
-        async with mp_process(self.root, "node", document, provisioning=provisioning) as self.node:
+        async with self._process("node", document, provisioning) as self.node:
             yield self.node
 
     def iam_channel(self, port: int, *, secure: bool, cert: bool = True) -> grpc.aio.Channel:

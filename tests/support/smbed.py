@@ -104,11 +104,11 @@ class Child:
 
 
 @contextlib.asynccontextmanager
-async def child(*args: str, log: Path) -> AsyncIterator[Child]:
+async def child(*args: str, log: Path, env: dict[str, str] | None = None) -> AsyncIterator[Child]:
     """Run a program for the length of the block; SIGTERM at the end, then SIGKILL."""
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
-            *args, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
+            *args, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=env
         )
     one = Child(process, log)
     try:

@@ -426,7 +426,8 @@ class Connection:
                     self._wrote.clear()
                     await self._wrote.wait()
                 await self._writer.drain()
-                self._writer.write_eof()
+                if self._writer.can_write_eof():
+                    self._writer.write_eof()
         except (TimeoutError, OSError):
             _log.debug("Good-bye did not get through: peer=%s", self.peer)
 

@@ -1,27 +1,23 @@
 """Links over TCP: the gateway waits for nodes, a node looks for its gateway (mp.md §5)."""
 
 import asyncio
+import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
-from aoscore.common.aio import Backoff, log_and_continue
+from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
 from aoscore.common.log import kv
 from aoscore.common.rpc import split_address
+from aoscore.mp.communication.connector import Handler, Streams
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[None]]
-
 MAX_LINKS = 64
 _CONNECT_TIMEOUT_S = 10.0
-_RECONNECT_FIRST_S = 2.0
-_RECONNECT_LIMIT_S = 30.0
-# A link that was up for so long was a good one: the next attempt comes soon again.
-_GOOD_LINK_S = 30.0
-_STREAM_LIMIT_BYTES = 256 * 1024
-_WRITE_BUFFER_BYTES = 64 * 1024
+STREAM_LIMIT_BYTES = 256 * 1024
+WRITE_BUFFER_BYTES = 64 * 1024
 _NOT_SENT_BYTES = 128 * 1024
 # Not in the socket module of Python 3.11 on every platform (linux/tcp.h).
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
@@ -29,7 +25,7 @@ _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
 def _tune(writer: asyncio.StreamWriter) -> None:
     """Notice a dead peer, and keep little waiting in the kernel: what is urgent would stand behind it."""
-    writer.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+    writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
     sock: socket.socket = writer.get_extra_info("socket")
     for level, option, value in (
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -58,7 +54,7 @@ class Listener:
         """Serve until cancelled; the connections then end, each in its own order."""
         try:
             server = await asyncio.start_server(
-                self._accept, self._host, self._wanted_port, limit=_STREAM_LIMIT_BYTES, backlog=16
+                self._accept, self._host, self._wanted_port, limit=STREAM_LIMIT_BYTES, backlog=16
             )
         except OSError as error:
             raise AlreadyExistsError(f"can't wait for nodes on {self._host}:{self._wanted_port}: {error}") from error
@@ -102,43 +98,19 @@ class Listener:
         _log.warning(kv("Link is down", peer=peer, reason=reason))
 
 
-class Connector:
-    """Keeps a connection to the gateway, as a service; `handler` has it for as long as it lasts."""
-
-    def __init__(self, address: str, handler: Handler, *, backoff: Backoff | None = None) -> None:
-        split_address(address)
-        self._address = address
-        self._handler = handler
-        self._backoff = backoff or Backoff(_RECONNECT_FIRST_S, _RECONNECT_LIMIT_S)
-
-    async def run(self, started: Callable[[], None]) -> None:
-        """Connect again and again until cancelled. The gateway being there is no part of being started."""
-        started()
-        loop = asyncio.get_running_loop()
-        while True:
-            began_s = loop.time()
-            try:
-                reader, writer = await self._connect()
-                try:
-                    _tune(writer)
-                    await self._handler(reader, writer, self._address)
-                    reason = "ended"
-                finally:
-                    writer.transport.abort()
-            except (AosError, OSError) as error:
-                reason = str(error)
-            if loop.time() - began_s >= _GOOD_LINK_S:
-                self._backoff.reset()
-            pause_s = self._backoff.next()
-            _log.warning(kv("Link is down", peer=self._address, reason=reason, next_try_s=round(pause_s, 1)))
-            await asyncio.sleep(pause_s)
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, port = split_address(self._address)
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                return await asyncio.open_connection(host, port, limit=_STREAM_LIMIT_BYTES)
-        except TimeoutError:
-            raise DeadlineError(f"can't connect to {self._address} within {_CONNECT_TIMEOUT_S:g} s") from None
-        except OSError as error:
-            raise FailedError(f"can't connect to {self._address}: {error.strerror or error}") from error
+@contextlib.asynccontextmanager
+async def connected(address: str) -> AsyncIterator[Streams]:
+    """A connection to the gateway for the length of the block. Raises DeadlineError, FailedError."""
+    host, port = split_address(address)
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, port, limit=STREAM_LIMIT_BYTES)
+    except TimeoutError:
+        raise DeadlineError(f"can't connect to {address} within {_CONNECT_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise FailedError(f"can't connect to {address}: {error.strerror or error}") from error
+    try:
+        _tune(writer)
+        yield reader, writer
+    finally:
+        writer.transport.abort()

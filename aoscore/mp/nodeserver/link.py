@@ -23,19 +23,25 @@ class NodeLink:
 
     def __init__(self, secure: Collection[int] = ()) -> None:
         self._secure = frozenset(secure)
-        self._connection: Connection | None = None
+        self.connection: Connection | None = None
+        """The present one."""
         self.has_time = asyncio.Event()
         """The clock of this node is right."""
         self.node_id = ""
         """Of this node, once its SM has said it."""
 
+    @property
+    def is_up(self) -> bool:
+        """There is a link."""
+        return self.connection is not None
+
     def set(self, connection: Connection | None) -> None:
         """The link came up, or went down."""
-        self._connection = connection
+        self.connection = connection
 
     def check(self) -> None:
         """Raises ChannelClosedError without a link."""
-        if self._connection is None:
+        if self.connection is None:
             raise ChannelClosedError("there is no link to the Main Node")
 
     async def connect(self, port: int) -> Stream:
@@ -43,8 +49,8 @@ class NodeLink:
         self.check()
         if port in self._secure and not self.has_time.is_set():
             raise ChannelClosedError("the clock of this node is not set yet")
-        assert self._connection is not None  # noqa: S101 - check() has seen to it
-        return await self._connection.connect(port)
+        assert self.connection is not None  # noqa: S101 - check() has seen to it
+        return await self.connection.connect(port)
 
 
 class OnDemandChannel:

@@ -1,11 +1,14 @@
-"""A Secondary Node's SM and IAM reach CM and main IAM through two MP processes and one TCP port."""
+"""A Secondary Node's SM and IAM reach CM and main IAM through two MP processes: over one TCP port, or over Xen vchan.
+
+vchan is the real libxenvchan over stand-ins for the devices of Xen.
+"""
 
 import asyncio
 import contextlib
 import hashlib
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,27 @@ from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.aio import Backoff, Worker
 from aoscore.common.download import Downloader
 from aoscore.common.http import open_stream
+from tests.support import fakexen
 from tests.support.mpbed import NODE_ID, MpBed
 from tests.support.running import until
 from tests.support.sm import TestSm
 
 
 @pytest.fixture
-def bed(tmp_path: Path) -> MpBed:
+def tcp_bed(tmp_path: Path) -> MpBed:
     return MpBed(tmp_path)
+
+
+@pytest.fixture(params=["tcp", "vchan"])
+def bed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MpBed]:
+    if request.param == "tcp":
+        yield MpBed(tmp_path)
+        return
+    if reason := fakexen.missing():
+        pytest.skip(reason)
+    xen = fakexen.FakeXen()
+    yield MpBed(tmp_path, xen)
+    xen.remove()
 
 
 @contextlib.asynccontextmanager
@@ -136,50 +152,50 @@ async def test_wrong_content_is_never_whole(bed: MpBed) -> None:
         assert status == 404
 
 
-async def test_cut_link_is_seen_by_both_sides_and_heals(bed: MpBed) -> None:
+async def test_cut_link_is_seen_by_both_sides_and_heals(tcp_bed: MpBed) -> None:
     sm = TestSm(NODE_ID)
-    async with bed.both():
-        async with sm_on(bed, sm):
-            ended = asyncio.create_task(bed.cm.connections[-1].ended.wait())
-            bed.wire.cut()
+    async with tcp_bed.both():
+        async with sm_on(tcp_bed, sm):
+            ended = asyncio.create_task(tcp_bed.cm.connections[-1].ended.wait())
+            tcp_bed.wire.cut()
             await asyncio.wait_for(sm.ended.wait(), 10)
             await asyncio.wait_for(ended, 10)
-        async with sm_on(bed, sm):
-            bed.cm.send(get_node_config_status=pb.GetNodeConfigStatus())
-            await bed.cm.frame("node_config_status")
+        async with sm_on(tcp_bed, sm):
+            tcp_bed.cm.send(get_node_config_status=pb.GetNodeConfigStatus())
+            await tcp_bed.cm.frame("node_config_status")
 
 
-async def test_download_goes_on_after_a_cut(bed: MpBed) -> None:
+async def test_download_goes_on_after_a_cut(tcp_bed: MpBed) -> None:
     size = 30_000_000
-    async with bed.both():
+    async with tcp_bed.both():
         sm = TestSm(NODE_ID)
-        async with sm_on(bed, sm):
-            digest, content = put(bed, size)
-            url = bed.blob_url(digest)
+        async with sm_on(tcp_bed, sm):
+            digest, content = put(tcp_bed, size)
+            url = tcp_bed.blob_url(digest)
             download = asyncio.create_task(get(url, timeout_s=60))
-            before = bed.wire.passed_bytes
-            await until(lambda: bed.wire.passed_bytes - before > size // 3)
-            bed.wire.cut()
-        async with sm_on(bed, sm):
+            before = tcp_bed.wire.passed_bytes
+            await until(lambda: tcp_bed.wire.passed_bytes - before > size // 3)
+            tcp_bed.wire.cut()
+        async with sm_on(tcp_bed, sm):
             status, body = await download
         assert status == 200
         assert hashlib.sha256(body).digest() == hashlib.sha256(content).digest()
         # What had come before the cut did not come again: less than a third more than the file.
-        assert bed.wire.passed_bytes - before < size * 4 // 3
+        assert tcp_bed.wire.passed_bytes - before < size * 4 // 3
 
 
-async def test_damage_on_the_way_is_caught(bed: MpBed) -> None:
+async def test_damage_on_the_way_is_caught(tcp_bed: MpBed) -> None:
     size = 10_000_000
-    async with bed.both():
+    async with tcp_bed.both():
         sm = TestSm(NODE_ID)
-        async with sm_on(bed, sm):
-            digest, content = put(bed, size)
-            url = bed.blob_url(digest)
-            bed.wire.spoil_after_bytes = bed.wire.passed_bytes + size // 2
+        async with sm_on(tcp_bed, sm):
+            digest, content = put(tcp_bed, size)
+            url = tcp_bed.blob_url(digest)
+            tcp_bed.wire.spoil_after_bytes = tcp_bed.wire.passed_bytes + size // 2
             status, body = await get(url, timeout_s=60)
             assert (status, body == content) == (200, True)
-            assert bed.wire.spoil_after_bytes is None
-    assert "Frame is damaged" in bed.logs()
+            assert tcp_bed.wire.spoil_after_bytes is None
+    assert "Frame is damaged" in tcp_bed.logs()
 
 
 @pytest.mark.parametrize("victim", ["gateway", "node"])
@@ -189,8 +205,7 @@ async def test_killed_mp_comes_back(bed: MpBed, victim: str) -> None:
         runs: dict[str, Any] = {"gateway": bed.run_gateway, "node": bed.run_node}
         processes = {name: await stack.enter_async_context(run()) for name, run in runs.items()}
         async with sm_on(bed, sm):
-            processes[victim].kill()
-            await processes[victim].wait()
+            await bed.kill(processes[victim])
             await asyncio.wait_for(sm.ended.wait(), 20)
         await stack.enter_async_context(runs[victim]())
         async with sm_on(bed, sm):
@@ -225,8 +240,7 @@ async def test_killed_again_and_again_under_traffic(bed: MpBed) -> None:
         for _ in range(6):
             await asyncio.sleep(chance.uniform(0.2, 1.5))
             victim = chance.choice(["gateway", "node"])
-            processes[victim].kill()
-            await processes[victim].wait()
+            await bed.kill(processes[victim])
             processes[victim] = await stack.enter_async_context(runs[victim]())
         await asyncio.wait_for(download, 90)
         assert await worker.run(target.read_bytes) == content
@@ -249,16 +263,16 @@ async def test_cm_restarts(bed: MpBed) -> None:
             pass
 
 
-async def test_renewed_certificates_are_used(bed: MpBed, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_renewed_certificates_are_used(tcp_bed: MpBed, monkeypatch: pytest.MonkeyPatch) -> None:
     sm = TestSm(NODE_ID)
-    async with bed.both():
-        async with sm_on(bed, sm):
-            bed.node_iam.renew(bed.certificate("sm", "second-sm-renewed"))
+    async with tcp_bed.both():
+        async with sm_on(tcp_bed, sm):
+            tcp_bed.node_iam.renew(tcp_bed.certificate("sm", "second-sm-renewed"))
             # Ten seconds later, so that the answer to "apply certificate" gets through first.
             await asyncio.wait_for(sm.ended.wait(), 25)
-        async with sm_on(bed, sm):
-            assert "the certificate was renewed" in bed.logs()
-            assert "second-sm-renewed" in bed.logs()
+        async with sm_on(tcp_bed, sm):
+            assert "the certificate was renewed" in tcp_bed.logs()
+            assert "second-sm-renewed" in tcp_bed.logs()
 
 
 async def test_iam_registers_while_provisioning(bed: MpBed) -> None:

@@ -1,6 +1,10 @@
-"""An item is deployed on a Secondary Node that reaches a real CM and a real IAM only through the link of two MPs."""
+"""An item is deployed on a Secondary Node that reaches a real CM and a real IAM only through the link of two MPs.
+
+The link is a TCP port, or two vchans over stand-ins for Xen.
+"""
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +13,10 @@ from typing import Any
 import pytest
 
 from aoscore.common.http import request
+from tests.support import fakexen
 from tests.support.iam import Iam, free_port
 from tests.support.images import Image
-from tests.support.mpbed import Wire, mp_process
+from tests.support.mpbed import DOMAINS, Wire, mp_process, vchan_transport
 from tests.support.pki import TestCa
 from tests.support.running import until
 from tests.support.unitbed import NODE_ID, UnitBed, shown_items, unit_bed
@@ -60,6 +65,41 @@ def node(bed: UnitBed, link: int, sm_port: int, blob_port: int) -> dict[str, Any
         },
         "images": {"minFreeSpace": 0},
     }
+
+
+async def test_item_is_deployed_over_vchan_also_after_a_kill(tmp_path: Path, iam: Iam) -> None:
+    if reason := fakexen.missing():
+        pytest.skip(reason)
+    sm_port, blob_port = free_port(), free_port()
+    xen = fakexen.FakeXen()
+    async with unit_bed(tmp_path, iam, sm_port=sm_port) as bed:
+        bed.blobs.publish(IMAGE)
+        await bed.start()
+        ends = {"gateway": gateway(bed, free_port()), "node": node(bed, 0, sm_port, blob_port)}
+        async with contextlib.AsyncExitStack() as stack:
+            for name, document in ends.items():
+                document |= {"transport": vchan_transport(name)}
+                end = mp_process(tmp_path, name, document, env=xen.environment(DOMAINS[name]))
+                process = await stack.enter_async_context(end)
+            await bed.until(lambda: f"SM connected: nodeID={NODE_ID}" in bed.log())
+            await bed.cloud.connected()
+            await bed.cloud.send_frame(bed.wish(("a", "1.0.0", IMAGE)))
+            await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed"})
+            assert bed.running == {"a": "1.0.0"}
+            digest = bed.sm.updates[-1].start_instances[0].manifest_digest
+            answer = await request("GET", f"http://127.0.0.1:{blob_port}/sha256/{digest.removeprefix('sha256:')}")
+            assert f"sha256:{hashlib.sha256(answer.body).hexdigest()}" == digest
+
+            process.kill()
+            await process.wait()
+            xen.bury(process.process.pid)
+            await until(lambda: f"SM disconnected: nodeID={NODE_ID}" in bed.log())
+            await bed.cloud.send_frame(bed.wish())
+            await stack.enter_async_context(
+                mp_process(tmp_path, "node", ends["node"], env=xen.environment(DOMAINS["node"]))
+            )
+            await bed.until(lambda: bed.running == {}, 60)
+    xen.remove()
 
 
 async def test_item_is_deployed_through_the_link_also_after_a_cut(tmp_path: Path, iam: Iam) -> None:

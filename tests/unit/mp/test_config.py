@@ -20,6 +20,7 @@ GATEWAY: dict[str, Any] = {
     },
     "cmConfig": {"cmServerUrl": "localhost:8093"},
 }
+VCHAN = {"domain": "name:second", "xsRxPath": "r", "xsTxPath": "t"}
 NODE: dict[str, Any] = {
     "role": "node",
     "caCert": "/ca.pem",
@@ -103,8 +104,13 @@ def test_what_may_be_left_out(tmp_path: Path, document: dict[str, Any]) -> None:
     ("key", "value", "text"),
     [
         ("profile", "legacy", "'profile': legacy is not supported yet"),
-        ("transport.type", "vchan", "'transport.type': vchan is not supported yet"),
-        ("transport.peers", [{"domain": 1}], "'transport.peers': vchan is not supported yet"),
+        ("transport.type", "vchan", "'vchan.xsRxPath' must be a path"),
+        ("transport.peers", [{"domain": 1}], "'transport.peers\\[0\\].xsRxPath' must be a path"),
+        ("transport.peers", [VCHAN | {"domain": "x"}], "'transport.peers\\[0\\].domain' must be a domain number"),
+        ("transport.peers", [VCHAN | {"domain": -1}], "'transport.peers\\[0\\].domain' must be a domain number"),
+        ("transport.peers", [VCHAN | {"ringSize": 2**21}], "'transport.peers\\[0\\].ringSize' must be 0 to 1048576"),
+        ("transport.peers", [VCHAN | {"xsTxPath": "t" * 50}], "xsTxPath' must be a path of 1 to 49 characters"),
+        ("transport.peers", [VCHAN, VCHAN], "'transport.peers\\[1\\].xsRxPath' is 'r' like 'transport.peers\\[0\\]"),
         ("node.prefetch", True, "'node.prefetch': fetching ahead is not supported yet"),
         ("iamConfig.openPort", 0, "'iamConfig.openPort' must be a channel number"),
         ("iamConfig.openPort", -1, "'iamConfig.openPort' must be a channel number"),
@@ -125,6 +131,16 @@ def test_what_is_refused(tmp_path: Path, key: str, value: Any, text: str) -> Non
     with pytest.raises(ConfigError, match=text) as caught:
         read(tmp_path, changed(NODE if key.startswith("node") else GATEWAY, key, value))
     assert str(tmp_path / "mp.cfg") in str(caught.value)
+
+
+def test_peers_of_vchan(tmp_path: Path) -> None:
+    (only,) = read(tmp_path, GATEWAY | {"vchan": {"domain": 3, "xsRxPath": "r", "xsTxPath": "t"}}).peers
+    assert (only.domain, only.xs_rx_path, only.xs_tx_path, only.ring_size) == (3, "r", "t", 65536)
+    second = {"domain": 4, "xsRxPath": "r4", "xsTxPath": "t4", "ringSize": 0}
+    config = read(tmp_path, changed(GATEWAY, "transport", {"type": "vchan", "peers": [VCHAN, second]}))
+    assert [peer.domain for peer in config.peers] == ["name:second", 4]
+    with pytest.raises(ConfigError, match=r"'transport.peers': a node has one gateway"):
+        read(tmp_path, changed(NODE, "transport", {"type": "vchan", "peers": [VCHAN, second]}))
 
 
 def test_a_gateway_needs_the_main_node(tmp_path: Path) -> None:

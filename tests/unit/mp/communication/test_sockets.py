@@ -1,6 +1,7 @@
 """TCP: many nodes at one gateway, a node that looks for its gateway."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from aoscore.common.aio import Backoff
 from aoscore.common.errors import AlreadyExistsError, FailedError
 from aoscore.mp.communication import sockets
 from aoscore.mp.communication.connection import until_one_ends
-from aoscore.mp.communication.sockets import Connector, Listener
+from aoscore.mp.communication.connector import Connector
+from aoscore.mp.communication.sockets import Listener, connected
 from tests.support.running import running, until
 
 
@@ -97,7 +99,8 @@ async def test_node_connects_again_after_every_end() -> None:
 
     listener = Listener("127.0.0.1:0", gateway)
     async with running(listener):
-        connector = Connector(f"127.0.0.1:{listener.port}", node, backoff=Backoff(0.01, 0.02))
+        address = f"127.0.0.1:{listener.port}"
+        connector = Connector(address, partial(connected, address), node, backoff=Backoff(0.01, 0.02))
         async with running(connector):
             await until(lambda: served == 3)
 
@@ -105,7 +108,7 @@ async def test_node_connects_again_after_every_end() -> None:
 async def test_gateway_may_be_away() -> None:
     async def node(*_: Any) -> None: ...
 
-    async with running(Connector("127.0.0.1:1", node, backoff=Backoff(0.01, 0.02))) as task:
+    async with running(Connector("main", partial(connected, "127.0.0.1:1"), node, backoff=Backoff(0.01, 0.02))) as task:
         await asyncio.sleep(0.1)
         assert not task.done()
 
