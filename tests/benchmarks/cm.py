@@ -238,6 +238,13 @@ class Bed:
         groups = self.last_status().get("instances", [])
         return sum(one["state"] == "active" for group in groups for one in group["instances"])
 
+    def check_monitoring(self) -> None:
+        """The cloud has got what the SMs have sent: the newest message has samples of all instances."""
+        told = [frame["data"] for frame in self.cloud.frames if frame["data"]["messageType"] == "monitoringData"]
+        sampled = sum(bool(one["items"]) for one in told[-1]["instances"]) if told else 0
+        if sampled != len(self.nodes) * INSTANCES_PER_NODE:
+            raise RuntimeError(f"the cloud got samples of {sampled} instances")
+
     async def reconnect(self) -> tuple[float, float, int]:
         """A new connection: seconds from its handshake to the full status, CPU seconds of CM, bytes of the status."""
         count = len(self.cloud.frames)
@@ -274,6 +281,7 @@ async def measure_large(bed: Bed) -> dict[str, float]:
     pss = bed.pss_mb
     for sender in senders:
         sender.cancel()
+    bed.check_monitoring()
     walls, cpus, sizes = zip(*rounds, strict=True)
     return {
         "large_load": load,
@@ -376,6 +384,7 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load avera
 {rows}
 
 CM is a process of its own; cloud, IAM and the SMs of all nodes are in another one on the same cores, over mutual TLS.
+PSS counts all pages of libraries that no other process of the machine uses now; on a device IAM and SM share them.
 Medians of {ROUNDS} rounds. The load is an average over {LOAD_S:.0f} s, in which monitoring data goes to the cloud, too.
 """
 
