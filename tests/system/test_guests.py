@@ -24,6 +24,7 @@ HUNGRY = {
         "ramLimit: 32MiB",
     ),
     # A shell that may not fork ends: it is another than the service's first.
+    "filler": ("dd if=/dev/zero of=/storage/filled bs=64k count=400; exec sleep 5001", "storageLimit: 2MiB"),
     "breeder": ("(for i in $(seq 40); do sleep 5000 & done); exec sleep 5000", "pidsLimit: 16"),
 }
 
@@ -117,6 +118,19 @@ def test_pids_limit_holds(unit: QemuUnit) -> None:
     unit.wait(lambda: told(unit, "the limit of processes was reached: "), 120, "the cloud to hear of it")
 
 
+def test_storage_limit_holds(unit: QemuUnit) -> None:
+    """25 MiB do not fit into 2 MiB: the quota that SM set on the service's storage ends it, and nobody else."""
+
+    def has_ended() -> bool:
+        commands = [unit.main.run("cat", f"/proc/{pid}/cmdline") for pid in unit.container_pids().values()]
+        return any("5001" in command and "sleep" in command and "dd" not in command for command in commands)
+
+    unit.wait(has_ended, 120, "the service to have written what it may")
+    [size] = unit.main.shell("find /var/aos/storages -name filled -exec stat -c %s {} +").split()
+    print(f"written: {size} bytes")
+    assert MIB < int(size) <= 2 * MIB
+
+
 def told(unit: QemuUnit, text: str) -> bool:
     """Whether the cloud has an alert with that text."""
     return any(text in str(alert) for alert in unit.ask("alerts"))
@@ -125,7 +139,7 @@ def told(unit: QemuUnit, text: str) -> bool:
 def test_quota_of_a_user_holds(unit: QemuUnit) -> None:
     """The file system with storages and states keeps a user within what setquota gave it.
 
-    SM does not set quotas yet: this shows that what it will rely on is there.
+    What SM relies on where the file system has no project quotas.
     """
     guest = unit.main
     guest.shell("setquota -u 5001 1024 1024 0 0 /var/aos; install -d -o 5001 /var/aos/storages/quota-test")
