@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 
 from aoscore.common.config import from_json, to_json
-from aoscore.common.errors import AosError
-from aoscore.common.process import run_blocking, run_program
+from aoscore.common.process import run_blocking
 
 _TIMEOUT_S = 20.0
 
@@ -99,13 +98,15 @@ def _apply(commands: Sequence[Command]) -> None:
 
 async def counters(table: Table) -> dict[str, int] | None:
     """Bytes of a table's named counters; None when the table does not exist."""
-    name = (table.family, table.name)
-    try:
-        done = await run_program(["nft", "-j", "list", "counters", "table", *name], timeout_s=_TIMEOUT_S)
-    except AosError:
-        tables = await run_program(["nft", "list", "tables", table.family], timeout_s=_TIMEOUT_S)
+    return await asyncio.to_thread(_counters, table)
+
+
+def _counters(table: Table) -> dict[str, int] | None:
+    done = run_blocking(["nft", "-j", "list", "counters", "table", table.family, table.name], timeout_s=_TIMEOUT_S)
+    if done.code != 0:
+        tables = run_blocking(["nft", "list", "tables", table.family], timeout_s=_TIMEOUT_S)
         if f"table {table.family} {table.name}" not in tables.stdout.decode().splitlines():
             return None
-        raise
+        done.check("nft")
     listing = from_json(done.stdout, _Listing, what="nft's list of counters")
     return {entry.counter.name: entry.counter.bytes for entry in listing.nftables if entry.counter is not None}
