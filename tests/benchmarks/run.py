@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.benchmarks import footprint, iam, speedups
+from tests.benchmarks import footprint, iam, mp, speedups
 
 if __name__ == "__main__":
-    sys.exit(footprint.main() or iam.main() or speedups.main())
+    sys.exit(footprint.main() or iam.main() or mp.main() or speedups.main())

@@ -136,12 +136,13 @@ async def mp_process(
     *,
     provisioning: bool = False,
     env: dict[str, str] | None = None,
+    verbosity: str = "debug",
 ) -> AsyncIterator[Child]:
     """An MP with that configuration, ready; its log is `<root>/<name>.log`."""
     config = root / f"{name}.cfg"
     config.write_text(json.dumps(document))
     program = "from aoscore.mp.app import main; main()"
-    words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program, "-c", str(config), "-v", "debug"]
+    words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program, "-c", str(config), "-v", verbosity]
     async with child(*words, *(["-provisioning"] if provisioning else []), log=root / f"{name}.log", env=env) as one:
         before = one.text().count("MP is ready")
         async with asyncio.timeout(READY_S):
@@ -167,6 +168,7 @@ class MpBed:
     def __init__(self, root: Path, xen: FakeXen | None = None) -> None:
         self.root = root
         self.xen = xen
+        self.verbosity = "debug"
         self.ca = TestCa()
         self.pki = root / "pki"
         self.pki.mkdir()
@@ -250,7 +252,8 @@ class MpBed:
         if self.xen is not None:
             document["transport"] = vchan_transport(name)
             env = self.xen.environment(DOMAINS[name])
-        async with mp_process(self.root, name, document, provisioning=provisioning, env=env) as one:
+        process = mp_process(self.root, name, document, provisioning=provisioning, env=env, verbosity=self.verbosity)
+        async with process as one:
             yield one
 
     async def kill(self, one: Child) -> None:

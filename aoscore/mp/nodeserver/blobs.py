@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 import h11
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
-from aoscore.common.aio import Backoff, Worker, log_and_continue
+from aoscore.common.aio import Backoff, Worker, log_and_continue, raise_if_abandoned
 from aoscore.common.blobstore import check_digest
 from aoscore.common.errors import (
     AosError,
@@ -154,20 +154,26 @@ class Blobs:
 
     async def _attempt(self, digest: str, transfer: Transfer) -> None:
         url = await self._url(digest)
-        with await self.worker.run(self.store.part(digest).open, "ab") as file:
-            transfer.written = file.tell()
+        part = await self.worker.run(_Part, self.store, digest)
+        try:
+            transfer.written = part.written
             transfer.tell()
-            waiting = bytearray()
+            waiting: list[bytes] = []
+            size = 0
             try:
                 async with contextlib.aclosing(self._downloads.fetch(url, transfer.written)) as pieces:
                     async for piece in pieces:
-                        waiting += piece
-                        if len(waiting) >= _WRITE_BYTES:
-                            await self._write(file, waiting, transfer)
+                        waiting.append(piece)
+                        size += len(piece)
+                        if size >= _WRITE_BYTES:
+                            await self._write(part, waiting, transfer)
+                            size = 0
             finally:
                 # Also when the link broke: what has come need not come again.
-                await self._write(file, waiting, transfer)
-        await self.worker.run(self.store.adopt, digest)
+                await self._write(part, waiting, transfer)
+        finally:
+            await self.worker.run(part.close)
+        await self.worker.run(self.store.adopt, digest, part.digest)
 
     async def _url(self, digest: str) -> str:
         """Where CM offers the blob now. Asked each time: a gateway that has restarted knows no earlier answer."""
@@ -178,18 +184,42 @@ class Blobs:
             raise InvalidArgumentError(f"CM did not answer with one address for blob {digest}") from error
         return url
 
-    async def _write(self, file: BinaryIO, waiting: bytearray, transfer: Transfer) -> None:
-        data = bytes(waiting)
-        waiting.clear()
-        if data:
-            await self.worker.run(self._write_now, file, data)
-            transfer.written += len(data)
+    async def _write(self, part: "_Part", waiting: list[bytes], transfer: Transfer) -> None:
+        pieces, waiting[:] = list(waiting), []
+        if pieces:
+            await self.worker.run(part.write, pieces)
+            transfer.written = part.written
             transfer.tell()
 
-    def _write_now(self, file: BinaryIO, data: bytes) -> None:
-        self.store.make_room(len(data))
-        file.write(data)
-        file.flush()
+
+class _Part:
+    """A blob that grows in the store, and the digest of what is there. All methods block."""
+
+    def __init__(self, store: NodeStore, digest: str) -> None:
+        self._store = store
+        self._hash = hashlib.sha256()
+        self._file = store.part(digest).open("a+b")
+        self._file.seek(0)
+        while data := self._file.read(_WRITE_BYTES):
+            self._hash.update(data)
+            raise_if_abandoned()
+        self.written = self._file.tell()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def write(self, pieces: list[bytes]) -> None:
+        data = b"".join(pieces)
+        self._store.make_room(len(data))
+        self._file.write(data)
+        self._file.flush()
+        self._hash.update(data)
+        self.written += len(data)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _is_outage(error: BaseException) -> bool:

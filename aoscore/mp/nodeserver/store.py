@@ -60,11 +60,14 @@ class NodeStore:
         """Where a blob grows."""
         return self._tmp / f"{check_digest(digest).removeprefix('sha256:')}.part"
 
-    def adopt(self, digest: str) -> Path:
-        """Take a grown blob in. Raises ChecksumError when it is something else; it is gone then."""
+    def adopt(self, digest: str, actual: str = "") -> Path:
+        """Take a grown blob in; `actual` is what came out when it was written, if known.
+
+        Raises ChecksumError when it is something else; it is gone then.
+        """
         part = self.part(digest)
         try:
-            return self._blobs.adopt(part, digest)
+            return self._blobs.adopt(part, digest, actual=actual)
         except ChecksumError:
             part.unlink(missing_ok=True)
             raise
