@@ -33,7 +33,11 @@ READY_S = 30.0
 
 
 class Wire:
-    """A TCP relay in front of the gateway. `cut` breaks what is connected; while `is_open` is False nobody gets in."""
+    """A TCP relay in front of the gateway. `cut` breaks what is connected; while `is_open` is False nobody gets in.
+
+    Everything is held back by `delay_s`. A bit is flipped once so many bytes have passed towards the node, and then
+    again after every `spoil_every_bytes`.
+    """
 
     def __init__(self) -> None:
         self.target = 0
@@ -42,6 +46,9 @@ class Wire:
         self.passed_bytes = 0
         self.connections = 0
         self.spoil_after_bytes: int | None = None
+        self.spoil_every_bytes = 0
+        self.spoiled = 0
+        self.delay_s = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
 
     @contextlib.asynccontextmanager
@@ -83,8 +90,12 @@ class Wire:
             if to_node:
                 self.passed_bytes += len(data)
                 if self.spoil_after_bytes is not None and self.passed_bytes >= self.spoil_after_bytes:
-                    self.spoil_after_bytes = None
+                    every = self.spoil_every_bytes
+                    self.spoil_after_bytes = self.passed_bytes + every if every else None
+                    self.spoiled += 1
                     data = data[:-1] + bytes([data[-1] ^ 1])
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
