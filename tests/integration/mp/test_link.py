@@ -31,7 +31,7 @@ from tests.support.running import until
 from tests.support.sm import TestSm
 
 KILLS = int(os.environ.get("AOSCORE_MP_KILLS", "6"))
-"""How often an MP is killed under traffic: 50 take two minutes."""
+"""How often an MP is killed under traffic: 100 take two minutes."""
 
 
 @pytest.fixture
@@ -60,7 +60,13 @@ async def sm_on(bed: MpBed, sm: TestSm | None = None) -> AsyncIterator[TestSm]:
     while True:
         async with sm.connected(bed.sm_port, bed.identity("second-sm")):
             ended = asyncio.create_task(sm.ended.wait())
-            registered = asyncio.create_task(bed.cm.connected(before + 1, 30))
+            registered = asyncio.create_task(
+                bed.cm.wait(
+                    # Any of them: a stream that broke after its first message is not the one.
+                    lambda cm: any(len(one.frames) >= 2 and not one.ended.is_set() for one in cm.connections[before:]),
+                    30,
+                )
+            )
             await asyncio.wait({ended, registered}, return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
             if registered.done():
