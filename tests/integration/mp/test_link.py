@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from aoscore.common.aio import Backoff, Worker
 from aoscore.common.download import Downloader
 from aoscore.common.http import open_stream
 from aoscore.mp.communication.frames import encode_frame, encode_message
-from tests.support import fakexen
 from tests.support.mpbed import NODE_ID, MpBed
 from tests.support.running import until
 from tests.support.sm import TestSm
@@ -40,15 +39,8 @@ def tcp_bed(tmp_path: Path) -> MpBed:
 
 
 @pytest.fixture(params=["tcp", "vchan"])
-def bed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MpBed]:
-    if request.param == "tcp":
-        yield MpBed(tmp_path)
-        return
-    if reason := fakexen.missing():
-        pytest.skip(reason)
-    xen = fakexen.FakeXen()
-    yield MpBed(tmp_path, xen)
-    xen.remove()
+def bed(request: pytest.FixtureRequest, tmp_path: Path) -> MpBed:
+    return MpBed(tmp_path, request.getfixturevalue("xen") if request.param == "vchan" else None)
 
 
 @contextlib.asynccontextmanager
