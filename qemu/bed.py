@@ -102,9 +102,9 @@ class Bed:
         """The same, about this Unit."""
         return self.cloud.call(operation, unit=self.system_id, **arguments)
 
-    def provision(self) -> None:
-        """With the real aos-prov, as a user does; returns when the Unit is online."""
-        self.cloud.provision(self.machine, f"{self._main_address}:8089", wait_s=int(60 * self.patience))
+    def provision(self, nodes: int = 1) -> None:
+        """With the real aos-prov, as a user does; returns when the Unit is online. `nodes`: how many it has to have."""
+        self.cloud.provision(self.machine, f"{self._main_address}:8089", nodes=nodes, wait_s=int(60 * self.patience))
         self.wait(self.is_online, 90, "the Unit to come online")
 
     def is_online(self) -> bool:

@@ -39,8 +39,14 @@ _OF_NFS = ("run-rpc_pipefs.mount", "nfs-server.service", "nfs-client.target", "r
 _OF_VOLUMES = ("lvm2-monitor.service", "lvm2-lvmpolld.socket", "dm-event.socket", "blk-availability.service")
 
 
-def guest_nodes(root_ca: str, *, interface: str = "eth0", cloud_ip: str = CLOUD_IP) -> dict[str, Node]:
-    """The two Nodes of a Unit by host name. `interface` leads to the Unit's network, `root_ca` is PEM text."""
+def guest_nodes(
+    root_ca: str, *, interface: str = "eth0", cloud_ip: str = CLOUD_IP, with_mp: bool = False
+) -> dict[str, Node]:
+    """The two Nodes of a Unit by host name. `interface` leads to the Unit's network, `root_ca` is PEM text.
+
+    `with_mp`: the Secondary Node reaches the Main Node through the link of two MPs.
+    """
+    mp = ("mp",) if with_mp else ()
 
     def node(kind: Literal["main", "secondary"], components: tuple[str, ...], ip: str, gateway: str) -> Node:
         return Node(
@@ -64,8 +70,8 @@ def guest_nodes(root_ca: str, *, interface: str = "eth0", cloud_ip: str = CLOUD_
         )
 
     return {
-        "main": node("main", ("cm", "sm", "iam"), MAIN_IP, ""),
-        "secondary": node("secondary", ("sm", "iam"), SECONDARY_IP, MAIN_IP),
+        "main": node("main", ("cm", "sm", "iam", *mp), MAIN_IP, ""),
+        "secondary": node("secondary", ("sm", "iam", *mp), SECONDARY_IP, MAIN_IP),
     }
 
 

@@ -158,17 +158,22 @@ cdef Vchan _made(libxenvchan *handle, str path):
     return made
 
 
+cdef xs_handle *_store() except NULL:
+    cdef xs_handle *store
+    with nogil:
+        store = xs_open(0)
+    if store is NULL:
+        raise OSError(errno, f"can't open xenstore: {os.strerror(errno)}")
+    return store
+
+
 def xenstore_read(str path):
     """See the type stub."""
     cdef bytes name = path.encode("ascii")
     cdef const char *c_name = name
     cdef unsigned int length = 0
     cdef void *value
-    cdef xs_handle *store
-    with nogil:
-        store = xs_open(0)
-    if store is NULL:
-        raise OSError(errno, f"can't open xenstore: {os.strerror(errno)}")
+    cdef xs_handle *store = _store()
     try:
         with nogil:
             value = xs_read(store, 0, c_name, &length)
@@ -190,11 +195,7 @@ def xenstore_list(str path):
     cdef const char *c_name = name
     cdef unsigned int count = 0
     cdef char **names
-    cdef xs_handle *store
-    with nogil:
-        store = xs_open(0)
-    if store is NULL:
-        raise OSError(errno, f"can't open xenstore: {os.strerror(errno)}")
+    cdef xs_handle *store = _store()
     try:
         with nogil:
             names = xs_directory(store, 0, c_name, &count)

@@ -121,7 +121,7 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
             max_size_bytes=images.max_size,
         )
     )
-    blobs = Blobs(store, worker, calls, downloads, clean_period_s=images.ttl_s / 4)
+    blobs = Blobs(store, worker, calls, downloads, clean_period_s=images.ttl_s / 4, prefetch=node.prefetch)
     blob_server = BlobServer(node.blob_server_url, blobs)
     end = Node(
         settings,

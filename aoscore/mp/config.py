@@ -111,13 +111,16 @@ class ClockSyncConfig(_Section, frozen=True):
 
 
 class NodeConfig(_Section, frozen=True):
-    """Addresses that SM and IAM of a Secondary Node use instead of those of the Main Node."""
+    """Addresses that SM and IAM of a Secondary Node use instead of those of the Main Node.
+
+    `prefetch`: bring what a manifest names before SM asks for it.
+    """
 
     cm_proxy_url: str = "localhost:8093"
     iam_public_proxy_url: str = "localhost:8190"
     iam_protected_proxy_url: str = "localhost:8189"
     blob_server_url: str = "127.0.0.1:8095"
-    prefetch: bool = False
+    prefetch: bool = True
     clock_sync: ClockSyncConfig = ClockSyncConfig()
 
 
@@ -238,8 +241,6 @@ def _check_needed(config: Config) -> None:
 def _check_supported(config: Config) -> None:
     if config.profile == "legacy":
         raise ConfigError("'profile': legacy is not supported yet, use auto or v5")
-    if config.node.prefetch:
-        raise ConfigError("'node.prefetch': fetching ahead is not supported yet, leave it out or write false")
 
 
 def _check_peers(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 import sys
 
-from tests.benchmarks import cm, footprint, iam, sm, speedups, unit
+from tests.benchmarks import cm, footprint, iam, mp, sm, speedups, unit
+
+PARTS = (footprint, unit, sm, iam, cm, mp, speedups)
 
 if __name__ == "__main__":
-    sys.exit(footprint.main() or unit.main() or sm.main() or iam.main() or cm.main() or speedups.main())
+    sys.exit(next((code for part in PARTS if (code := part.main())), 0))

@@ -33,7 +33,11 @@ READY_S = 30.0
 
 
 class Wire:
-    """A TCP relay in front of the gateway. `cut` breaks what is connected; while `is_open` is False nobody gets in."""
+    """A TCP relay in front of the gateway. `cut` breaks what is connected; while `is_open` is False nobody gets in.
+
+    Everything is held back by `delay_s`. A bit is flipped once so many bytes have passed towards the node, and then
+    again after every `spoil_every_bytes`.
+    """
 
     def __init__(self) -> None:
         self.target = 0
@@ -42,6 +46,9 @@ class Wire:
         self.passed_bytes = 0
         self.connections = 0
         self.spoil_after_bytes: int | None = None
+        self.spoil_every_bytes = 0
+        self.spoiled = 0
+        self.delay_s = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
 
     @contextlib.asynccontextmanager
@@ -83,8 +90,12 @@ class Wire:
             if to_node:
                 self.passed_bytes += len(data)
                 if self.spoil_after_bytes is not None and self.passed_bytes >= self.spoil_after_bytes:
-                    self.spoil_after_bytes = None
+                    every = self.spoil_every_bytes
+                    self.spoil_after_bytes = self.passed_bytes + every if every else None
+                    self.spoiled += 1
                     data = data[:-1] + bytes([data[-1] ^ 1])
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
@@ -136,12 +147,13 @@ async def mp_process(
     *,
     provisioning: bool = False,
     env: dict[str, str] | None = None,
+    verbosity: str = "debug",
 ) -> AsyncIterator[Child]:
     """An MP with that configuration, ready; its log is `<root>/<name>.log`."""
     config = root / f"{name}.cfg"
     config.write_text(json.dumps(document))
     program = "from aoscore.mp.app import main; main()"
-    words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program, "-c", str(config), "-v", "debug"]
+    words = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", program, "-c", str(config), "-v", verbosity]
     async with child(*words, *(["-provisioning"] if provisioning else []), log=root / f"{name}.log", env=env) as one:
         before = one.text().count("MP is ready")
         async with asyncio.timeout(READY_S):
@@ -167,6 +179,7 @@ class MpBed:
     def __init__(self, root: Path, xen: FakeXen | None = None) -> None:
         self.root = root
         self.xen = xen
+        self.verbosity = "debug"
         self.ca = TestCa()
         self.pki = root / "pki"
         self.pki.mkdir()
@@ -250,7 +263,8 @@ class MpBed:
         if self.xen is not None:
             document["transport"] = vchan_transport(name)
             env = self.xen.environment(DOMAINS[name])
-        async with mp_process(self.root, name, document, provisioning=provisioning, env=env) as one:
+        process = mp_process(self.root, name, document, provisioning=provisioning, env=env, verbosity=self.verbosity)
+        async with process as one:
             yield one
 
     async def kill(self, one: Child) -> None:

@@ -1,4 +1,4 @@
-"""Many nodes at one gateway: the node's end of the link in the test process, without servers for a local SM and IAM."""
+"""Many nodes at one gateway: the node's end of the link, without servers for a local SM and IAM, in this process."""
 
 import asyncio
 import contextlib

@@ -49,8 +49,9 @@ class NspawnUnit(Bed):
 
     nodes: dict[str, NspawnNode]
 
-    def __init__(self, directory: Path, names: tuple[str, ...] = ("main",)) -> None:
+    def __init__(self, directory: Path, names: tuple[str, ...] = ("main",), *, with_mp: bool = False) -> None:
         super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_IP)
+        self._with_mp = with_mp
         # Control groups are the host's.
         self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in names}
         self.nodes = {name: NspawnNode(name, f"{name}{os.getpid()}", self.machine) for name in names}
@@ -58,7 +59,8 @@ class NspawnUnit(Bed):
     def start(self) -> None:
         """Boot; returns when the cloud answers and systemd runs in all nodes."""
         lower = lower_layers()
-        nodes = guest_nodes(self.cloud.root_file().read_text(), interface="host0", cloud_ip=CLOUD_IP)
+        root_ca = self.cloud.root_file().read_text()
+        nodes = guest_nodes(root_ca, interface="host0", cloud_ip=CLOUD_IP, with_mp=self._with_mp)
         programs = []
         for name, node in self.nodes.items():
             top = self.directory / "nodes" / name

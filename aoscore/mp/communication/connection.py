@@ -43,7 +43,7 @@ from aoscore.mp.communication.frames import (
     Frame,
     FrameDecoder,
     MessageDecoder,
-    encode_frame,
+    encode_header,
     encode_message,
 )
 from aoscore.mp.communication.ports import CONTROL, PROXY, Ports
@@ -60,6 +60,8 @@ _BYE_TIMEOUT_S = 1.0
 _MAX_BAD_FRAMES = 3
 # Answers to what the peer sends on the control channel: a peer that asks without end and never reads is cut off.
 _CONTROL_LIMIT_BYTES = 64 * 1024
+# What goes to the link in one go: each go costs as much as the bytes of some frames.
+_QUANTUM_BYTES = 64 * 1024
 # Little of a download waits here, so that what is more urgent does not wait behind it in the kernel either.
 _BULK_LIMIT_BYTES = 64 * 1024
 
@@ -443,16 +445,20 @@ class Connection:
 
     async def _write(self) -> None:
         while True:
-            item = self._scheduler.pop()
-            if item is None:
+            frames: list[bytes] = []
+            size = 0
+            while size < _QUANTUM_BYTES and (item := self._scheduler.pop()):
+                port, payload = item
+                frames += (encode_header(port, payload), payload)
+                size += len(payload)
+                if slot := self._slots.get(port):
+                    slot.sent.set()
+            if not frames:
                 self._filled.clear()
                 await self._filled.wait()
                 continue
-            port, payload = item
-            self._writer.write(encode_frame(port, payload))
+            self._writer.write(b"".join(frames))
             self._wrote.set()
-            if slot := self._slots.get(port):
-                slot.sent.set()
             await self._writer.drain()
 
     async def _watch(self) -> None:

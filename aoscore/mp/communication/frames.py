@@ -31,11 +31,16 @@ class Frame(NamedTuple):
     is_intact: bool
 
 
-def encode_frame(port: int, payload: bytes) -> bytes:
-    """Header and payload. Raises InvalidArgumentError for a payload above MAX_PAYLOAD_BYTES."""
+def encode_header(port: int, payload: bytes) -> bytes:
+    """What goes before the payload. Raises InvalidArgumentError for a payload above MAX_PAYLOAD_BYTES."""
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise InvalidArgumentError(f"payload of {len(payload)} bytes for port {port} does not fit a frame")
-    return _HEADER.pack(port, len(payload), hashlib.sha256(payload).digest()) + payload
+    return _HEADER.pack(port, len(payload), hashlib.sha256(payload).digest())
+
+
+def encode_frame(port: int, payload: bytes) -> bytes:
+    """Header and payload. Raises like encode_header."""
+    return encode_header(port, payload) + payload
 
 
 class FrameDecoder:
@@ -88,6 +93,11 @@ class MessageDecoder:
         above the limit, before any of that message is kept.
         """
         buffer = self._buffer
+        if not buffer and len(data) > _LENGTH.size and _LENGTH.unpack_from(data)[0] == len(data) - _LENGTH.size:
+            if len(data) - _LENGTH.size > self._limit_bytes:
+                raise OutOfRangeError(f"message of {len(data) - _LENGTH.size} bytes, {self._limit_bytes} is most")
+            yield data[_LENGTH.size :]  # one message as it was sent: the rule
+            return
         buffer += data
         position = 0
         try:

@@ -19,6 +19,8 @@ _CONNECT_TIMEOUT_S = 10.0
 STREAM_LIMIT_BYTES = 256 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024
 _NOT_SENT_BYTES = 128 * 1024
+# What is on its way of a download is what an urgent message waits for: the kernel's own choice would be megabytes.
+_RECEIVE_BYTES = 512 * 1024
 # Not in the socket module of Python 3.11 on every platform (linux/tcp.h).
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
@@ -29,6 +31,8 @@ def _tune(writer: asyncio.StreamWriter) -> None:
     sock: socket.socket = writer.get_extra_info("socket")
     for level, option, value in (
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),

@@ -54,16 +54,19 @@ class TlsCore:
             raise FailedError(f"TLS failed: {_reason(error)}") from error
 
     def _read(self) -> bytes:
-        plain = bytearray()
+        pieces = []
         try:
             while piece := self._tls.read(_READ_BYTES):
-                plain += piece
-            self.is_closed = True
+                pieces.append(piece)
+                if not self._incoming.pending and not self._tls.pending():
+                    break  # asking for more would end in an exception, which costs as much as the piece
+            else:
+                self.is_closed = True
         except ssl.SSLZeroReturnError:
             self.is_closed = True
         except ssl.SSLWantReadError:
             pass
-        return bytes(plain)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def write(self, data: bytes) -> None:
         """Encrypt plaintext."""

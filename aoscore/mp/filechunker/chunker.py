@@ -25,7 +25,9 @@ class Chunker:
         self._rest += memoryview(data)[skipped:]
         position = 0
         while len(self._rest) - position >= PIECE_BYTES:
-            yield self._offset, bytes(self._rest[position : position + PIECE_BYTES])
+            with memoryview(self._rest) as view, view[position : position + PIECE_BYTES] as part:
+                piece = bytes(part)
+            yield self._offset, piece
             position += PIECE_BYTES
             self._offset += PIECE_BYTES
         del self._rest[:position]

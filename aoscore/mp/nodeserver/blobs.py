@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 import h11
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
-from aoscore.common.aio import Backoff, Worker, log_and_continue
+from aoscore.common.aio import Backoff, Worker, log_and_continue, raise_if_abandoned
 from aoscore.common.blobstore import check_digest
 from aoscore.common.errors import (
     AosError,
@@ -26,6 +26,7 @@ from aoscore.common.errors import (
 )
 from aoscore.common.fileserver import FileServer
 from aoscore.common.log import kv
+from aoscore.common.oci import Descriptor
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.nodeserver.calls import CallClient, CallError
 from aoscore.mp.nodeserver.downloads import DownloadClient
@@ -39,6 +40,8 @@ _ATTEMPTS = 3
 _OUTAGE_S = 60.0
 _WRITE_BYTES = 1024 * 1024
 _READ_BYTES = 256 * 1024
+_AHEAD_PARALLEL = 2
+_AHEAD_MOST = 256
 _CONTENT_TYPE = "application/octet-stream"
 _GET_BLOBS_INFOS = "/servicemanager.v5.SMService/GetBlobsInfos"
 
@@ -71,7 +74,10 @@ class Transfer:
 
 
 class Blobs:
-    """Gives blobs to readers: from the store, or from the one transfer that brings them."""
+    """Gives blobs to readers: from the store, or from the one transfer that brings them.
+
+    With `prefetch` what a manifest names is brought before anybody asks, while nobody waits for a blob (mp.md §7).
+    """
 
     def __init__(
         self,
@@ -81,6 +87,7 @@ class Blobs:
         downloads: DownloadClient,
         *,
         clean_period_s: float,
+        prefetch: bool = False,
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 5.0),
     ) -> None:
         self.store = store
@@ -88,6 +95,11 @@ class Blobs:
         self._calls = calls
         self._downloads = downloads
         self._clean_period_s = clean_period_s
+        self._prefetch = prefetch
+        self._ahead: asyncio.Queue[Descriptor] = asyncio.Queue(_AHEAD_MOST)
+        self._asked = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._backoff = backoff
         self._transfers: dict[str, Transfer] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -96,6 +108,8 @@ class Blobs:
         """Own the transfers, and clean the store now and then."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
+            for _ in range(_AHEAD_PARALLEL if self._prefetch else 0):
+                tasks.create_task(self._fetch_ahead())
             started()
             while True:
                 with log_and_continue(_log, "Can't clean the image store"):
@@ -120,6 +134,40 @@ class Blobs:
                 # What has come stays for the next time.
                 transfer.task.cancel()
 
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Somebody waits for a blob during the block: nothing is begun ahead meanwhile."""
+        self._asked += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._asked -= 1
+            if not self._asked:
+                self._idle.set()
+
+    async def _look_ahead(self, digest: str) -> None:
+        if not self._prefetch:
+            return
+        for named in await self.worker.run(self.store.named_by, digest):
+            if self._ahead.full():
+                _log.warning(kv("Too much to fetch ahead, left to SM", digest=named.digest))
+                return
+            self._ahead.put_nowait(named)
+
+    async def _fetch_ahead(self) -> None:
+        while True:
+            named = await self._ahead.get()
+            await self._idle.wait()
+            with log_and_continue(_log, f"Can't fetch {named.digest} ahead"):
+                if await self.worker.run(self.store.use, named.digest):
+                    continue
+                # Known before the first byte: what does not fit is not begun.
+                await self.worker.run(self.store.make_room, named.size)
+                async with self.reading(named.digest) as transfer:
+                    while not transfer.is_over:
+                        await transfer.progress()
+
     async def _bring(self, digest: str, transfer: Transfer) -> None:
         backoff = self._backoff()
         left = _ATTEMPTS
@@ -131,6 +179,7 @@ class Blobs:
                 try:
                     await self._attempt(digest, transfer)
                     transfer.is_complete = True
+                    await self._look_ahead(digest)
                     return
                 except (AosError, OSError) as error:
                     if transfer.written > before:
@@ -154,20 +203,26 @@ class Blobs:
 
     async def _attempt(self, digest: str, transfer: Transfer) -> None:
         url = await self._url(digest)
-        with await self.worker.run(self.store.part(digest).open, "ab") as file:
-            transfer.written = file.tell()
+        part = await self.worker.run(_Part, self.store, digest)
+        try:
+            transfer.written = part.written
             transfer.tell()
-            waiting = bytearray()
+            waiting: list[bytes] = []
+            size = 0
             try:
                 async with contextlib.aclosing(self._downloads.fetch(url, transfer.written)) as pieces:
                     async for piece in pieces:
-                        waiting += piece
-                        if len(waiting) >= _WRITE_BYTES:
-                            await self._write(file, waiting, transfer)
+                        waiting.append(piece)
+                        size += len(piece)
+                        if size >= _WRITE_BYTES:
+                            await self._write(part, waiting, transfer)
+                            size = 0
             finally:
                 # Also when the link broke: what has come need not come again.
-                await self._write(file, waiting, transfer)
-        await self.worker.run(self.store.adopt, digest)
+                await self._write(part, waiting, transfer)
+        finally:
+            await self.worker.run(part.close)
+        await self.worker.run(self.store.adopt, digest, part.digest)
 
     async def _url(self, digest: str) -> str:
         """Where CM offers the blob now. Asked each time: a gateway that has restarted knows no earlier answer."""
@@ -178,18 +233,42 @@ class Blobs:
             raise InvalidArgumentError(f"CM did not answer with one address for blob {digest}") from error
         return url
 
-    async def _write(self, file: BinaryIO, waiting: bytearray, transfer: Transfer) -> None:
-        data = bytes(waiting)
-        waiting.clear()
-        if data:
-            await self.worker.run(self._write_now, file, data)
-            transfer.written += len(data)
+    async def _write(self, part: "_Part", waiting: list[bytes], transfer: Transfer) -> None:
+        pieces, waiting[:] = list(waiting), []
+        if pieces:
+            await self.worker.run(part.write, pieces)
+            transfer.written = part.written
             transfer.tell()
 
-    def _write_now(self, file: BinaryIO, data: bytes) -> None:
-        self.store.make_room(len(data))
-        file.write(data)
-        file.flush()
+
+class _Part:
+    """A blob that grows in the store, and the digest of what is there. All methods block."""
+
+    def __init__(self, store: NodeStore, digest: str) -> None:
+        self._store = store
+        self._hash = hashlib.sha256()
+        self._file = store.part(digest).open("a+b")
+        self._file.seek(0)
+        while data := self._file.read(_WRITE_BYTES):
+            self._hash.update(data)
+            raise_if_abandoned()
+        self.written = self._file.tell()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def write(self, pieces: list[bytes]) -> None:
+        data = b"".join(pieces)
+        self._store.make_room(len(data))
+        self._file.write(data)
+        self._file.flush()
+        self._hash.update(data)
+        self.written += len(data)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _is_outage(error: BaseException) -> bool:
@@ -224,8 +303,9 @@ class BlobServer(FileServer):
         if await self._blobs.worker.run(self._blobs.store.use, digest):
             await super()._answer(connection, writer, request)
         else:
-            async with self._blobs.reading(digest) as transfer:
-                await self._pass_on(connection, writer, transfer)
+            with self._blobs.asked():
+                async with self._blobs.reading(digest) as transfer:
+                    await self._pass_on(connection, writer, transfer)
         if connection.our_state is h11.DONE:
             await self._blobs.worker.run(self._blobs.store.handed_over, digest)
 

@@ -130,10 +130,13 @@ async def _next(download: _Download, url: str) -> pb.DownloadContent:
     if download.error is not None and download.pieces.empty():
         raise download.error
     try:
-        async with asyncio.timeout(_IDLE_TIMEOUT_S):
-            content = await download.pieces.get()
-    except TimeoutError:
-        raise DeadlineError(f"nothing of {url} came for {_IDLE_TIMEOUT_S:g} s") from None
+        content = download.pieces.get_nowait()
+    except asyncio.QueueEmpty:
+        try:
+            async with asyncio.timeout(_IDLE_TIMEOUT_S):
+                content = await download.pieces.get()
+        except TimeoutError:
+            raise DeadlineError(f"nothing of {url} came for {_IDLE_TIMEOUT_S:g} s") from None
     if download.error is not None and not content.request_id:
         raise download.error
     return content

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from aoscore.common.blobstore import BlobStore, check_digest
-from aoscore.common.errors import ChecksumError, NoSpaceError, NotFoundError
+from aoscore.common.errors import ChecksumError, InvalidArgumentError, NoSpaceError, NotFoundError
 from aoscore.common.files import available_bytes
 from aoscore.common.log import kv
+from aoscore.common.oci import Descriptor, parse_manifest
 
 _log = logging.getLogger(__name__)
+
+_MANIFEST_LIMIT_BYTES = 1024 * 1024
 
 
 class NodeStore:
@@ -49,6 +52,18 @@ class NodeStore:
             return False
         return True
 
+    def named_by(self, digest: str) -> tuple[Descriptor, ...]:
+        """What a blob names if it is the manifest of an image (OCI image-spec), in order of use; else nothing."""
+        path = self._blobs.path(digest)
+        try:
+            if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
+                return ()
+            manifest = parse_manifest(path.read_bytes(), what=f"blob {digest}")
+            named = (manifest.config, manifest.aos_item_config, *manifest.layers)
+            return tuple(one for one in named if one is not None and check_digest(one.digest) and one.size >= 0)
+        except (OSError, InvalidArgumentError):
+            return ()  # something else than a manifest: most blobs are
+
     def open_growing(self, digest: str) -> BinaryIO:
         """The file of a blob that grows, or has just become whole."""
         try:
@@ -60,11 +75,14 @@ class NodeStore:
         """Where a blob grows."""
         return self._tmp / f"{check_digest(digest).removeprefix('sha256:')}.part"
 
-    def adopt(self, digest: str) -> Path:
-        """Take a grown blob in. Raises ChecksumError when it is something else; it is gone then."""
+    def adopt(self, digest: str, actual: str = "") -> Path:
+        """Take a grown blob in; `actual` is what came out when it was written, if known.
+
+        Raises ChecksumError when it is something else; it is gone then.
+        """
         part = self.part(digest)
         try:
-            return self._blobs.adopt(part, digest)
+            return self._blobs.adopt(part, digest, actual=actual)
         except ChecksumError:
             part.unlink(missing_ok=True)
             raise

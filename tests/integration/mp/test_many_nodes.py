@@ -13,6 +13,7 @@ from aoscore.mp.filechunker.downloads import MAX_REQUESTS
 from tests.support.cm import Connection
 from tests.support.mpbed import MpBed
 from tests.support.mpnodes import NodeEnd, node_end
+from tests.support.running import until
 
 pytestmark = pytest.mark.timeout(180)
 NODES = 16
@@ -54,7 +55,7 @@ async def test_each_gets_its_own(tmp_path: Path) -> None:
             works = (fetch_and_talk(bed, node, os.urandom(BLOB_BYTES)) for node in [*nodes, last])
             async with asyncio.timeout(120):
                 await asyncio.gather(*works)
-        await bed.cm.wait(lambda _: at_cm(bed, last).ended.is_set(), 60)
+        await until(lambda: at_cm(bed, last).ended.is_set(), 60)
         assert not any(at_cm(bed, node).ended.is_set() for node in nodes)
         await asyncio.gather(*(talk(bed, node, f"{node.node_id} still here") for node in nodes))
         assert gateway.process.returncode is None

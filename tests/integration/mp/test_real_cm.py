@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aoscore.common.http import request
-from tests.support import fakexen
+from tests.support.fakexen import FakeXen
 from tests.support.iam import Iam, free_port
 from tests.support.images import Image
 from tests.support.mpbed import DOMAINS, Wire, mp_process, vchan_transport
@@ -67,11 +67,22 @@ def node(bed: UnitBed, link: int, sm_port: int, blob_port: int) -> dict[str, Any
     }
 
 
-async def test_item_is_deployed_over_vchan_also_after_a_kill(tmp_path: Path, iam: Iam) -> None:
-    if reason := fakexen.missing():
-        pytest.skip(reason)
+async def deployed(bed: UnitBed, blob_port: int) -> None:
+    """The cloud wants an item, and the node has it."""
+    await bed.until(lambda: f"SM connected: nodeID={NODE_ID}" in bed.log())
+    await bed.cloud.connected()
+    await bed.cloud.send_frame(bed.wish(("a", "1.0.0", IMAGE)))
+    await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed"})
+    assert bed.running == {"a": "1.0.0"}
+    # What SM would do now: fetch what the instance is made of.
+    digest = bed.sm.updates[-1].start_instances[0].manifest_digest
+    answer = await request("GET", f"http://127.0.0.1:{blob_port}/sha256/{digest.removeprefix('sha256:')}")
+    assert answer.status == 200
+    assert f"sha256:{hashlib.sha256(answer.body).hexdigest()}" == digest
+
+
+async def test_item_is_deployed_over_vchan_also_after_a_kill(tmp_path: Path, iam: Iam, xen: FakeXen) -> None:
     sm_port, blob_port = free_port(), free_port()
-    xen = fakexen.FakeXen()
     async with unit_bed(tmp_path, iam, sm_port=sm_port) as bed:
         bed.blobs.publish(IMAGE)
         await bed.start()
@@ -81,14 +92,7 @@ async def test_item_is_deployed_over_vchan_also_after_a_kill(tmp_path: Path, iam
                 document |= {"transport": vchan_transport(name)}
                 end = mp_process(tmp_path, name, document, env=xen.environment(DOMAINS[name]))
                 process = await stack.enter_async_context(end)
-            await bed.until(lambda: f"SM connected: nodeID={NODE_ID}" in bed.log())
-            await bed.cloud.connected()
-            await bed.cloud.send_frame(bed.wish(("a", "1.0.0", IMAGE)))
-            await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed"})
-            assert bed.running == {"a": "1.0.0"}
-            digest = bed.sm.updates[-1].start_instances[0].manifest_digest
-            answer = await request("GET", f"http://127.0.0.1:{blob_port}/sha256/{digest.removeprefix('sha256:')}")
-            assert f"sha256:{hashlib.sha256(answer.body).hexdigest()}" == digest
+            await deployed(bed, blob_port)
 
             process.kill()
             await process.wait()
@@ -99,7 +103,6 @@ async def test_item_is_deployed_over_vchan_also_after_a_kill(tmp_path: Path, iam
                 mp_process(tmp_path, "node", ends["node"], env=xen.environment(DOMAINS["node"]))
             )
             await bed.until(lambda: bed.running == {}, 60)
-    xen.remove()
 
 
 async def test_item_is_deployed_through_the_link_also_after_a_cut(tmp_path: Path, iam: Iam) -> None:
@@ -113,17 +116,7 @@ async def test_item_is_deployed_through_the_link_also_after_a_cut(tmp_path: Path
             mp_process(tmp_path, "gateway", gateway(bed, link_port)),
             mp_process(tmp_path, "node", node(bed, wire.port, sm_port, blob_port)),
         ):
-            await bed.until(lambda: f"SM connected: nodeID={NODE_ID}" in bed.log())
-            await bed.cloud.connected()
-            await bed.cloud.send_frame(bed.wish(("a", "1.0.0", IMAGE)))
-            await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed"})
-            assert bed.running == {"a": "1.0.0"}
-
-            # What SM would do now: fetch what the instance is made of.
-            digest = bed.sm.updates[-1].start_instances[0].manifest_digest
-            answer = await request("GET", f"http://127.0.0.1:{blob_port}/sha256/{digest.removeprefix('sha256:')}")
-            assert answer.status == 200
-            assert f"sha256:{hashlib.sha256(answer.body).hexdigest()}" == digest
+            await deployed(bed, blob_port)
 
             seen = bed.log().count(f"SM connected: nodeID={NODE_ID}")
             wire.is_open = False

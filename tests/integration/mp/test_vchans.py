@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,15 +17,6 @@ CASES = [
     "long_paths",
     "guest_by_name_or_key",
 ]
-
-
-@pytest.fixture
-def xen() -> Iterator[fakexen.FakeXen]:
-    if reason := fakexen.missing():
-        pytest.skip(reason)
-    machine = fakexen.FakeXen()
-    yield machine
-    machine.remove()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -111,7 +111,6 @@ def test_what_may_be_left_out(tmp_path: Path, document: dict[str, Any]) -> None:
         ("transport.peers", [VCHAN | {"ringSize": 2**21}], "'transport.peers\\[0\\].ringSize' must be 0 to 1048576"),
         ("transport.peers", [VCHAN | {"xsTxPath": "t" * 50}], "xsTxPath' must be a path of 1 to 49 characters"),
         ("transport.peers", [VCHAN, VCHAN], "'transport.peers\\[1\\].xsRxPath' is 'r' like 'transport.peers\\[0\\]"),
-        ("node.prefetch", True, "'node.prefetch': fetching ahead is not supported yet"),
         ("iamConfig.openPort", 0, "'iamConfig.openPort' must be a channel number"),
         ("iamConfig.openPort", -1, "'iamConfig.openPort' must be a channel number"),
         ("cmConfig.openPort", 1, "'cmConfig.openPort' is 1 like 'iamConfig.openPort'"),

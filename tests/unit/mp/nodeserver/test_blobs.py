@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -34,6 +35,7 @@ class FakeMain:
         self.call_failures: list[Exception] = []
         self.offsets: list[int] = []
         self.pause_at: int | None = None
+        self.go_on = asyncio.Event()
         self.ended = 0
 
     def put(self, content: bytes) -> str:
@@ -55,7 +57,7 @@ class FakeMain:
             for begin in range(offset, len(content), PIECE):
                 yield content[begin : begin + PIECE]
                 if self.pause_at is not None and begin >= self.pause_at:
-                    await asyncio.Event().wait()
+                    await self.go_on.wait()
                 if self.failures:
                     raise self.failures.pop(0)
         finally:
@@ -78,7 +80,7 @@ class Bed:
 
 
 @contextlib.asynccontextmanager
-async def bed(root: Path, **limits: Any) -> AsyncIterator[Bed]:
+async def bed(root: Path, *, prefetch: bool = False, **limits: Any) -> AsyncIterator[Bed]:
     main = FakeMain()
     async with Worker("test", 2) as worker:
         store = await worker.run(
@@ -90,6 +92,7 @@ async def bed(root: Path, **limits: Any) -> AsyncIterator[Bed]:
             cast("CallClient", main),
             cast("DownloadClient", main),
             clean_period_s=1000,
+            prefetch=prefetch,
             backoff=lambda: Backoff(0.01, 0.02),
         )
         server = BlobServer("127.0.0.1:0", blobs)
@@ -167,3 +170,56 @@ async def test_nothing_but_blobs(tmp_path: Path) -> None:
         for target in ("/", "/sha256/../tmp", "/sha256/" + "0" * 63, "/blobs/sha256/" + "0" * 64):
             async with open_stream("GET", f"http://127.0.0.1:{one.server.port}{target}") as stream:
                 assert stream.status == 404
+
+
+def image(main: FakeMain, *layers: bytes) -> tuple[str, list[str]]:
+    """A manifest on the Main Node, and what it names, in order."""
+    config, item = main.put(b'{"rootfs": {"type": "layers", "diff_ids": []}}'), main.put(b'{"author": "me"}')
+    digests = [config, item, *(main.put(layer) for layer in layers)]
+    described = [{"mediaType": "x", "digest": digest, "size": len(main.contents[digest])} for digest in digests]
+    manifest = {"schemaVersion": 2, "config": described[0], "aosItemConfig": described[1], "layers": described[2:]}
+    return main.put(json.dumps(manifest).encode()), digests
+
+
+async def test_what_a_manifest_names_comes_before_it_is_asked_for(tmp_path: Path) -> None:
+    async with bed(tmp_path, prefetch=True) as one:
+        manifest, named = image(one.main, os.urandom(500_000), os.urandom(PIECE))
+        await one.get(manifest)
+        await until(lambda: all(one.store.path(digest).exists() for digest in named))
+        count = len(one.main.offsets)
+        for digest in named:
+            assert await one.get(digest) == (200, one.main.contents[digest])
+        assert len(one.main.offsets) == count == 5
+
+
+async def test_nothing_is_begun_ahead_while_somebody_waits(tmp_path: Path) -> None:
+    async with bed(tmp_path, prefetch=True) as one:
+        one.main.pause_at = PIECE
+        slow = asyncio.create_task(one.get(one.main.put(os.urandom(3 * PIECE))))
+        await until(lambda: len(one.main.offsets) == 1)
+        manifest, named = image(one.main, os.urandom(PIECE))
+        await one.get(manifest)
+        await asyncio.sleep(0.1)
+        assert not any(one.store.path(digest).exists() for digest in named)
+        one.main.go_on.set()
+        await slow
+        await until(lambda: all(one.store.path(digest).exists() for digest in named))
+
+
+async def test_what_does_not_fit_is_not_begun_ahead(tmp_path: Path) -> None:
+    async with bed(tmp_path, prefetch=True, max_size_bytes=200_000) as one:
+        manifest, (_, _, big, small) = image(one.main, os.urandom(500_000), os.urandom(PIECE))
+        await one.get(manifest)
+        await until(lambda: one.store.path(small).exists())
+        assert not one.store.path(big).exists() and not one.store.part(big).exists()
+        # What SM asks for is as it was: the answer says what is wrong.
+        assert await one.get(small) == (200, one.main.contents[small])
+
+
+async def test_only_manifests_name_anything(tmp_path: Path) -> None:
+    async with bed(tmp_path) as one:
+        for content in (b"{}", b'{"config": {}}', b"\0" * 100, b'{"config": {"digest": "../../etc/passwd"}}', b"[1]"):
+            digest = one.main.put(content)
+            await one.get(digest)
+            assert one.store.named_by(digest) == ()
+        assert one.store.named_by("sha256:" + "0" * 64) == ()

@@ -1,0 +1,249 @@
+"""What the link of two MPs carries, how long what is urgent waits meanwhile, and what both roles weigh (make bench)."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore.common.tls import TlsIdentity
+from tests.benchmarks.footprint import ROOT, cpu_s, machine, size_mb
+from tests.support.mpbed import NODE_ID, MpBed
+from tests.support.mpnodes import node_end
+from tests.support.running import until
+from tests.support.sm import TestSm
+
+BLOB_BYTES = 200_000_000
+ROUNDS = 5
+NODES = 16
+IDLE_S = 10
+ASKED_EVERY_S = 0.02
+
+# The other end of plain TLS over TCP: sends so many bytes to whoever connects.
+_SENDER = """
+import socket, ssl, sys
+port, size, ca, cert, key = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(cert, key)
+context.load_verify_locations(ca)
+context.verify_mode = ssl.CERT_REQUIRED
+piece = bytes(65536)
+with socket.create_server(("127.0.0.1", port)) as server:
+    print("ready", flush=True)
+    while True:
+        plain, _ = server.accept()
+        with context.wrap_socket(plain, server_side=True) as tls:
+            rest = size
+            while rest:
+                rest -= tls.send(piece[:rest])
+            tls.recv(1)
+"""
+
+
+class Figures(msgspec.Struct):
+    """Rates in MB/s, sizes in MB, times in ms."""
+
+    plain_rates: list[float]
+    link_rates: list[float]
+    gateway_cpu: float
+    """CPU seconds per 100 MB."""
+    node_cpu: float
+    latencies: list[float]
+    idle_latencies: list[float]
+    gateway_pss: float
+    node_pss: float
+    many_pss: float
+
+
+def main() -> int:
+    """Measure, print the page, write docs/mp-speed.md."""
+    with tempfile.TemporaryDirectory(prefix="aos-mp-") as directory:
+        text = report(asyncio.run(measure(Path(directory))))
+    print(text)
+    (ROOT / "docs" / "mp-speed.md").write_text(text)
+    return 0
+
+
+async def measure(directory: Path) -> Figures:
+    """All figures, from two MP processes; idle memory first, before the load."""
+    bed = MpBed(directory)
+    bed.verbosity = "info"
+    async with bed.both(), _sm(bed) as sm:
+        assert bed.gateway and bed.node
+        pids = bed.gateway.process.pid, bed.node.process.pid
+        await asyncio.sleep(IDLE_S)
+        gateway_pss, node_pss = map(pss_mb, pids)
+        idle = await ask(bed, 50)
+        digest = bed.blobs.put(os.urandom(BLOB_BYTES))
+        await sm.blobs.GetBlobsInfos(pb.BlobsInfosRequest(digests=[digest]), timeout=10)
+        plain_rates, link_rates, latencies = [], [], []
+        before = [cpu_s(pid) for pid in pids]
+        with plain_sender(bed.identity("plain-server")) as port:
+            # In turn, so that whatever else runs on this machine falls on both.
+            for _ in range(ROUNDS):
+                plain_rates.append(await plain_rate(port, bed.identity("plain-client")))
+                link_rates.append(await link_rate(bed, digest))
+        per_100_mb = [(cpu_s(pid) - was) / (ROUNDS * BLOB_BYTES / 1e8) for pid, was in zip(pids, before, strict=True)]
+        forget(bed, digest)
+        bulk = asyncio.create_task(asyncio.to_thread(fetch, bed.blob_url(digest)))
+        while not bulk.done():
+            latencies += await ask(bed, 1)
+        await bulk
+    many_pss = await weigh_many(directory / "many")
+    return Figures(plain_rates, link_rates, *per_100_mb, latencies, idle, gateway_pss, node_pss, many_pss)
+
+
+@contextlib.asynccontextmanager
+async def _sm(bed: MpBed) -> AsyncIterator[TestSm]:
+    """The node's SM, registered at CM."""
+    sm = TestSm(NODE_ID)
+    while True:
+        async with sm.connected(bed.sm_port, bed.identity("second-sm")):
+            with contextlib.suppress(TimeoutError):
+                await bed.cm.connected(len(bed.cm.connections) or 1, 5)
+                yield sm
+                return
+
+
+async def ask(bed: MpBed, count: int) -> list[float]:
+    """Milliseconds from a request of CM to the answer of SM, through the link and back, one after the other."""
+    found = []
+    for _ in range(count):
+        connection = bed.cm.connections[-1]
+        seen = len(connection.frames)
+        begin = time.perf_counter()
+        bed.cm.send(get_average_monitoring=pb.GetAverageMonitoring())
+        await bed.cm.frame("average_monitoring", after=seen)
+        found.append((time.perf_counter() - begin) * 1000)
+        await asyncio.sleep(ASKED_EVERY_S)
+    return found
+
+
+def fetch(url: str) -> float:
+    """Seconds until a blob is here, as fast as a client can take it."""
+    host, _, path = url.removeprefix("http://").partition("/")
+    name, _, port = host.partition(":")
+    begin = time.perf_counter()
+    count = 0
+    buffer = bytearray(1 << 20)
+    with socket.create_connection((name, int(port))) as one:
+        one.sendall(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        while size := one.recv_into(buffer):
+            count += size
+    if count < BLOB_BYTES:
+        raise RuntimeError(f"only {count} bytes came")
+    return time.perf_counter() - begin
+
+
+async def link_rate(bed: MpBed, digest: str) -> float:
+    """A blob from CM's file server through both MPs to SM: HTTP, TLS, frames, checksum, store, HTTP."""
+    forget(bed, digest)
+    return BLOB_BYTES / 1e6 / await asyncio.to_thread(fetch, bed.blob_url(digest))
+
+
+def forget(bed: MpBed, digest: str) -> None:
+    """The node has it no longer."""
+    (bed.root / "node/images/blobs/sha256" / digest.removeprefix("sha256:")).unlink(missing_ok=True)
+
+
+async def plain_rate(port: int, identity: TlsIdentity) -> float:
+    """As many bytes over TLS over TCP, by Python's ssl alone, between two processes."""
+
+    def receive() -> float:
+        context = identity.ssl_client_context(check_hostname=False)
+        buffer = bytearray(1 << 20)
+        begin = time.perf_counter()
+        rest = BLOB_BYTES
+        with socket.create_connection(("127.0.0.1", port)) as one, context.wrap_socket(one) as tls:
+            while rest:
+                rest -= tls.recv_into(buffer)
+            tls.send(b"!")
+        return time.perf_counter() - begin
+
+    return BLOB_BYTES / 1e6 / await asyncio.to_thread(receive)
+
+
+@contextlib.contextmanager
+def plain_sender(identity: TlsIdentity) -> Iterator[int]:
+    """The process at the other end of `plain_rate`; its port."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    files = [str(identity.ca_file), *(url.removeprefix("file://") for url in (identity.cert_url, identity.key_url))]
+    command = [sys.executable, "-c", _SENDER, str(port), str(BLOB_BYTES), *files]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "ready\n"
+            yield port
+        finally:
+            process.kill()
+
+
+async def weigh_many(directory: Path) -> float:
+    """PSS of a gateway with many nodes whose SMs are registered."""
+    directory.mkdir()
+    bed = MpBed(directory)
+    bed.verbosity = "info"
+    async with bed.running(), bed.run_gateway() as gateway, contextlib.AsyncExitStack() as stack:
+        for number in range(NODES):
+            await stack.enter_async_context(node_end(bed, f"node-{number}"))
+        await until(lambda: len(bed.cm.connections) == NODES, 30)
+        await asyncio.sleep(IDLE_S)
+        return pss_mb(gateway.process.pid)
+
+
+def pss_mb(pid: int) -> float:
+    """Memory of a process."""
+    return size_mb(Path(f"/proc/{pid}/smaps_rollup").read_text(), "Pss")
+
+
+def report(found: Figures) -> str:
+    """The page."""
+    ratios = [link / plain for link, plain in zip(found.link_rates, found.plain_rates, strict=True)]
+    quantiles = statistics.quantiles(found.latencies, n=100)
+    rows = "\n".join(
+        f"| {title} | {goal} | {text} |"
+        for title, goal, text in (
+            ("plain TLS over TCP, Python's ssl", "", f"{statistics.median(found.plain_rates):.0f} MB/s"),
+            ("a blob through both MPs", "", f"{statistics.median(found.link_rates):.0f} MB/s"),
+            ("ratio of the two, median of pairs", "0.70", f"{statistics.median(ratios):.2f}"),
+            ("CPU of the gateway per 100 MB", "", f"{found.gateway_cpu:.2f} s"),
+            ("CPU of the node per 100 MB", "", f"{found.node_cpu:.2f} s"),
+            ("CM asks SM, idle, median", "", f"{statistics.median(found.idle_latencies):.1f} ms"),
+            ("the same during a download, median", "", f"{quantiles[49]:.1f} ms"),
+            ("the same, p99", "", f"{quantiles[98]:.1f} ms"),
+            ("the same, longest", "250 ms", f"{max(found.latencies):.0f} ms"),
+            ("PSS of the gateway, idle, one node", "30 MB", f"{found.gateway_pss:.0f} MB"),
+            ("PSS of the node, idle", "30 MB", f"{found.node_pss:.0f} MB"),
+            (f"PSS of a gateway with {NODES} nodes", "45 MB", f"{found.many_pss:.0f} MB"),
+        )
+    )
+    return f"""# Speed of MP's link
+
+Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load average of the machine at the end:
+{os.getloadavg()[1]:.0f} (more than its cores means that others took part of the time).
+
+| | goal | |
+| --- | --- | --- |
+{rows}
+
+A blob of {BLOB_BYTES // 1_000_000} MB goes from CM's file server to the client of the node's blob server: HTTP to the
+gateway, TLS in frames with a checksum each over TCP, the node's store and its digest, HTTP to the client. Plain TLS
+sends as many bytes from one process to another, and nothing else. {ROUNDS} rounds, in turn. "CM asks SM": a request on
+the stream of RegisterSM and its answer, {len(found.latencies)} times one after the other while a blob is on its way;
+CM, SM and the clients share one Python process on the same cores.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
