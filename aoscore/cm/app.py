@@ -72,6 +72,7 @@ from aoscore.common.errors import AosError
 from aoscore.common.files import DirectoryLock, remove_tree
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
+from aoscore.common.pacing import SpeedLimit
 from aoscore.common.rpc import Server
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
@@ -208,7 +209,11 @@ async def _images(
             give_up_s=settings.download_give_up_time,
         ),
         urls=BlobUrlSource(link),
-        downloader=Downloader(worker, ssl_context=download_tls),
+        downloader=Downloader(
+            worker,
+            ssl_context=download_tls,
+            speed_limit=SpeedLimit(settings.download_speed_limit) if settings.download_speed_limit else None,
+        ),
         space=Space(evict),
         worker=worker,
         alert=alerts.add,

@@ -24,6 +24,7 @@ from aoscore.common.errors import (
     RuntimeFailure,
 )
 from aoscore.common.http import Stream, open_stream
+from aoscore.common.pacing import SpeedLimit
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class Downloader:
 
     `idle_timeout_s`: longest silence of a server, and the time over which it must send `min_speed` bytes per second on
     average. `attempts`: tries per call, with growing pauses between them; the
-    count begins anew whenever data came, so a long download over a weak link ends.
+    count begins anew whenever data came, so a long download over a weak link ends. `speed_limit` holds for all
+    downloads together.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Downloader:
         idle_timeout_s: float = 60.0,
         min_speed: float = 1024.0,
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 5.0),
+        speed_limit: SpeedLimit | None = None,
     ) -> None:
         self._worker = worker
         self._ssl_context = ssl_context
@@ -71,6 +74,7 @@ class Downloader:
         self._idle_timeout_s = idle_timeout_s
         self._min_speed = min_speed
         self._backoff = backoff
+        self._speed_limit = speed_limit
 
     async def download(
         self, url: str, path: Path, *, size: int | None = None, progress: Progress | None = None
@@ -172,6 +176,10 @@ class Downloader:
                             pending.clear()
                         if progress:
                             progress(received, total if total is not None else size)
+                        if self._speed_limit is not None:
+                            pause_s = self._speed_limit.take(len(chunk), asyncio.get_running_loop().time())
+                            pace.paused(pause_s)
+                            await asyncio.sleep(pause_s)
                 finally:
                     # Also when the link broke: what has arrived need not be sent again.
                     file.write(pending)
@@ -197,6 +205,10 @@ class _Pace:
         self._min_speed = min_speed
         self._begin_s = asyncio.get_running_loop().time()
         self._bytes = 0
+
+    def paused(self, pause_s: float) -> None:
+        """We do not read for so long: that is not the server's slowness."""
+        self._begin_s += pause_s
 
     def check(self, url: str, size_bytes: int) -> None:
         """Some more has come. Raises TooSlowError."""

@@ -93,6 +93,8 @@ def test_names_in_any_case_and_given_values(tmp_path: Path) -> None:
         ({"alerts": []}, "alerts"),
         ({"imageManager": {"requireSignature": "maybe"}}, "imageManager.requireSignature"),
         ({"imageManager": {"parallelDownloads": 0}}, "imageManager.parallelDownloads"),
+        ({"imageManager": {"downloadSpeedLimit": 100}}, "imageManager.downloadSpeedLimit"),
+        ({"imageManager": {"downloadSpeedLimit": -1}}, "imageManager.downloadSpeedLimit"),
         ({"updateManager": {"maxRemovePercent": 101}}, "updateManager.maxRemovePercent"),
         ({"workingDir": None}, "workingDir"),
     ],

@@ -22,6 +22,7 @@ from aoscore.common.errors import (
 )
 from aoscore.common.fileserver import FileServer, parse_range
 from aoscore.common.http import request
+from aoscore.common.pacing import SpeedLimit
 from tests.support.running import running
 
 DATA = os.urandom(3_000_000)
@@ -159,6 +160,27 @@ async def test_a_server_that_trickles_is_given_up(tmp_path: Path, worker: Worker
     async with bad_server(talk) as url:
         with pytest.raises(TooSlowError, match="bytes per second"):
             await downloader(worker).download(f"{url}/x", tmp_path / "x", size=1000)
+
+
+async def test_downloads_share_one_speed_limit(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(DATA[:200_000])
+    limited = downloader(worker, speed_limit=SpeedLimit(2_000_000))
+    loop = asyncio.get_running_loop()
+    async with file_server(tmp_path) as url:
+        begin = loop.time()
+        async with asyncio.TaskGroup() as group:
+            for number in range(3):
+                group.create_task(limited.download(f"{url}/file", tmp_path / f"x{number}", size=200_000))
+        assert loop.time() - begin >= 3 * 200_000 / 2_000_000 - 0.01
+    assert all((tmp_path / f"x{number}").read_bytes() == DATA[:200_000] for number in range(3))
+
+
+async def test_our_own_limit_is_not_the_slowness_of_a_server(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(DATA[:900_000])
+    limited = downloader(worker, speed_limit=SpeedLimit(600_000), idle_timeout_s=1.0, min_speed=700_000)
+    async with file_server(tmp_path) as url:
+        await limited.download(f"{url}/file", tmp_path / "x", size=900_000)
+    assert (tmp_path / "x").read_bytes() == DATA[:900_000]
 
 
 async def test_redirects_are_followed_so_far(tmp_path: Path, worker: Worker) -> None:
