@@ -176,11 +176,11 @@ async def test_downloads_share_one_speed_limit(tmp_path: Path, worker: Worker) -
 
 
 async def test_our_own_limit_is_not_the_slowness_of_a_server(tmp_path: Path, worker: Worker) -> None:
-    (tmp_path / "file").write_bytes(DATA[:900_000])
-    limited = downloader(worker, speed_limit=SpeedLimit(600_000), idle_timeout_s=1.0, min_speed=700_000)
+    (tmp_path / "file").write_bytes(DATA)
+    limited = downloader(worker, speed_limit=SpeedLimit(2_000_000), idle_timeout_s=0.5, min_speed=3_000_000)
     async with file_server(tmp_path) as url:
-        await limited.download(f"{url}/file", tmp_path / "x", size=900_000)
-    assert (tmp_path / "x").read_bytes() == DATA[:900_000]
+        await limited.download(f"{url}/file", tmp_path / "x", size=len(DATA))
+    assert (tmp_path / "x").read_bytes() == DATA
 
 
 async def test_redirects_are_followed_so_far(tmp_path: Path, worker: Worker) -> None:
