@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 
 from aoscore.common.aio import Backoff, Worker
@@ -81,7 +83,8 @@ class Downloader:
     ) -> None:
         """Bring `path` to the full content of `url`.
 
-        What `path` already holds is taken as the beginning and only the rest is asked for. `size`: expected length in
+        What `path` already holds is taken as the beginning and only the rest is asked for, on the condition that the
+        server still has the same content, as far as it said how to know that. `size`: expected length in
         bytes; more than that is refused with OutOfRangeError. `progress(bytes_so_far, total or None)` is called for
         every piece. On an error the partial file stays for the next attempt. Raises HttpStatusError, NoSpaceError,
         FailedError, DeadlineError; TooSlowError without another attempt.
@@ -135,7 +138,11 @@ class Downloader:
             return
         if size is not None and offset > size:
             offset = 0
+        noted = _noted_validator(path)
+        validator = noted.value if offset and noted.url == _safe(url) else ""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
+        if validator:
+            headers["If-Range"] = validator
         async with self._open(url, headers) as stream:
             total: int | None
             match stream.status:
@@ -144,6 +151,11 @@ class Downloader:
                     if not match or int(match[1]) != offset:
                         path.unlink(missing_ok=True)
                         raise FailedError(f"server sent another range of {_safe(url)} than asked for")
+                    if validator and _is_another(validator, stream.headers):
+                        # It knows ranges and does not know If-Range.
+                        path.write_bytes(b"")
+                        _note_validator(path, _NEVER)
+                        raise FailedError(f"{_safe(url)} has changed, starting it anew")
                     total = None if match[3] == "*" else int(match[3])
                 case 200:
                     offset = 0
@@ -161,6 +173,9 @@ class Downloader:
             limit = size if size is not None else total
             with _no_space_is_clear(path), path.open("r+b" if offset else "wb") as file:
                 file.seek(offset)
+                if stream.status == 200:
+                    usable = not validator and noted != _NEVER
+                    _note_validator(path, _validator_of(url, stream.headers) if usable else _NEVER)
                 received = offset
                 pending = bytearray()
                 pace = _Pace(self._idle_timeout_s, self._min_speed)
@@ -185,6 +200,7 @@ class Downloader:
                     file.write(pending)
         if limit is not None and received != limit:
             raise FailedError(f"{_safe(url)} ended after {received} of {limit} bytes")
+        _note_validator(path, _UNKNOWN)
 
 
 def redirected(url: str, status: int, location: str) -> str | None:
@@ -195,6 +211,60 @@ def redirected(url: str, status: int, location: str) -> str | None:
     if not location or urlsplit(target).scheme not in ("https", urlsplit(url).scheme):
         raise FailedError(f"{_safe(url)} redirects to {_safe(target)}, which is not as safe")
     return target
+
+
+class _Validator(NamedTuple):
+    """What a server calls the content of a file (RFC 9110 §8.8): valid for this URL alone, other servers call it
+    otherwise."""
+
+    url: str = ""
+    value: str = ""
+
+
+_UNKNOWN = _Validator()
+_NEVER = _Validator("-")
+"""Once the server's content was another than noted, its word is not asked for again while this file grows: behind one
+name there may be servers that do not agree, and the download has to end. A wrong beginning is found at the end."""
+
+_ATTRIBUTE = "user.aoscore.validator"
+"""Of the partial file itself, so that both go together. Where the file system has none, it is `Range` alone."""
+
+
+def _noted_validator(path: Path) -> _Validator:
+    try:
+        url, _, value = os.getxattr(path, _ATTRIBUTE).decode(errors="replace").partition(" ")
+    except OSError:
+        return _UNKNOWN
+    return _Validator(url, value)
+
+
+def _note_validator(path: Path, validator: _Validator) -> None:
+    with contextlib.suppress(OSError):
+        if validator == _UNKNOWN:
+            os.removexattr(path, _ATTRIBUTE)
+        else:
+            os.setxattr(path, _ATTRIBUTE, f"{validator.url} {validator.value}".encode())
+
+
+def _validator_of(url: str, headers: Mapping[str, str]) -> _Validator:
+    """The strong validator of an answer (RFC 9110 §13.1.5: no other may be sent in If-Range)."""
+    etag, modified = headers.get("etag", ""), headers.get("last-modified", "")
+    if etag.startswith('"'):
+        return _Validator(_safe(url), etag)
+    # Import on use: hardly a server has no ETag.
+    from email.utils import parsedate_to_datetime
+
+    try:
+        age = parsedate_to_datetime(headers.get("date", "")) - parsedate_to_datetime(modified)
+    except (TypeError, ValueError):
+        return _UNKNOWN
+    # A file changed twice in that second would have the same time.
+    return _Validator(_safe(url), modified) if age >= timedelta(seconds=1) else _UNKNOWN
+
+
+def _is_another(validator: str, headers: Mapping[str, str]) -> bool:
+    name = "etag" if validator.startswith('"') else "last-modified"
+    return headers.get(name, validator) != validator
 
 
 class _Pace:
