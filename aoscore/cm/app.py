@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,6 +47,7 @@ from aoscore.cm.imagemanager.store import ItemStore
 from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.logs import LogForwarder
+from aoscore.cm.logupload import LogUploads
 from aoscore.cm.monitoring import Monitoring
 from aoscore.cm.networkmanager.dns import DnsServer, DnsSettings
 from aoscore.cm.networkmanager.manager import NetworkManager
@@ -188,13 +190,17 @@ def _link(
     )
 
 
+def _download_tls(config: Config) -> ssl.SSLContext | None:
+    """Whom to trust where blobs come from and logs go to; None: the system's root CAs."""
+    ca_file = config.image_manager.download_ca_cert
+    return TlsRoots(ca_file).ssl_client_context() if ca_file is not None else None
+
+
 async def _images(
     config: Config, database: Database, link: CloudLink, nodes: NodeInfoProvider, alerts: Alerts, worker: Worker
 ) -> ImageManager:
     settings = config.image_manager
     blobs = await worker.run(BlobStore, settings.install_path)
-    download_ca = settings.download_ca_cert
-    download_tls = TlsRoots(download_ca).ssl_client_context() if download_ca is not None else None
 
     async def evict(directory: Path, needed_bytes: int) -> None:
         await manager.evict(directory, needed_bytes)
@@ -211,7 +217,7 @@ async def _images(
         urls=BlobUrlSource(link),
         downloader=Downloader(
             worker,
-            ssl_context=download_tls,
+            ssl_context=_download_tls(config),
             speed_limit=SpeedLimit(settings.download_speed_limit) if settings.download_speed_limit else None,
         ),
         space=Space(evict),
@@ -304,7 +310,8 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         ),
         admit=admission.admit,
     )
-    logs = LogForwarder(link, controller, node_ids=lambda: [node.node_id for node in nodes.nodes()])
+    uploads = LogUploads(link, ssl_context=_download_tls(config))
+    logs = LogForwarder(link, controller, uploads, node_ids=lambda: [node.node_id for node in nodes.nodes()])
     unit_config = UnitConfigManager(config.unit_config_file, nodes, controller)
     launcher = Launcher(
         LauncherStore(database),
@@ -386,6 +393,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         images,
         launcher,
         monitoring,
+        uploads,
         controller,
         reporter,
         updates,

@@ -69,7 +69,7 @@ class ImageManagerConfig(_Section, frozen=True, kw_only=True):
     download_give_up_time: Duration = Duration(_HOUR_S)
     """How long a download may make no progress before its item counts as failed."""
     download_ca_cert: Path | None = None
-    """PEM with root CAs for download servers, in place of the system's."""
+    """PEM with root CAs for the servers of downloads and of log uploads, in place of the system's."""
 
 
 class LauncherConfig(_Section, frozen=True, kw_only=True):

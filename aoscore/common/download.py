@@ -25,7 +25,7 @@ from aoscore.common.errors import (
     OutOfRangeError,
     RuntimeFailure,
 )
-from aoscore.common.http import Stream, open_stream
+from aoscore.common.http import Stream, open_stream, split_url, without_query
 from aoscore.common.pacing import SpeedLimit
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Downloader:
         every piece. On an error the partial file stays for the next attempt. Raises HttpStatusError, NoSpaceError,
         FailedError, DeadlineError; TooSlowError without another attempt.
         """
-        if urlsplit(url).scheme == "file":
+        if split_url(url).scheme == "file":
             await self._worker.run(_copy_local, url, path)
             return
         backoff = self._backoff()
@@ -116,7 +116,7 @@ class Downloader:
                 reason = error
             pause_s = backoff.next()
             _log.warning(
-                "Download interrupted, trying again: url=%s, pause=%.1fs, error=%s", _safe(url), pause_s, reason
+                "Download interrupted, trying again: url=%s, pause=%.1fs, error=%s", without_query(url), pause_s, reason
             )
             await asyncio.sleep(pause_s)
 
@@ -130,7 +130,7 @@ class Downloader:
                     yield stream
                     return
                 url = target
-        raise FailedError(f"more than {MAX_REDIRECTS} redirects, the last one to {_safe(url)}")
+        raise FailedError(f"more than {MAX_REDIRECTS} redirects, the last one to {without_query(url)}")
 
     async def _attempt(self, url: str, path: Path, size: int | None, progress: Progress | None) -> None:
         offset = path.stat().st_size if path.exists() else 0
@@ -139,7 +139,7 @@ class Downloader:
         if size is not None and offset > size:
             offset = 0
         noted = _noted_validator(path)
-        validator = noted.value if offset and noted.url == _safe(url) else ""
+        validator = noted.value if offset and noted.url == without_query(url) else ""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         if validator:
             headers["If-Range"] = validator
@@ -150,12 +150,12 @@ class Downloader:
                     match = _CONTENT_RANGE.fullmatch(stream.headers.get("content-range", ""))
                     if not match or int(match[1]) != offset:
                         path.unlink(missing_ok=True)
-                        raise FailedError(f"server sent another range of {_safe(url)} than asked for")
+                        raise FailedError(f"server sent another range of {without_query(url)} than asked for")
                     if validator and _is_another(validator, stream.headers):
                         # It knows ranges and does not know If-Range.
                         path.write_bytes(b"")
                         _note_validator(path, _NEVER)
-                        raise FailedError(f"{_safe(url)} has changed, starting it anew")
+                        raise FailedError(f"{without_query(url)} has changed, starting it anew")
                     total = None if match[3] == "*" else int(match[3])
                 case 200:
                     offset = 0
@@ -164,12 +164,12 @@ class Downloader:
                 case 416:
                     # The partial file is not a beginning of what is there now.
                     path.unlink(missing_ok=True)
-                    raise FailedError(f"{_safe(url)} has changed, starting it anew")
+                    raise FailedError(f"{without_query(url)} has changed, starting it anew")
                 case status:
-                    raise HttpStatusError(f"server answered {status} for {_safe(url)}", status)
+                    raise HttpStatusError(f"server answered {status} for {without_query(url)}", status)
             if size is not None and total is not None and total != size:
                 path.unlink(missing_ok=True)
-                raise OutOfRangeError(f"{_safe(url)} has {total} bytes, {size} were announced")
+                raise OutOfRangeError(f"{without_query(url)} has {total} bytes, {size} were announced")
             limit = size if size is not None else total
             with _no_space_is_clear(path), path.open("r+b" if offset else "wb") as file:
                 file.seek(offset)
@@ -184,7 +184,7 @@ class Downloader:
                         received += len(chunk)
                         pace.check(url, len(chunk))
                         if limit is not None and received > limit:
-                            raise OutOfRangeError(f"{_safe(url)} is longer than {limit} bytes")
+                            raise OutOfRangeError(f"{without_query(url)} is longer than {limit} bytes")
                         pending += chunk
                         if len(pending) >= _WRITE_BYTES:
                             await self._worker.run(file.write, bytes(pending))
@@ -199,7 +199,7 @@ class Downloader:
                     # Also when the link broke: what has arrived need not be sent again.
                     file.write(pending)
         if limit is not None and received != limit:
-            raise FailedError(f"{_safe(url)} ended after {received} of {limit} bytes")
+            raise FailedError(f"{without_query(url)} ended after {received} of {limit} bytes")
         _note_validator(path, _UNKNOWN)
 
 
@@ -207,9 +207,13 @@ def redirected(url: str, status: int, location: str) -> str | None:
     """Where a server sends us; None when its answer is no redirect. Raises FailedError for a place we do not go to."""
     if status not in (301, 302, 303, 307, 308):
         return None
-    target = urljoin(url, location)
-    if not location or urlsplit(target).scheme not in ("https", urlsplit(url).scheme):
-        raise FailedError(f"{_safe(url)} redirects to {_safe(target)}, which is not as safe")
+    try:
+        target = urljoin(url, location)
+        is_as_safe = bool(location) and urlsplit(target).scheme in ("https", urlsplit(url).scheme)
+    except ValueError:
+        target, is_as_safe = location, False
+    if not is_as_safe:
+        raise FailedError(f"{without_query(url)} redirects to {without_query(target)}, which is not as safe")
     return target
 
 
@@ -250,7 +254,7 @@ def _validator_of(url: str, headers: Mapping[str, str]) -> _Validator:
     """The strong validator of an answer (RFC 9110 §13.1.5: no other may be sent in If-Range)."""
     etag, modified = headers.get("etag", ""), headers.get("last-modified", "")
     if etag.startswith('"'):
-        return _Validator(_safe(url), etag)
+        return _Validator(without_query(url), etag)
     # Import on use: hardly a server has no ETag.
     from email.utils import parsedate_to_datetime
 
@@ -259,7 +263,7 @@ def _validator_of(url: str, headers: Mapping[str, str]) -> _Validator:
     except (TypeError, ValueError):
         return _UNKNOWN
     # A file changed twice in that second would have the same time.
-    return _Validator(_safe(url), modified) if age >= timedelta(seconds=1) else _UNKNOWN
+    return _Validator(without_query(url), modified) if age >= timedelta(seconds=1) else _UNKNOWN
 
 
 def _is_another(validator: str, headers: Mapping[str, str]) -> bool:
@@ -287,7 +291,9 @@ class _Pace:
         if passed_s < self._window_s:
             return
         if self._bytes < self._min_speed * passed_s:
-            raise TooSlowError(f"{_safe(url)} sends {self._bytes / passed_s:.0f} bytes per second, that is too slow")
+            raise TooSlowError(
+                f"{without_query(url)} sends {self._bytes / passed_s:.0f} bytes per second, that is too slow"
+            )
         self._begin_s += passed_s
         self._bytes = 0
 
@@ -310,8 +316,3 @@ def _copy_local(url: str, path: Path) -> None:
             os.fsync(writer.fileno())
     except FileNotFoundError:
         raise NotFoundError(f"{source} does not exist") from None
-
-
-def _safe(url: str) -> str:
-    """The URL without its query: signed links carry their access right there."""
-    return url.partition("?")[0]

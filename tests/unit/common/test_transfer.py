@@ -206,7 +206,7 @@ def test_where_redirects_lead() -> None:
     assert redirected("https://a/x?sig=1", 200, "https://b") is None
     assert redirected("https://a/x", 307, "/y") == "https://a/y"
     assert redirected("http://a/x", 301, "https://b/y") == "https://b/y"
-    for location in ("http://b/y", "file:///etc/passwd", ""):
+    for location in ("http://b/y", "file:///etc/passwd", "https://[/", ""):
         with pytest.raises(FailedError, match="not as safe"):
             redirected("https://a/x", 302, location)
 
@@ -373,8 +373,16 @@ async def test_local_file_and_bad_urls(tmp_path: Path, worker: Worker) -> None:
     assert (tmp_path / "x").read_bytes() == b"local"
     with pytest.raises(NotFoundError, match="nothing"):
         await downloader(worker).download(f"file://{tmp_path}/nothing", tmp_path / "x")
-    with pytest.raises(InvalidArgumentError):
-        await downloader(worker).download("ftp://host/x", tmp_path / "x")
+    for url in (
+        "ftp://host/x",
+        "http:///x",
+        "http://[/x",
+        "http://host:port/x",
+        "http://host/a b",
+        "http://host/\xe4\n",
+    ):
+        with pytest.raises(InvalidArgumentError):
+            await downloader(worker).download(url, tmp_path / "x")
 
 
 async def test_file_server_rules(tmp_path: Path) -> None:
