@@ -20,7 +20,8 @@ import msgspec
 from aoscore.cm.communication.envelope import to_json
 from aoscore.cm.communication.messages import ErrorInfo, PushLog, UploadOptions
 from aoscore.cm.monitoring import CloudLink
-from aoscore.common.aio import Backoff
+from aoscore.common.aio import Backoff, unbroken
+from aoscore.common.download import HttpStatusError
 from aoscore.common.errors import AosError, FailedError, InvalidArgumentError, NoSpaceError, to_error_info
 from aoscore.common.http import request, split_url, without_query
 from aoscore.common.log import kv
@@ -35,12 +36,8 @@ ATTEMPTS: Final = 3
 TIMEOUT_S: Final = 120.0
 """For one part of at most 256 KiB, on a slow link too."""
 _ANSWER_BYTES: Final = 64 * 1024
-_TOKEN: Final = re.compile(r"[A-Za-z0-9\-._~+/]{1,4096}=*", re.ASCII)
-_WORTH_REPEATING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-class RefusedError(FailedError):
-    """The server will not have it, now or later."""
+_TOKEN: Final = re.compile(r"[A-Za-z0-9\-._~+/]{1,4096}={0,2}")
+"""Longer than AosCore 9.1 takes (256 characters), as tokens grow."""
 
 
 class Upload:
@@ -102,35 +99,48 @@ class LogUploads:
         self._queue.put_nowait((upload, part))
 
     async def run(self, started: Callable[[], None]) -> None:
-        """Uploads until cancelled; what has not been uploaded then is lost."""
+        """Uploads until cancelled; of what has not been uploaded then the cloud is told, it can ask again."""
         started()
-        while True:
-            upload, part = await self._queue.get()
-            self._queued_bytes -= len(part.content)
-            if upload.error is None:
+        try:
+            while True:
+                upload, part = await self._queue.get()
+                self._queued_bytes -= len(part.content)
                 try:
-                    await self._upload(upload, part)
-                    continue
+                    if upload.error is None:
+                        await self._upload(upload, part)
                 except AosError as error:
                     _log.error(kv("Can't upload log", correlation_id=part.correlation_id, error=error))
                     upload.error = error
-            if part.node.codename not in upload.told:
-                upload.told.add(part.node.codename)
-                await self._link.send(failure(part, upload.error))
+                except asyncio.CancelledError:
+                    self._queue.put_nowait((upload, part))
+                    raise
+                await unbroken(self._tell(upload, part))
+        finally:
+            # Now, as the message is kept over a restart and the parts are not.
+            while not self._queue.empty():
+                upload, part = self._queue.get_nowait()
+                upload.error = upload.error or FailedError("CM was stopped before the log was uploaded")
+                await self._tell(upload, part)
+
+    async def _tell(self, upload: Upload, part: PushLog) -> None:
+        node_id = part.node.codename
+        if upload.error is not None and node_id not in upload.told:
+            upload.told.add(node_id)
+            await self._link.send(failure(part, upload.error))
 
     async def _upload(self, upload: Upload, part: PushLog) -> None:
         body = to_json(part)
         backoff = self._backoff()
         for left in reversed(range(ATTEMPTS)):
             if upload.expires_at is not None and upload.expires_at <= self._now():
-                raise RefusedError("the token for the upload of logs has expired")
+                raise FailedError("the token for the upload of logs has expired")
             try:
                 await self._post(upload, body)
                 return
-            except RefusedError:
-                raise
             except AosError as error:
-                if not left:
+                # No redirect is followed: the token is for this server.
+                is_final = isinstance(error, HttpStatusError) and (error.is_final or error.errno < 400)
+                if is_final or not left:
                     raise
                 pause_s = backoff.next()
                 _log.warning(kv("Upload of a log is tried again", pause_s=round(pause_s, 1), error=error))
@@ -146,11 +156,9 @@ class LogUploads:
             timeout_s=self._timeout_s,
             limit_bytes=_ANSWER_BYTES,
         )
-        if 200 <= answer.status < 300:
-            return
-        # No redirect is followed: the token is for this server.
-        kind = FailedError if answer.status in _WORTH_REPEATING else RefusedError
-        raise kind(f"{without_query(upload.url)} answered {answer.status} to the upload of a log")
+        if not 200 <= answer.status < 300:
+            text = f"{without_query(upload.url)} answered {answer.status} to the upload of a log"
+            raise HttpStatusError(text, answer.status)
 
 
 def failure(part: PushLog, error: AosError) -> PushLog:

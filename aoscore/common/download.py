@@ -218,8 +218,7 @@ def redirected(url: str, status: int, location: str) -> str | None:
 
 
 class _Validator(NamedTuple):
-    """What a server calls the content of a file (RFC 9110 §8.8): valid for this URL alone, other servers call it
-    otherwise."""
+    """What a server calls the content of a file (RFC 9110 §8.8); other servers call the same content otherwise."""
 
     url: str = ""
     value: str = ""

@@ -179,6 +179,29 @@ async def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, ca: TestCa
     assert "within 0.1 s" in link.sent[0].error_info.message
 
 
+async def test_what_is_not_uploaded_when_cm_stops_is_told() -> None:
+    link = FakeLink()
+    uploads = LogUploads(link)
+    asked = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    async with server, running(uploads):
+        upload = Upload(options(url=f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/"))
+        for node_id in ("a", "a", "b"):
+            uploads.put(upload, part(node_id))
+        await asyncio.wait_for(asked.wait(), 20)
+    told = [message for message in link.sent if isinstance(message, PushLog)]
+    assert [(message.node.codename, message.status) for message in told] == [
+        ("a", LogStatus.ERROR),
+        ("b", LogStatus.ERROR),
+    ]
+    assert told[0].error_info is not None and "CM was stopped" in told[0].error_info.message
+
+
 async def test_an_expired_token_is_not_sent(bench: Bench) -> None:
     await bench.request("a", bearer_token_ttl=NOW)
     await bench.log("a", 1, 1)
