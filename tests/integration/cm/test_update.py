@@ -235,7 +235,7 @@ async def test_a_log_is_uploaded_by_https(tmp_path: Path, iam: Iam) -> None:
         server.statuses = [503, 204, 403]
         await bed.start()
         await bed.cloud.connected()
-        await bed.until(lambda: bed.sm.received)
+        await bed.until(lambda: "SM connected: nodeID=node-1" in bed.new_log())
         upload = {"type": "https", "url": server.url, "bearerToken": "s3cret"}
         request = {"messageType": "requestLog", "logType": "systemLog", "filter": {}, "uploadOptions": upload}
         for correlation_id in ("c1", "c2"):
