@@ -33,7 +33,7 @@ from aoscore.cm.communication.messages import (
     UpdateState,
 )
 from aoscore.cm.communication.outbox import Outbox
-from aoscore.cm.config import Config
+from aoscore.cm.config import Config, ImageManagerConfig
 from aoscore.cm.database import open_database
 from aoscore.cm.fileserver import BlobServer
 from aoscore.cm.iamclient.certificates import Certificates
@@ -190,14 +190,34 @@ def _link(
     )
 
 
-def _download_tls(config: Config) -> ssl.SSLContext | None:
-    """Whom to trust where blobs come from and logs go to; None: the system's root CAs."""
-    ca_file = config.image_manager.download_ca_cert
-    return TlsRoots(ca_file).ssl_client_context() if ca_file is not None else None
+class DownloadTls:
+    """TLS to the servers that blobs come from: whom we trust, and the certificate that we show, if any."""
+
+    def __init__(self, settings: ImageManagerConfig, iam: IamPublicClient, worker: Worker) -> None:
+        ca_file = settings.download_ca_cert
+        self._roots = TlsRoots(ca_file) if ca_file is not None else None
+        self._cert_type = settings.download_cert_storage
+        self._iam = iam
+        self._worker = worker
+        self.trust = self._roots.ssl_client_context() if self._roots is not None else None
+        """Without our certificate; None: the system's root CAs."""
+
+    async def context(self) -> ssl.SSLContext | None:
+        """The present one: our certificate is renewed now and then. Raises AosError when IAM gives none."""
+        if self._roots is None or not self._cert_type:
+            return self.trust
+        identity = TlsIdentity.of(self._roots.ca_file, await self._iam.get_cert(self._cert_type))
+        return await self._worker.run(identity.ssl_client_context)
 
 
 async def _images(
-    config: Config, database: Database, link: CloudLink, nodes: NodeInfoProvider, alerts: Alerts, worker: Worker
+    config: Config,
+    database: Database,
+    link: CloudLink,
+    nodes: NodeInfoProvider,
+    alerts: Alerts,
+    worker: Worker,
+    tls: DownloadTls,
 ) -> ImageManager:
     settings = config.image_manager
     blobs = await worker.run(BlobStore, settings.install_path)
@@ -217,7 +237,7 @@ async def _images(
         urls=BlobUrlSource(link),
         downloader=Downloader(
             worker,
-            ssl_context=_download_tls(config),
+            tls=tls.context,
             speed_limit=SpeedLimit(settings.download_speed_limit) if settings.download_speed_limit else None,
         ),
         space=Space(evict),
@@ -263,7 +283,8 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         state_dir=config.state_dir,
         alert=alerts.add_core_alert,
     )
-    images = await _images(config, database, link, nodes, alerts, worker)
+    download_tls = DownloadTls(config.image_manager, iam, worker)
+    images = await _images(config, database, link, nodes, alerts, worker, download_tls)
     file_server = BlobServer(config.file_server_url, images.blob_path)
     dns = DnsServer(
         DnsSettings(
@@ -310,7 +331,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         ),
         admit=admission.admit,
     )
-    uploads = LogUploads(link, ssl_context=_download_tls(config))
+    uploads = LogUploads(link, ssl_context=download_tls.trust)
     logs = LogForwarder(link, controller, uploads, node_ids=lambda: [node.node_id for node in nodes.nodes()])
     unit_config = UnitConfigManager(config.unit_config_file, nodes, controller)
     launcher = Launcher(

@@ -70,6 +70,8 @@ class ImageManagerConfig(_Section, frozen=True, kw_only=True):
     """How long a download may make no progress before its item counts as failed."""
     download_ca_cert: Path | None = None
     """PEM with root CAs for the servers of downloads and of log uploads, in place of the system's."""
+    download_cert_storage: str = ""
+    """IAM type of the certificate that download servers want to see; needs downloadCaCert. Empty: none."""
 
 
 class LauncherConfig(_Section, frozen=True, kw_only=True):
@@ -192,6 +194,8 @@ def load(path: Path) -> Config:
         raise ConfigError(
             f"{path}: imageManager.downloadSpeedLimit must be 0 or at least {_SLOWEST_LIMIT}, not {speed_limit}"
         )
+    if config.image_manager.download_cert_storage and config.image_manager.download_ca_cert is None:
+        raise ConfigError(f"{path}: imageManager.downloadCertStorage needs imageManager.downloadCaCert")
     for name, text in (
         ("iamProtectedServerUrl", config.iam_protected_server_url),
         ("iamPublicServerUrl", config.iam_public_server_url),

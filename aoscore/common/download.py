@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -55,15 +55,15 @@ class Downloader:
 
     `idle_timeout_s`: longest silence of a server, and the time over which it must send `min_speed` bytes per second on
     average. `attempts`: tries per call, with growing pauses between them; the
-    count begins anew whenever data came, so a long download over a weak link ends. `speed_limit` holds for all
-    downloads together.
+    count begins anew whenever data came, so a long download over a weak link ends. `tls`: asked before each try for
+    the TLS of https; the system's root CAs without it. `speed_limit` holds for all downloads together.
     """
 
     def __init__(
         self,
         worker: Worker,
         *,
-        ssl_context: ssl.SSLContext | None = None,
+        tls: Callable[[], Awaitable[ssl.SSLContext | None]] | None = None,
         attempts: int = 3,
         idle_timeout_s: float = 60.0,
         min_speed: float = 1024.0,
@@ -71,7 +71,7 @@ class Downloader:
         speed_limit: SpeedLimit | None = None,
     ) -> None:
         self._worker = worker
-        self._ssl_context = ssl_context
+        self._tls = tls
         self._attempts = attempts
         self._idle_timeout_s = idle_timeout_s
         self._min_speed = min_speed
@@ -123,8 +123,9 @@ class Downloader:
     @contextlib.asynccontextmanager
     async def _open(self, url: str, headers: dict[str, str]) -> AsyncIterator[Stream]:
         """Ask for a file, following redirects."""
+        context = await self._tls() if self._tls is not None else None
         for _ in range(MAX_REDIRECTS + 1):
-            async with open_stream("GET", url, headers=headers, ssl_context=self._ssl_context) as stream:
+            async with open_stream("GET", url, headers=headers, ssl_context=context) as stream:
                 target = redirected(url, stream.status, stream.headers.get("location", ""))
                 if target is None:
                     yield stream
