@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +33,7 @@ from aoscore.cm.communication.messages import (
     UpdateState,
 )
 from aoscore.cm.communication.outbox import Outbox
-from aoscore.cm.config import Config
+from aoscore.cm.config import Config, ImageManagerConfig
 from aoscore.cm.database import open_database
 from aoscore.cm.fileserver import BlobServer
 from aoscore.cm.iamclient.certificates import Certificates
@@ -46,6 +47,7 @@ from aoscore.cm.imagemanager.store import ItemStore
 from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.logs import LogForwarder
+from aoscore.cm.logupload import LogUploads
 from aoscore.cm.monitoring import Monitoring
 from aoscore.cm.networkmanager.dns import DnsServer, DnsSettings
 from aoscore.cm.networkmanager.manager import NetworkManager
@@ -72,6 +74,7 @@ from aoscore.common.errors import AosError
 from aoscore.common.files import DirectoryLock, remove_tree
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
+from aoscore.common.pacing import SpeedLimit
 from aoscore.common.rpc import Server
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots, grpc_server_credentials, read_roots
 from aoscore.common.types import NodeAlert, NodeState
@@ -187,13 +190,37 @@ def _link(
     )
 
 
+class DownloadTls:
+    """TLS to the servers that blobs come from: whom we trust, and the certificate that we show, if any."""
+
+    def __init__(self, settings: ImageManagerConfig, iam: IamPublicClient, worker: Worker) -> None:
+        ca_file = settings.download_ca_cert
+        self._roots = TlsRoots(ca_file) if ca_file is not None else None
+        self._cert_type = settings.download_cert_storage
+        self._iam = iam
+        self._worker = worker
+        self.trust = self._roots.ssl_client_context() if self._roots is not None else None
+        """Without our certificate; None: the system's root CAs."""
+
+    async def context(self) -> ssl.SSLContext | None:
+        """The present one: our certificate is renewed now and then. Raises AosError when IAM gives none."""
+        if self._roots is None or not self._cert_type:
+            return self.trust
+        identity = TlsIdentity.of(self._roots.ca_file, await self._iam.get_cert(self._cert_type))
+        return await self._worker.run(identity.ssl_client_context)
+
+
 async def _images(
-    config: Config, database: Database, link: CloudLink, nodes: NodeInfoProvider, alerts: Alerts, worker: Worker
+    config: Config,
+    database: Database,
+    link: CloudLink,
+    nodes: NodeInfoProvider,
+    alerts: Alerts,
+    worker: Worker,
+    tls: DownloadTls,
 ) -> ImageManager:
     settings = config.image_manager
     blobs = await worker.run(BlobStore, settings.install_path)
-    download_ca = settings.download_ca_cert
-    download_tls = TlsRoots(download_ca).ssl_client_context() if download_ca is not None else None
 
     async def evict(directory: Path, needed_bytes: int) -> None:
         await manager.evict(directory, needed_bytes)
@@ -208,7 +235,11 @@ async def _images(
             give_up_s=settings.download_give_up_time,
         ),
         urls=BlobUrlSource(link),
-        downloader=Downloader(worker, ssl_context=download_tls),
+        downloader=Downloader(
+            worker,
+            tls=tls.context,
+            speed_limit=SpeedLimit(settings.download_speed_limit) if settings.download_speed_limit else None,
+        ),
         space=Space(evict),
         worker=worker,
         alert=alerts.add,
@@ -252,7 +283,8 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         state_dir=config.state_dir,
         alert=alerts.add_core_alert,
     )
-    images = await _images(config, database, link, nodes, alerts, worker)
+    download_tls = DownloadTls(config.image_manager, iam, worker)
+    images = await _images(config, database, link, nodes, alerts, worker, download_tls)
     file_server = BlobServer(config.file_server_url, images.blob_path)
     dns = DnsServer(
         DnsSettings(
@@ -299,7 +331,8 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         ),
         admit=admission.admit,
     )
-    logs = LogForwarder(link, controller, node_ids=lambda: [node.node_id for node in nodes.nodes()])
+    uploads = LogUploads(link, ssl_context=download_tls.trust)
+    logs = LogForwarder(link, controller, uploads, node_ids=lambda: [node.node_id for node in nodes.nodes()])
     unit_config = UnitConfigManager(config.unit_config_file, nodes, controller)
     launcher = Launcher(
         LauncherStore(database),
@@ -381,6 +414,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         images,
         launcher,
         monitoring,
+        uploads,
         controller,
         reporter,
         updates,

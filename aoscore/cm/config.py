@@ -17,6 +17,8 @@ _NOT_GIVEN: Final = Path("\0")
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 60 * _MINUTE_S
 _DAY_S: Final = 24 * _HOUR_S
+_SLOWEST_LIMIT: Final = 4096
+"""Bytes per second. Servers drop a client that reads slower than this."""
 
 # Parsed by 9.1 and used by nobody in CM.
 _IGNORED: Final = frozenset({"monitoring.pollperiod", "monitoring.averagewindow"})
@@ -62,10 +64,14 @@ class ImageManagerConfig(_Section, frozen=True, kw_only=True):
     all_platforms: bool = False
     """Download the images of all platforms, not only those that a runtime of the Unit can use."""
     parallel_downloads: int = 4
+    download_speed_limit: int = 0
+    """Bytes per second that all downloads together may take; 0 = no limit."""
     download_give_up_time: Duration = Duration(_HOUR_S)
     """How long a download may make no progress before its item counts as failed."""
     download_ca_cert: Path | None = None
-    """PEM with root CAs for download servers, in place of the system's."""
+    """PEM with root CAs for the servers of downloads and of log uploads, in place of the system's."""
+    download_cert_storage: str = ""
+    """IAM type of the certificate that download servers want to see; needs downloadCaCert. Empty: none."""
 
 
 class LauncherConfig(_Section, frozen=True, kw_only=True):
@@ -183,6 +189,13 @@ def load(path: Path) -> Config:
     ):
         if not low <= value <= high:
             raise ConfigError(f"{path}: {name} must be {low} to {high}, not {value}")
+    speed_limit = config.image_manager.download_speed_limit
+    if speed_limit != 0 and speed_limit < _SLOWEST_LIMIT:
+        raise ConfigError(
+            f"{path}: imageManager.downloadSpeedLimit must be 0 or at least {_SLOWEST_LIMIT}, not {speed_limit}"
+        )
+    if config.image_manager.download_cert_storage and config.image_manager.download_ca_cert is None:
+        raise ConfigError(f"{path}: imageManager.downloadCertStorage needs imageManager.downloadCaCert")
     for name, text in (
         ("iamProtectedServerUrl", config.iam_protected_server_url),
         ("iamPublicServerUrl", config.iam_public_server_url),

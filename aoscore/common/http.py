@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import h11
 import msgspec
@@ -14,6 +14,21 @@ from aoscore.common.errors import DeadlineError, FailedError, InvalidArgumentErr
 
 _READ_BYTES = 256 * 1024
 CONNECT_TIMEOUT_S = 10.0
+
+
+def without_query(url: str) -> str:
+    """What of a URL may be shown: signed links carry their access in the query."""
+    return url.partition("?")[0]
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL from outside, its port among them. Raises InvalidArgumentError."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - it is checked when it is asked for
+    except ValueError as error:
+        raise InvalidArgumentError(f"{without_query(url)!r} is no URL: {error}") from None
+    return parts
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -79,9 +94,10 @@ async def open_stream(
     `https` uses ssl_context, or the system's CA store without one. Redirects are answers like any other. Raises
     InvalidArgumentError for a bad URL, DeadlineError, FailedError.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidArgumentError(f"{url!r} is no http or https URL")
+    parts = split_url(url)
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        raise InvalidArgumentError(f"{without_query(url)!r} is no http or https URL")
     context = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
     port = parts.port or (443 if context else 80)
     async with open_connection(parts.hostname, port, context, timeout_s=timeout_s) as (reader, writer):
@@ -121,10 +137,10 @@ async def request(
                 async for chunk in stream.chunks(timeout_s):
                     received += chunk
                     if len(received) > limit_bytes:
-                        raise OutOfRangeError(f"answer of {url} is larger than {limit_bytes} bytes")
+                        raise OutOfRangeError(f"answer of {without_query(url)} is larger than {limit_bytes} bytes")
                 return Response(stream.status, stream.headers, bytes(received))
     except TimeoutError:
-        raise DeadlineError(f"no answer from {url} within {timeout_s:g} s") from None
+        raise DeadlineError(f"no answer from {without_query(url)} within {timeout_s:g} s") from None
 
 
 def _headers(raw: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:

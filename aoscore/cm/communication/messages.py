@@ -718,7 +718,7 @@ class UploadOptions(Wire, frozen=True, kw_only=True):
     bearer_token_ttl: datetime | None = None
 
     def __repr__(self) -> str:
-        return f"UploadOptions(type={self.type!r}, url={self.url!r})"
+        return f"UploadOptions(type={self.type!r}, url={self.url.partition('?')[0]!r})"
 
 
 class RequestLog(Message, frozen=True, kw_only=True, tag="requestLog"):

@@ -17,6 +17,7 @@ from aoscore.common.http import request
 from aoscore.common.tls import TlsIdentity
 from tests.support.iam import Iam
 from tests.support.images import Image
+from tests.support.logserver import LogServer
 from tests.support.pki import TestCa
 from tests.support.sm import TestSm
 from tests.support.unitbed import UnitBed, shown_items, unit_bed
@@ -224,6 +225,34 @@ async def test_monitoring_alerts_and_logs_are_forwarded(tmp_path: Path, iam: Iam
         )
         log = (await bed.cloud.next("pushLog"))["data"]
         assert (log["correlationId"], log["content"], log["status"]) == ("c7", "bG9n", "ok")
+
+
+async def test_a_log_is_uploaded_by_https(tmp_path: Path, iam: Iam) -> None:
+    async with (
+        unit_bed(tmp_path, iam, imageManager={"downloadCaCert": str(iam.ca_file)}) as bed,
+        LogServer().running(tmp_path, iam.authority) as server,
+    ):
+        server.statuses = [503, 204, 403]
+        await bed.start()
+        await bed.cloud.connected()
+        await bed.until(lambda: "SM connected: nodeID=node-1" in bed.new_log())
+        upload = {"type": "https", "url": server.url, "bearerToken": "s3cret"}
+        request = {"messageType": "requestLog", "logType": "systemLog", "filter": {}, "uploadOptions": upload}
+        for correlation_id in ("c1", "c2"):
+            await bed.cloud.send_frame({**request, "correlationId": correlation_id})
+            await bed.sm.wait(
+                lambda sm, wanted=correlation_id: any(
+                    frame.system_log_request.correlation_id == wanted for frame in sm.received
+                )
+            )
+            bed.sm.send(log=pb.LogData(correlation_id=correlation_id, part_count=1, part=1, data=b"log", status="ok"))
+        told = (await bed.cloud.next("pushLog"))["data"]
+        assert (told["correlationId"], told["status"], told.get("content", "")) == ("c2", "error", "")
+        assert "answered 403" in told["errorInfo"]["message"]
+        taken = [(body["correlationId"], body["content"]) for body in server.received]
+        assert taken == [("c1", "bG9n"), ("c1", "bG9n"), ("c2", "bG9n")]
+        assert server.headers[0]["Authorization"] == "Bearer s3cret"
+        assert "s3cret" not in bed.log() and "hidden" not in bed.log()
 
 
 async def test_blobs_go_to_the_node_by_http(bed: UnitBed) -> None:

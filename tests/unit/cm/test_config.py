@@ -40,7 +40,12 @@ def test_the_example_shows_every_key_it_can() -> None:
         return set(struct.__struct_encode_fields__)
 
     document = json.loads(EXAMPLE.read_text())
-    hidden = {"overrideServiceDiscoveryUrl", "cloudMessageLog", "downloadCaCert"}  # off by default
+    hidden = {
+        "overrideServiceDiscoveryUrl",
+        "cloudMessageLog",
+        "downloadCaCert",
+        "downloadCertStorage",
+    }  # off by default
     config = load(EXAMPLE)
     assert keys(config) - hidden == set(document)
     for name in ("image_manager", "launcher", "update_manager", "migration", "monitoring", "alerts"):
@@ -93,6 +98,9 @@ def test_names_in_any_case_and_given_values(tmp_path: Path) -> None:
         ({"alerts": []}, "alerts"),
         ({"imageManager": {"requireSignature": "maybe"}}, "imageManager.requireSignature"),
         ({"imageManager": {"parallelDownloads": 0}}, "imageManager.parallelDownloads"),
+        ({"imageManager": {"downloadSpeedLimit": 100}}, "imageManager.downloadSpeedLimit"),
+        ({"imageManager": {"downloadCertStorage": "online"}}, "imageManager.downloadCertStorage"),
+        ({"imageManager": {"downloadSpeedLimit": -1}}, "imageManager.downloadSpeedLimit"),
         ({"updateManager": {"maxRemovePercent": 101}}, "updateManager.maxRemovePercent"),
         ({"workingDir": None}, "workingDir"),
     ],

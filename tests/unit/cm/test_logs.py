@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 from aoscore.cm.communication.messages import Identity, LogFilter, LogType, PushLog, RequestLog
 from aoscore.cm.logs import LogForwarder
+from aoscore.cm.logupload import LogUploads
 from aoscore.common.errors import NotFoundError
 from aoscore.common.types import InstanceFilter, LogData, LogKind, LogRequest, LogStatus
 from tests.unit.cm.fakes import FakeLink
@@ -32,7 +33,7 @@ def request(*node_ids: str, **members: object) -> RequestLog:
 
 async def test_named_nodes_and_an_answer_for_the_missing_one() -> None:
     link, source = FakeLink(), FakeSource()
-    forwarder = LogForwarder(link, source, node_ids=lambda: ["a", "b"])
+    forwarder = LogForwarder(link, source, LogUploads(link), node_ids=lambda: ["a", "b"])
     await forwarder.on_request(request("gone", "b", item=Identity(id="i"), instance=0))
     wanted = LogRequest(LogKind.INSTANCE, "c", InstanceFilter("i", None, 0), NOW, None)
     assert source.requests == [("b", wanted)]
@@ -47,13 +48,13 @@ async def test_named_nodes_and_an_answer_for_the_missing_one() -> None:
 async def test_no_names_mean_all_nodes() -> None:
     """AosCore 9.1 acknowledges the request and forgets it (observed.md, defect 10)."""
     source = FakeSource()
-    await LogForwarder(FakeLink(), source, node_ids=lambda: ["a", "b"]).on_request(request())
+    await LogForwarder(FakeLink(), source, LogUploads(FakeLink()), node_ids=lambda: ["a", "b"]).on_request(request())
     assert [node_id for node_id, _ in source.requests] == ["a", "b"]
 
 
 async def test_parts_are_pushed() -> None:
     link = FakeLink()
-    forwarder = LogForwarder(link, FakeSource(), node_ids=list)
+    forwarder = LogForwarder(link, FakeSource(), LogUploads(link), node_ids=list)
     await forwarder.on_log("a", LogData("c", LogStatus.OK, part_count=2, part=1, data=b"gz"))
     assert link.sent == [
         PushLog(

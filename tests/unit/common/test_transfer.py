@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from aoscore.common.errors import (
 )
 from aoscore.common.fileserver import FileServer, parse_range
 from aoscore.common.http import request
+from aoscore.common.pacing import SpeedLimit
 from tests.support.running import running
 
 DATA = os.urandom(3_000_000)
@@ -161,6 +163,27 @@ async def test_a_server_that_trickles_is_given_up(tmp_path: Path, worker: Worker
             await downloader(worker).download(f"{url}/x", tmp_path / "x", size=1000)
 
 
+async def test_downloads_share_one_speed_limit(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(DATA[:200_000])
+    limited = downloader(worker, speed_limit=SpeedLimit(2_000_000))
+    loop = asyncio.get_running_loop()
+    async with file_server(tmp_path) as url:
+        begin = loop.time()
+        async with asyncio.TaskGroup() as group:
+            for number in range(3):
+                group.create_task(limited.download(f"{url}/file", tmp_path / f"x{number}", size=200_000))
+        assert loop.time() - begin >= 3 * 200_000 / 2_000_000 - 0.01
+    assert all((tmp_path / f"x{number}").read_bytes() == DATA[:200_000] for number in range(3))
+
+
+async def test_our_own_limit_is_not_the_slowness_of_a_server(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    limited = downloader(worker, speed_limit=SpeedLimit(2_000_000), idle_timeout_s=0.5, min_speed=3_000_000)
+    async with file_server(tmp_path) as url:
+        await limited.download(f"{url}/file", tmp_path / "x", size=len(DATA))
+    assert (tmp_path / "x").read_bytes() == DATA
+
+
 async def test_redirects_are_followed_so_far(tmp_path: Path, worker: Worker) -> None:
     (tmp_path / "file").write_bytes(DATA)
     async with file_server(tmp_path) as good:
@@ -183,7 +206,7 @@ def test_where_redirects_lead() -> None:
     assert redirected("https://a/x?sig=1", 200, "https://b") is None
     assert redirected("https://a/x", 307, "/y") == "https://a/y"
     assert redirected("http://a/x", 301, "https://b/y") == "https://b/y"
-    for location in ("http://b/y", "file:///etc/passwd", ""):
+    for location in ("http://b/y", "file:///etc/passwd", "https://[/", ""):
         with pytest.raises(FailedError, match="not as safe"):
             redirected("https://a/x", 302, location)
 
@@ -197,14 +220,169 @@ async def test_changed_file_is_begun_anew(tmp_path: Path, worker: Worker) -> Non
     assert target.read_bytes() == b"short"
 
 
+class StopError(Exception):
+    """Ends a download in the middle."""
+
+
+async def begin_only(worker: Worker, url: str, path: Path, size: int) -> None:
+    """Download a part of a file, and break off."""
+
+    def progress(received: int, _: int | None) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        await downloader(worker).download(url, path, size=size, progress=progress)
+    assert 0 < path.stat().st_size < size
+
+
+@asynccontextmanager
+async def changing_server(tmp_path: Path) -> AsyncIterator[tuple[str, list[Path]]]:
+    """Our file server with a file that is replaced by another, first in the list, under the same URL."""
+    files = [tmp_path / "old"]
+    files[0].write_bytes(DATA)
+    server = FileServer("127.0.0.1:0", lambda _: files[0])
+    async with running(server):
+        yield f"http://127.0.0.1:{server.port}/blob?signature=1", files
+
+
+async def test_a_resumed_file_is_the_same_as_before(tmp_path: Path, worker: Worker) -> None:
+    target = tmp_path / "x"
+    async with changing_server(tmp_path) as (url, _):
+        await begin_only(worker, url, target, len(DATA))
+        noted = os.getxattr(target, "user.aoscore.validator")
+        assert noted == url.partition("?")[0].encode() + b' "old"', "the signature of the link is not kept"
+        seen: list[int] = []
+        have = target.stat().st_size
+        await downloader(worker).download(
+            url.replace("signature=1", "signature=2"), target, size=len(DATA), progress=lambda now, _: seen.append(now)
+        )
+    assert target.read_bytes() == DATA
+    assert seen[0] > have
+    assert os.listxattr(target) == []
+
+
+async def test_a_file_that_has_changed_comes_once(tmp_path: Path, worker: Worker) -> None:
+    """Not the rest of it first, to be found wrong at the end."""
+    target = tmp_path / "x"
+    other = os.urandom(len(DATA))
+    async with changing_server(tmp_path) as (url, files):
+        await begin_only(worker, url, target, len(DATA))
+        files.insert(0, tmp_path / "new")
+        files[0].write_bytes(other)
+        seen: list[int] = []
+        await downloader(worker).download(url, target, size=len(DATA), progress=lambda now, _: seen.append(now))
+    assert target.read_bytes() == other
+    assert seen == sorted(seen), "begun once, from the start"
+
+
+async def test_what_another_server_says_is_no_condition(tmp_path: Path, worker: Worker) -> None:
+    target = tmp_path / "x"
+    asked: list[bytes] = []
+
+    async def talk(head: bytes, writer: asyncio.StreamWriter) -> None:
+        asked.append(head)
+
+    async with changing_server(tmp_path) as (url, _), bad_server(talk) as mirror:
+        await begin_only(worker, url, target, len(DATA))
+        with pytest.raises(FailedError):
+            await downloader(worker, attempts=1).download(f"{mirror}/blob", target, size=len(DATA))
+    assert b"Range: bytes=" in asked[0] and b"If-Range" not in asked[0]
+
+
+class CuttingServer:
+    """Sends a third of DATA an answer, then the connection breaks."""
+
+    def __init__(self, headers: Callable[[int], bytes], *, knows_if_range: bool) -> None:
+        """`headers(n)`: more headers of the n-th answer."""
+        self.headers = headers
+        self.knows_if_range = knows_if_range
+        self.answers: list[tuple[int, str]] = []
+        """Start of each answer and the condition it was asked for with."""
+
+    async def talk(self, head: bytes, writer: asyncio.StreamWriter) -> None:
+        fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
+        start = int(fields.get("Range", "bytes=0-").split("=")[1].rstrip("-"))
+        condition = fields.get("If-Range", "")
+        headers = self.headers(len(self.answers))
+        if self.knows_if_range and condition and condition.encode() not in headers:
+            start = 0
+        self.answers.append((start, condition))
+        status = b"206 Partial Content" if start else b"200 OK"
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n%s" % (status, len(DATA) - start, headers))
+        writer.write(b"Content-Range: bytes %d-%d/%d\r\n\r\n" % (start, len(DATA) - 1, len(DATA)) if start else b"\r\n")
+        with contextlib.suppress(OSError):
+            writer.write(DATA[start : start + THIRD])
+            await writer.drain()
+
+
+THIRD = len(DATA) // 3
+DATE = b"Date: Sun, 01 Mar 2026 12:00:00 GMT\r\nLast-Modified: "
+
+
+@pytest.mark.parametrize(
+    ("headers", "condition"),
+    [
+        (b'ETag: "a"\r\n', '"a"'),
+        (DATE + b"Sun, 01 Mar 2026 11:59:59 GMT\r\n", "Sun, 01 Mar 2026 11:59:59 GMT"),
+        (b'ETag: W/"a"\r\n' + DATE + b"Sun, 01 Mar 2026 11:00:00 GMT\r\n", "Sun, 01 Mar 2026 11:00:00 GMT"),
+        (b'ETag: W/"a"\r\n', ""),
+        (DATE + b"Sun, 01 Mar 2026 12:00:00 GMT\r\n", ""),
+        (b"Last-Modified: Sun, 01 Mar 2026 11:00:00 GMT\r\n", ""),
+        (DATE + b"long ago\r\n", ""),
+        (b"", ""),
+    ],
+)
+async def test_only_what_is_sure_is_a_condition(tmp_path: Path, worker: Worker, headers: bytes, condition: str) -> None:
+    server = CuttingServer(lambda _: headers, knows_if_range=True)
+    async with bad_server(server.talk) as url:
+        await downloader(worker).download(f"{url}/x", tmp_path / "x", size=len(DATA))
+    assert (tmp_path / "x").read_bytes() == DATA
+    assert server.answers == [(0, ""), (THIRD, condition), (2 * THIRD, condition)]
+
+
+@pytest.mark.parametrize("knows_if_range", [True, False])
+async def test_servers_that_never_agree_cost_one_new_start(
+    tmp_path: Path, worker: Worker, *, knows_if_range: bool
+) -> None:
+    """Behind one name, each calls the same file otherwise; also where only Range is known."""
+    server = CuttingServer(lambda number: b'ETag: "%d"\r\n' % number, knows_if_range=knows_if_range)
+    async with bad_server(server.talk) as url:
+        await downloader(worker, attempts=3).download(f"{url}/x", tmp_path / "x", size=len(DATA))
+    assert (tmp_path / "x").read_bytes() == DATA
+    first_time = [(0, ""), (0, '"0"')] if knows_if_range else [(0, ""), (THIRD, '"0"'), (0, "")]
+    assert server.answers == [*first_time, (THIRD, ""), (2 * THIRD, "")]
+
+
+async def test_without_attributes_of_files_it_resumes_too(
+    tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    for name in ("getxattr", "setxattr", "removexattr"):
+        monkeypatch.setattr(os, name, refuse)
+    server = CuttingServer(lambda _: b'ETag: "a"\r\n', knows_if_range=True)
+    async with bad_server(server.talk) as url:
+        await downloader(worker).download(f"{url}/x", tmp_path / "x", size=len(DATA))
+    assert server.answers == [(0, ""), (THIRD, ""), (2 * THIRD, "")]
+
+
 async def test_local_file_and_bad_urls(tmp_path: Path, worker: Worker) -> None:
     (tmp_path / "a b").write_bytes(b"local")
     await downloader(worker).download(f"file://{tmp_path}/a%20b", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == b"local"
     with pytest.raises(NotFoundError, match="nothing"):
         await downloader(worker).download(f"file://{tmp_path}/nothing", tmp_path / "x")
-    with pytest.raises(InvalidArgumentError):
-        await downloader(worker).download("ftp://host/x", tmp_path / "x")
+    for url in (
+        "ftp://host/x",
+        "http:///x",
+        "http://[/x",
+        "http://host:port/x",
+        "http://host/a b",
+        "http://host/\xe4\n",
+    ):
+        with pytest.raises(InvalidArgumentError):
+            await downloader(worker).download(url, tmp_path / "x")
 
 
 async def test_file_server_rules(tmp_path: Path) -> None:
