@@ -32,6 +32,12 @@ class CgroupLayout(msgspec.Struct, frozen=True):
         """1 or 2: which tree holds the limits."""
         return 1 if self.controllers else 2
 
+    def has(self, controller: str) -> bool:
+        """Whether limits of this controller can be set, for example "pids"."""
+        if self.version == 1:
+            return controller in self.controllers
+        return controller in _read(self.unified, "", "cgroup.controllers").split()
+
     def runtime_prefix(self) -> tuple[str, ...]:
         """Words to put before an OCI runtime's command line so that it accepts this machine."""
         if self.version == 2 or self.unified is None:

@@ -1,6 +1,5 @@
 """A Secondary Node that reaches the Main Node through one TCP port and nothing else (bed C)."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,16 +50,6 @@ def isolate(node: NspawnNode) -> None:
     assert "100% packet loss" in node.run("sh", "-c", f"ping -c 1 -W 1 {MAIN_IP} || true")
 
 
-def allow_without_pids(node: NspawnNode) -> None:
-    """Where the kernel counts no processes by cgroup v2, the node's own limit of them would let no service start."""
-    if "pids" in node.run("cat", "/sys/fs/cgroup/cgroup.controllers").split():
-        return
-    config = json.loads(node.run("cat", "/etc/aos/sm.cfg"))
-    for runtime in config["runtimes"]:
-        runtime["config"]["defaultPidsLimit"] = 0
-    node.run("sh", "-c", f"echo '{json.dumps(config)}' > /etc/aos/sm.cfg")
-
-
 def node_ids(unit: NspawnUnit) -> dict[str, str]:
     """Node id by name of the node."""
     return {name: node.run("cat", "/etc/machine-id").strip() for name, node in unit.nodes.items()}
@@ -71,7 +60,6 @@ def test_provisioned_deployed_and_watched_through_one_port(unit: NspawnUnit) -> 
     isolate(secondary)
     for node in unit.nodes.values():
         node.run("sh", "-c", f"echo '{_SEAT}' > /etc/aos/resources.cfg")
-        allow_without_pids(node)
     secondary.run("systemctl", "unmask", "aos-iam-prov")
     secondary.run("systemctl", "start", "--no-block", "aos-iam-prov")
     unit.provision(nodes=2)

@@ -41,6 +41,14 @@ def test_machine_without_control_groups() -> None:
         parse_layout("proc /proc proc rw 0 0\n")
 
 
+def test_which_limits_there_can_be(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu memory\n")
+    unified = CgroupLayout(tmp_path, {})
+    assert [unified.has(name) for name in ("memory", "pids")] == [True, False]
+    older = CgroupLayout(tmp_path, {"pids": tmp_path})
+    assert [older.has(name) for name in ("memory", "pids")] == [False, True]
+
+
 def test_processes_of_a_group(tmp_path: Path) -> None:
     group = tmp_path / "a" / "b"
     group.mkdir(parents=True)

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+import msgspec
+
 from aoscore.common.aio import Broadcast, Worker, log_and_continue
 from aoscore.common.errors import FailedError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
@@ -100,6 +102,10 @@ class ContainerRuntime:
         engine: Engine | None = None,
     ) -> None:
         """`engine` is crun unless another one is given."""
+        if config.default_pids_limit and not layout.has("pids"):
+            # A limit that nobody asked for must not keep services from starting.
+            _log.warning("This kernel can't limit processes of services: defaultPidsLimit has no effect")
+            config = msgspec.structs.replace(config, default_pids_limit=0)
         self.info = runtime_info(runtime_type, node, max_instances=MAX_INSTANCES)
         self._config = config
         self._layout = layout
