@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from aoscore.common.certurls import first_der, names_of_peer
+from aoscore.common.connect import open_connection
 from aoscore.common.errors import (
     AlreadyExistsError,
     AosError,
@@ -79,20 +80,9 @@ async def peer_name(address: str, context: ssl.SSLContext) -> str:
     """
     host, port = split_address(address)
     context.check_hostname = False
-    try:
-        async with asyncio.timeout(_HANDSHAKE_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=host)
-    except TimeoutError:
-        raise DeadlineError(f"no TLS answer from {address} within {_HANDSHAKE_TIMEOUT_S:g} s") from None
-    except ssl.SSLError as error:
-        raise FailedError(f"TLS with {address} failed: {error.reason or error}") from error
-    except OSError as error:
-        raise FailedError(f"can't connect to {address}: {error.strerror or error}") from error
-    try:
+    async with open_connection(host, port, context, timeout_s=_HANDSHAKE_TIMEOUT_S) as (_, writer):
         transport: ssl.SSLObject = writer.get_extra_info("ssl_object")
         names = names_of_peer(transport.getpeercert() or {})
-    finally:
-        writer.transport.abort()
     if not names:
         raise FailedError(f"the certificate of {address} names nobody")
     return names[0]
