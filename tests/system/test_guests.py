@@ -142,9 +142,10 @@ def test_quota_of_a_user_holds(unit: QemuUnit) -> None:
     What SM relies on where the file system has no project quotas.
     """
     guest = unit.main
-    guest.shell("setquota -u 5001 1024 1024 0 0 /var/aos; install -d -o 5001 /var/aos/storages/quota-test")
+    # A user that no service has: what those store counts too.
+    guest.shell("setquota -u 64001 1024 1024 0 0 /var/aos; install -d -o 64001 /var/aos/storages/quota-test")
     write = "dd if=/dev/zero of=/var/aos/storages/quota-test/file bs=64k count=64"
-    done = guest.execute("setpriv", "--reuid=5001", "--regid=5001", "--clear-groups", "sh", "-c", write)
+    done = guest.execute("setpriv", "--reuid=64001", "--regid=64001", "--clear-groups", "sh", "-c", write)
     assert done.code != 0 and "quota exceeded" in done.stderr.lower(), done.stderr
     size = int(guest.run("stat", "-c", "%s", "/var/aos/storages/quota-test/file"))
     assert 0 < size <= 1024 * 1024

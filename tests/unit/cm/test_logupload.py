@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -168,13 +169,14 @@ async def test_a_foreign_server_gets_no_token(tmp_path: Path, bench: Bench) -> N
 async def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, ca: TestCa) -> None:
     link = FakeLink()
     uploads = LogUploads(link, timeout_s=0.1, backoff=lambda: Backoff(0.01, 0.02))
-    server = await asyncio.start_server(lambda reader, writer: reader.read(), "127.0.0.1", 0)
-    async with server, running(uploads):
-        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        uploads.put(Upload(options(url=url)), part("a"))
-        async with asyncio.timeout(20):
-            while not link.sent:
-                await asyncio.sleep(0.01)
+    # Connections are made by the kernel and taken by nobody.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with running(uploads):
+            url = f"https://127.0.0.1:{server.getsockname()[1]}/"
+            uploads.put(Upload(options(url=url)), part("a"))
+            async with asyncio.timeout(20):
+                while not link.sent:
+                    await asyncio.sleep(0.01)
     assert isinstance(link.sent[0], PushLog) and link.sent[0].error_info is not None
     assert "within 0.1 s" in link.sent[0].error_info.message
 
@@ -182,18 +184,14 @@ async def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, ca: TestCa
 async def test_what_is_not_uploaded_when_cm_stops_is_told() -> None:
     link = FakeLink()
     uploads = LogUploads(link)
-    asked = asyncio.Event()
-
-    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.read()
-
-    server = await asyncio.start_server(listen, "127.0.0.1", 0)
-    async with server, running(uploads):
-        upload = Upload(options(url=f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/"))
-        for node_id in ("a", "a", "b"):
-            uploads.put(upload, part(node_id))
-        await asyncio.wait_for(asked.wait(), 20)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        async with running(uploads):
+            upload = Upload(options(url=f"https://127.0.0.1:{server.getsockname()[1]}/"))
+            for node_id in ("a", "a", "b"):
+                uploads.put(upload, part(node_id))
+            connection, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(server), 20)
+        connection.close()
     told = [message for message in link.sent if isinstance(message, PushLog)]
     assert [(message.node.codename, message.status) for message in told] == [
         ("a", LogStatus.ERROR),
