@@ -27,6 +27,7 @@ from tests.support.cloud import FakeCloud
 from tests.support.fleet import FleetIam, fleet_nodes, with_ports
 from tests.support.iam import free_port
 from tests.support.images import BlobCloud, Image, Signer, desired
+from tests.support.pages import goal_rows
 from tests.support.pki import TestCa
 from tests.support.sm import TestSm, stay_connected
 
@@ -355,9 +356,8 @@ async def measure_small(bed: Bed) -> dict[str, float]:
 
 def report(figures: Figures) -> str:
     """The page."""
-    rows = "\n".join(
-        f"| {title} | {goal} | {value} |"
-        for title, goal, value in (
+    rows = goal_rows(
+        (
             (f"placing {BALANCED:,} instances on {NODES} nodes, CPU", "200 ms", f"{figures.balance_cpu * 1000:.0f} ms"),
             ("**64 nodes, 4,096 instances**", "", ""),
             ("load with samples of all every 10 s, of one core", "25 %", f"{figures.large_load * 100:.1f} %"),

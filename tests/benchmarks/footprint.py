@@ -1,5 +1,6 @@
 """Memory, start time and idle CPU of the daemons, measured on a running Unit with one service (make bench)."""
 
+import contextlib
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,16 +29,23 @@ STARTS = 7
 
 def main() -> int:
     """Measure, print the table, write it into docs/footprint.md."""
-    with tempfile.TemporaryDirectory(prefix="aos-footprint-") as directory:
-        demo = Demo(Path(directory) / "demo", ROOT / ".venv-tools")
-        try:
-            demo.up()
-            text = report(Path(directory) / "demo")
-        finally:
-            demo.down()
+    with demo_unit() as (_, directory):
+        text = report(directory / "demo")
     print(text)
     put_section(PAGE, "daemons", "Daemons of a Main Node with one running service", text)
     return 0
+
+
+@contextlib.contextmanager
+def demo_unit() -> Iterator[tuple[Demo, Path]]:
+    """A demo that is up, with the directory above its own; both are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="aos-bench-") as directory:
+        demo = Demo(Path(directory) / "demo", ROOT / ".venv-tools")
+        try:
+            demo.up()
+            yield demo, Path(directory)
+        finally:
+            demo.down()
 
 
 def report(demo: Path) -> str:

@@ -20,6 +20,7 @@ from aoscore.common.tls import TlsIdentity
 from tests.benchmarks.footprint import ROOT, cpu_s, machine, size_mb
 from tests.support.mpbed import NODE_ID, MpBed
 from tests.support.mpnodes import node_end
+from tests.support.pages import goal_rows
 from tests.support.running import until
 from tests.support.sm import TestSm
 
@@ -211,9 +212,8 @@ def report(found: Figures) -> str:
     """The page."""
     ratios = [link / plain for link, plain in zip(found.link_rates, found.plain_rates, strict=True)]
     quantiles = statistics.quantiles(found.latencies, n=100)
-    rows = "\n".join(
-        f"| {title} | {goal} | {text} |"
-        for title, goal, text in (
+    rows = goal_rows(
+        (
             ("plain TLS over TCP, Python's ssl", "", f"{statistics.median(found.plain_rates):.0f} MB/s"),
             ("a blob through both MPs", "", f"{statistics.median(found.link_rates):.0f} MB/s"),
             ("ratio of the two, median of pairs", "0.70", f"{statistics.median(ratios):.2f}"),

@@ -4,7 +4,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from aoscore.common.files import remove_tree
 from aoscore.ctl.demo import Demo
 from aoscore.ctl.host import wait
 from aoscore.ctl.webservice import ITEM, make_project
-from tests.benchmarks.footprint import PAGE, ROOT, written
+from tests.benchmarks.footprint import PAGE, demo_unit, written
 from tests.support.pages import put_section
 
 UNIT = "demo-unit"
@@ -27,13 +26,8 @@ WAIT_S = 120.0
 
 def main() -> int:
     """Measure, print the section, write it into docs/footprint.md."""
-    with tempfile.TemporaryDirectory(prefix="aos-unit-") as directory:
-        demo = Demo(Path(directory) / "demo", ROOT / ".venv-tools")
-        try:
-            demo.up()
-            text = report(Measured(demo, Path(directory)))
-        finally:
-            demo.down()
+    with demo_unit() as (demo, directory):
+        text = report(Measured(demo, directory))
     print(text)
     put_section(PAGE, "whole unit", "A whole Unit, from desired status to active", text)
     return 0

@@ -1,5 +1,6 @@
 """A real IAM process in directories of its own, and what a provisioning tool and peers do with it."""
 
+import contextlib
 import json
 import os
 import select
@@ -241,6 +242,18 @@ class Iam:
             pass
         for node in (*others, self):
             assert node.stop() == 0
+
+
+@contextlib.contextmanager
+def provisioned_iam(directory: Path) -> Iterator[Iam]:
+    """A process in normal mode, for as long as the block."""
+    iam = Iam(directory, TestCa())
+    try:
+        iam.provision()
+        iam.start()
+        yield iam
+    finally:
+        iam.kill()
 
 
 def public_credentials(iam: Iam) -> grpc.ChannelCredentials:

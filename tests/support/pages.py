@@ -1,6 +1,12 @@
 """Pages of figures of which each part is written by a measurement of its own."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def goal_rows(figures: Iterable[tuple[str, str, str]]) -> str:
+    """Rows of a table: what, goal, figure."""
+    return "\n".join(f"| {title} | {goal} | {value} |" for title, goal, value in figures)
 
 
 def put_section(page: Path, name: str, title: str, text: str) -> None:

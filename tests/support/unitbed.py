@@ -264,8 +264,10 @@ def _die_at(point: str, root: Path) -> None:
             if count == int(number):
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    watched = f"{root / 'work'}{os.sep}"
+
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in _FILE_EVENTS or not str(arguments[0]).startswith(f"{root}/work/"):
+        if event not in _FILE_EVENTS or not str(arguments[0]).startswith(watched):
             return
         if event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             note(f"{event} {Path(str(arguments[0])).name}")

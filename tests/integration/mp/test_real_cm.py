@@ -14,10 +14,9 @@ import pytest
 
 from aoscore.common.http import request
 from tests.support.fakexen import FakeXen
-from tests.support.iam import Iam, free_port
+from tests.support.iam import Iam, free_port, provisioned_iam
 from tests.support.images import Image
 from tests.support.mpbed import DOMAINS, Wire, mp_process, vchan_transport
-from tests.support.pki import TestCa
 from tests.support.running import until
 from tests.support.unitbed import NODE_ID, UnitBed, shown_items, unit_bed
 
@@ -27,11 +26,8 @@ IMAGE = Image([b"layer" * 50_000])
 
 @pytest.fixture(scope="module")
 def iam(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iam]:
-    unit_iam = Iam(tmp_path_factory.mktemp("iam"), TestCa())
-    unit_iam.provision()
-    unit_iam.start()
-    yield unit_iam
-    unit_iam.kill()
+    with provisioned_iam(tmp_path_factory.mktemp("iam")) as unit_iam:
+        yield unit_iam
 
 
 def gateway(bed: UnitBed, port: int) -> dict[str, Any]:
