@@ -19,6 +19,9 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# What decoding a broken document may raise: texts that are no UTF-8 and nesting without end have errors of their own.
+JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _UNITS_S = {
     "ns": 1e-9,
     "us": 1e-6,
@@ -98,7 +101,7 @@ def from_json(data: bytes | str, kind: type[T], *, what: str) -> T:
     """Decode a JSON document; raises InvalidArgumentError naming the document and the member that is wrong."""
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=decode_hook)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise InvalidArgumentError(f"{what}: {error}") from error
 
 
@@ -108,7 +111,7 @@ def from_json_caseless(data: bytes | str, kind: type[T], *, what: str) -> T:
         raw = msgspec.json.decode(data)
         fitted = _fit(raw, inspect.type_info(kind), "", None, what)
         return msgspec.convert(fitted, kind, strict=False, dec_hook=decode_hook)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise InvalidArgumentError(f"{what}: {error}") from error
 
 
@@ -132,7 +135,7 @@ def load_config(path: Path, kind: type[T], *, ignored: frozenset[str] = frozense
         raise ConfigError(f"can't read configuration file {path}: {error.strerror}") from error
     try:
         raw = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise ConfigError(f"{path}: {error}") from error
     return load_section(raw, kind, path=path, ignored=ignored)
 

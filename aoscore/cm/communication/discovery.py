@@ -10,6 +10,7 @@ import msgspec
 
 from aoscore.cm.communication.messages import PROTOCOL_VERSION
 from aoscore.cm.communication.reader import read
+from aoscore.common.config import JSON_ERRORS
 from aoscore.common.errors import FailedError, InvalidArgumentError, NotFoundError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def parse_answer(status: int, body: bytes, url: str) -> Answer:
         raise FailedError(f"service discovery at {url} answered HTTP {status}")
     try:
         answer, _ = read(Answer, msgspec.json.decode(body))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, InvalidArgumentError) as error:
+    except (*JSON_ERRORS, InvalidArgumentError) as error:
         raise InvalidArgumentError(f"service discovery at {url} answered something else: {error}") from error
     if answer.error_code == ERROR:
         raise FailedError(f"service discovery at {url} refused this Unit (error code {ERROR})")

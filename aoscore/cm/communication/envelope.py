@@ -10,7 +10,7 @@ import msgspec
 from aoscore.cm.communication import messages
 from aoscore.cm.communication.messages import FROM_CLOUD, PROTOCOL_VERSION, Message, Wire
 from aoscore.cm.communication.reader import Problem, read
-from aoscore.common.config import Duration, format_iso_duration
+from aoscore.common.config import JSON_ERRORS, Duration, format_iso_duration
 from aoscore.common.errors import AosError, InvalidArgumentError, NotSupportedError
 
 W = TypeVar("W", bound=Wire)
@@ -78,7 +78,7 @@ def from_json(struct: type[W], text: bytes | str, what: str) -> tuple[W, list[Pr
     """
     try:
         return read(struct, msgspec.json.decode(text))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise InvalidArgumentError(f"{what} is not JSON: {error}") from error
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{what}: {error}") from error
@@ -116,7 +116,7 @@ def decode(frame: bytes | str, *, system_id: str, known: dict[str, type[Message]
     """
     try:
         document = msgspec.json.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise EnvelopeError(f"message from the cloud is not JSON: {error}") from error
     header, data = _member(document, "header"), _member(document, "data")
     if not isinstance(header, dict) or not isinstance(data, dict):

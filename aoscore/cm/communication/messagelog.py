@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
+from aoscore.common.config import JSON_ERRORS
+
 _SECRET: Final = frozenset({"password", "secret", "blockkey", "authtoken", "bearertoken"})
 _LIMIT_BYTES: Final = 4 * 1024 * 1024
 
@@ -34,7 +36,7 @@ class MessageLog:
         """Notes a frame; `direction` is `TX` or `RX`."""
         try:
             text = msgspec.json.encode(mask(msgspec.json.decode(frame)))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except JSON_ERRORS:
             text = f"({len(frame)} bytes that are not JSON)".encode()
         if self._path.exists() and self._path.stat().st_size > self._limit_bytes:
             self._path.replace(self._path.with_name(f"{self._path.name}.1"))

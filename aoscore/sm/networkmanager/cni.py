@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from aoscore.common.aio import Worker, log_and_continue
-from aoscore.common.config import from_json, to_json
+from aoscore.common.config import JSON_ERRORS, from_json, to_json
 from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
 from aoscore.common.files import write_atomic
 from aoscore.common.log import kv
@@ -328,6 +328,6 @@ def _reason(stdout: bytes, stderr: bytes) -> str:
     """What a plugin says of its failure: JSON on standard output, if it came that far."""
     try:
         answer = msgspec.json.decode(stdout, type=_Answer)
-    except msgspec.DecodeError:
+    except JSON_ERRORS:
         return (stderr or stdout).decode(errors="replace").strip() or "no reason given"
     return ": ".join(filter(None, (answer.msg, answer.details)))

@@ -134,3 +134,14 @@ def test_section_errors_name_file_and_place() -> None:
         load_section({"color": 1}, Inner, path=path, where="modules[0]")
     with pytest.raises(ConfigError, match=r"/etc/x.cfg: modules\[0\]: .*names"):
         load_section({"names": 1}, Inner, path=path, where="modules[0]")
+
+
+NO_DOCUMENTS = {"no UTF-8": b'"\x90"', "deep": b"[" * 100_000, "cut": b"{", "cut key": b'{"working"'}
+
+
+@pytest.mark.parametrize("data", NO_DOCUMENTS.values(), ids=NO_DOCUMENTS.keys())
+def test_documents_that_are_none_are_named(data: bytes) -> None:
+    """Whatever somebody sends: a blob that looks like text at its beginning, for one."""
+    for decode in (from_json, from_json_caseless):
+        with pytest.raises(InvalidArgumentError, match="the thing"):
+            decode(data, Sample, what="the thing")
