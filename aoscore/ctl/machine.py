@@ -5,6 +5,7 @@ The inside is `sandbox`. The host's network, mounts and processes stay as they a
 
 import contextlib
 import errno
+import fnmatch
 import os
 import shutil
 import signal
@@ -125,6 +126,20 @@ class Machine:
         return True
 
 
+def find_cgroups(pattern: str) -> set[Path]:
+    """Control groups, of any hierarchy of the host, whose own name matches the shell-style `pattern`.
+
+    Others may make and remove groups meanwhile: what is gone by the time it is looked at is not found.
+    """
+    # Not Path.glob: it raises when a folder goes while it is on its way there.
+    return {
+        Path(top, folder)
+        for top, folders, _ in os.walk(_CGROUPS)
+        for folder in folders
+        if fnmatch.fnmatchcase(folder, pattern)
+    }
+
+
 def remove_cgroups(name: str) -> None:
     """Remove the control groups called `name`, of any hierarchy of the host, with all below them.
 
@@ -132,18 +147,20 @@ def remove_cgroups(name: str) -> None:
     DeadlineError when something still lives in one.
     """
     deadline = time.monotonic() + _EMPTY_TIMEOUT_S
-    for top in {*_CGROUPS.glob(name), *_CGROUPS.glob(f"*/{name}")}:
-        for group in [*sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True), top]:
+    for top in find_cgroups(name):
+        for folder, _, _ in os.walk(top, topdown=False):
             while True:
                 try:
-                    group.rmdir()
+                    Path(folder).rmdir()
+                    break
+                except FileNotFoundError:
                     break
                 except OSError as error:
                     # A process that was just killed is in its group until it has been collected.
                     if error.errno != errno.EBUSY:
                         raise
                     if time.monotonic() > deadline:
-                        raise DeadlineError(f"control group {group} does not get empty") from error
+                        raise DeadlineError(f"control group {folder} does not get empty") from error
                     time.sleep(0.05)
 
 

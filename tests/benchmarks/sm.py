@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from aoscore.common.types import InstanceInfo, MonitoringParameters
+from aoscore.ctl.machine import remove_cgroups
 from aoscore.sm import cgroups
 from aoscore.sm.launcher.runtimes.container.runtime import PARALLEL
 from tests.benchmarks.footprint import PAGE, ROOT, cpu_s, size_mb, written
@@ -321,7 +322,7 @@ def main() -> int:
             )
             text = Path(directory, "text").read_text()
         finally:
-            bed.remove_cgroups(f"aoscore-test-{name}")
+            remove_cgroups(f"aoscore-test-{name}")
     put_section(PAGE, "sm at scale", "SM at scale", text)
     return 0
 

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
+from aoscore.common.errors import DeadlineError
+from aoscore.ctl.machine import remove_cgroups
 from tests import beds
 from tests.support import debian
 
@@ -77,7 +78,10 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
         code, output = -1, (error.stdout or b"") + f"\nkilled after {limit_s:g} s".encode()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+    try:
         remove_cgroups(f"aoscore-test-{name}")
+    except DeadlineError as error:
+        code, output = -1, output + f"\n{error}".encode()
     text = output.decode(errors="replace")
     if code == 0 and " skipped" in text.splitlines()[-1]:
         return [_report(item, "skipped", (str(item.path), item.location[1] or 0, text))]
@@ -109,22 +113,3 @@ def _report(item: pytest.Item, outcome: str, detail: object) -> pytest.TestRepor
         detail,  # type: ignore[arg-type]
         "call",
     )
-
-
-def remove_cgroups(name: str) -> None:
-    """Remove control groups called `name` with all below them."""
-    root = Path("/sys/fs/cgroup")
-    deadline_s = time.monotonic() + 5
-    for tree in (*root.glob(name), *root.glob(f"*/{name}")):
-        for folder, _, _ in os.walk(tree, topdown=False):
-            # The kernel takes the processes of a PID namespace apart in its own time.
-            while not _removed(Path(folder)) and time.monotonic() < deadline_s:
-                time.sleep(0.05)
-
-
-def _removed(folder: Path) -> bool:
-    try:
-        folder.rmdir()
-    except OSError:
-        return not folder.exists()
-    return True

@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+from aoscore.ctl.machine import find_cgroups
+
 
 def traces(directory: Path, *cgroups: str) -> set[str]:
     """Processes, mounts, links, control groups, firewall tables, files, as far as they are there now.
@@ -21,7 +23,7 @@ def traces(directory: Path, *cgroups: str) -> set[str]:
     found |= {f"link {path.name}" for path in Path("/sys/class/net").iterdir()}
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
     found |= {f"nft {line}" for line in tables.splitlines()}
-    found |= {f"cgroup {path}" for group in cgroups for path in Path("/sys/fs/cgroup").glob(f"**/{group}")}
+    found |= {f"cgroup {path}" for group in cgroups for path in find_cgroups(group)}
     found |= {f"netns {path}" for path in Path("/run/netns").glob("*")}
     if directory.exists():
         found.add(f"files {directory}")

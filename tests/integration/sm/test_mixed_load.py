@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.servicemanager.v5 import network_pb2 as net
 from aoscore.common import convert
 from aoscore.common.types import InstanceInfo
+from aoscore.ctl.machine import find_cgroups
 from aoscore.sm import cgroups
 from aoscore.sm.launcher.runtimes.base import instance_id
 from tests.support import bed as namespaces
@@ -401,7 +403,8 @@ class Traces:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         found |= {f"mount {line.split()[4]}" for line in mounts if "/run/" in line.split()[4]}
         parent = namespaces.cgroup_parent().lstrip("/")
-        found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{parent}/*") if path.is_dir()}
+        for group in find_cgroups(parent):
+            found |= {f"cgroup {below}" for below, _, _ in os.walk(group) if below != str(group)}
         own = Path("/proc/self/exe").readlink()
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
