@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 import aoscore
+from aoscore._speedups import memory
 from aoscore.common import log
 from aoscore.common.aio import Service, run_services
 from aoscore.common.errors import AosError, ConfigError, NotFoundError, first_cause
@@ -146,6 +147,7 @@ async def _main(program: Program[C], config: C, options: argparse.Namespace) -> 
         # What start-up left behind never becomes garbage: keep it out of every later collection.
         gc.collect()
         gc.freeze()
+        memory.release_code()
         notify("READY=1")
         _log.info("%s is ready", program.title)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from aoscore._speedups import chunker, sampler, unpack
+from aoscore._speedups import chunker, memory, sampler, unpack
 
 PUBLIC = {
     "chunker": ["Digest", "copy_file", "hash_file", "hash_file_all", "read_chunks", "send_file"],
+    "memory": ["release_code"],
     "sampler": ["Sampler"],
     "unpack": ["unpack_layer"],
 }
@@ -21,6 +22,7 @@ MEMBERS = [(module, name) for module, names in PUBLIC.items() for name in names]
 
 def test_the_native_modules_are_used() -> None:
     assert sampler.Sampler.__module__ == "aoscore._speedups._sampler"
+    assert memory.release_code.__module__ == "aoscore._speedups._memory"
     assert chunker.Digest.__module__ == "aoscore._speedups._chunker"
     assert unpack.unpack_layer.__module__ == "aoscore._speedups._unpack"
 
