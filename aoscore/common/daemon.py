@@ -7,9 +7,7 @@ cm-cloud.md §1.1).
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
-import gc
 import logging
 import os
 import signal
@@ -22,15 +20,11 @@ from typing import Generic, TypeVar
 import msgspec
 
 import aoscore
-from aoscore._speedups import memory
-from aoscore.common import log
+from aoscore.common import log, memory
 from aoscore.common.aio import Service, run_services
 from aoscore.common.errors import AosError, ConfigError, NotFoundError, first_cause
 
 _log = logging.getLogger(__name__)
-
-# mallopt(3)
-_M_ARENA_MAX = -8
 
 EXIT_OK = 0
 EXIT_FAILED = 70
@@ -90,7 +84,7 @@ def run_daemon(program: Program[C], argv: Sequence[str] | None = None) -> int:
     0: orderly stop; 78: wrong command line or configuration; 70: anything else.
     """
     faulthandler.enable()
-    _use_one_arena()
+    memory.use_one_arena()
     options = _parse(program, sys.argv[1:] if argv is None else argv)
     if options.version:
         print(f"AosCore {program.title} version: {aoscore.__version__}")
@@ -116,15 +110,6 @@ def run_daemon(program: Program[C], argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _use_one_arena() -> None:
-    """Let glibc keep the memory of all threads in one place: each further one holds on to what it had at its peak.
-
-    Saves SM 3.5 MB; the interpreter's lock leaves little for threads to dispute. Other C libraries have no such call.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
 async def _main(program: Program[C], config: C, options: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     this = asyncio.current_task()
@@ -144,14 +129,13 @@ async def _main(program: Program[C], config: C, options: argparse.Namespace) -> 
         loop.add_signal_handler(number, stop, number)
 
     def ready() -> None:
-        # What start-up left behind never becomes garbage: keep it out of every later collection.
-        gc.collect()
-        gc.freeze()
-        memory.release_code()
+        memory.keep_what_start_made()
+        memory.give_back()
         notify("READY=1")
         _log.info("%s is ready", program.title)
 
     watchdog = asyncio.create_task(_feed_watchdog(), name="watchdog")
+    tidying = asyncio.create_task(memory.tidy_after_work(), name="tidying")
     try:
         async with contextlib.AsyncExitStack() as stack:
             services = await program.build(config, options, stack)
@@ -161,6 +145,7 @@ async def _main(program: Program[C], config: C, options: argparse.Namespace) -> 
             raise
     finally:
         watchdog.cancel()
+        tidying.cancel()
     return EXIT_OK
 
 

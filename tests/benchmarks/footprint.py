@@ -70,7 +70,8 @@ def report(demo: Path) -> str:
 {rows}
 
 PSS counts a page that n processes share as 1/n. The figures of AosCore 9.1 (C++, release build) are from another
-machine of the same size: we take less memory, and longer to start.
+machine of the same size: we take less memory, and longer to start. Code that only start or past work needed is given
+back when it is over (`aoscore/common/memory.py`): it stays in the page cache as long as nobody wants the room.
 
 Method: `aosctl demo up` brings up a cloud and a provisioned Unit and deploys one service. After {IDLE_S} s without
 work, PSS and RSS come from `/proc/PID/smaps_rollup`, CPU from `/proc/PID/stat` over another {IDLE_S} s, log level

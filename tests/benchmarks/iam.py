@@ -224,8 +224,8 @@ The clients run on the same cores, in one Python process: the rate is that of bo
 TLS with their keys goes through OpenSSL's pkcs11 provider and the relay of `aoscore/common/relay.py`. Medians of
 {ROUNDS} rounds, of {HANDSHAKES} for connections; "told" counts from the answer of ApplyCert to the last subscriber.
 
-PSS counts pages of libraries in full when no other process uses them, as here; in a Unit SM and CM share them:
-[footprint](footprint.md).
+PSS counts pages of libraries in full when no other process uses them, as here; in a Unit SM and CM share them
+([footprint](footprint.md), which also says what of its code an idle daemon still holds).
 """
 
 
