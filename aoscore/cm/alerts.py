@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Protocol
 
 import apsw
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from aoscore.cm.communication import messages
 from aoscore.cm.communication.envelope import from_json, to_json
 from aoscore.cm.communication.messages import CoreComponent, Identity, instance_members
+from aoscore.cm.communication.outbox import Change
 from aoscore.cm.monitoring import CloudLink
 from aoscore.common import types
 from aoscore.common.aio import log_and_continue
@@ -73,6 +75,12 @@ def _core_component(word: str) -> CoreComponent:
         raise InvalidArgumentError(f"{word!r} is no core component") from None
 
 
+class Link(CloudLink, Protocol):
+    """The cloud, where alerts go."""
+
+    async def send(self, message: messages.Message, *, also: Change | None = None) -> bool: ...
+
+
 class AlertCache:
     """Alerts that wait, oldest first. Pure. An alert equal to a waiting one but for its time is counted, not kept."""
 
@@ -116,7 +124,7 @@ class AlertCache:
 class AlertStore:
     """Alerts that wait for a connection, over restarts: table aoscore_alerts.
 
-    They are deleted here after the link has stored their messages: a crash in between sends them twice.
+    They leave it in the transaction in which the link keeps their message: a crash sends no alert twice.
     """
 
     def __init__(self, database: Database) -> None:
@@ -132,13 +140,18 @@ class AlertStore:
 
     async def save(self, alerts: Sequence[messages.AnyAlert]) -> None:
         """Replaces all."""
+        await self._database.write(self.replacing(alerts))
+
+    @staticmethod
+    def replacing(alerts: Sequence[messages.AnyAlert]) -> Change:
+        """The change of the database that replaces all."""
         rows = [(to_json(messages.Alerts(items=(alert,))).decode(),) for alert in alerts]
 
         def change(connection: apsw.Connection) -> None:
             connection.execute("DELETE FROM aoscore_alerts")
             connection.executemany("INSERT INTO aoscore_alerts (alert) VALUES (?)", rows)
 
-        await self._database.write(change)
+        return change
 
 
 class Alerts:
@@ -149,7 +162,7 @@ class Alerts:
 
     def __init__(
         self,
-        link: CloudLink,
+        link: Link,
         store: AlertStore,
         *,
         send_period_s: float,
@@ -191,7 +204,6 @@ class Alerts:
                 await self._keep()
 
     async def _keep(self) -> None:
-        """What has been sent is the link's to keep."""
         waiting = self._cache.all()
         if waiting != self._stored:
             await self._store.save(waiting)
@@ -206,7 +218,9 @@ class Alerts:
             _log.warning(kv("Alerts were dropped", count=dropped))
             batch.append(self._core_alert(f"{dropped} alerts were dropped while waiting for the cloud"))
         while batch := batch + self._cache.take(ALERTS_PER_MESSAGE - len(batch)):
-            await self._link.send(messages.Alerts(items=tuple(batch)))
+            waiting = self._cache.all()
+            if await self._link.send(messages.Alerts(items=tuple(batch)), also=self._store.replacing(waiting)):
+                self._stored = waiting
             batch = []
 
     def _core_alert(self, message: str) -> messages.CoreAlert:

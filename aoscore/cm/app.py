@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from aoscore.cm import config as configuration
 from aoscore.cm.alerts import Alerts, AlertStore
 from aoscore.cm.certnotes import CertificateNotes
+from aoscore.cm.communication.inbox import Inbox
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import (
@@ -184,6 +185,7 @@ def _link(
         Identities(iam, config.ca_cert),
         worker,
         outbox=Outbox(database),
+        inbox=Inbox(database),
         notes=notes,
         message_log=MessageLog(config.cloud_message_log) if config.cloud_message_log else None,
         unreadable=lambda error: alert(str(error)),
@@ -385,7 +387,9 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         alert=alerts.add_core_alert,
     )
     scheduler = UpdateScheduler(gate, updates, images, unit_config)
-    certificates = Certificates(protected_iam, link, main_node_id=nodes.main_node_id)
+    certificates = Certificates(
+        protected_iam, link, main_node_id=nodes.main_node_id, is_provisioned=nodes.is_provisioned
+    )
 
     async def on_override(message: OverrideEnvVars) -> None:
         await launcher.override_env_vars(list(message.items))
@@ -393,14 +397,17 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     # Messages of one topic are handled in their order.
     link.on_received(DesiredStatus, updates.on_desired_status)
     link.on(RequestLog, logs.on_request)
-    link.on(OverrideEnvVars, on_override)
-    link.on(StateAcceptance, storage.on_state_acceptance, topic="state")
-    link.on(UpdateState, storage.on_update_state, topic="state")
-    link.on(RenewCertificatesNotification, certificates.on_renew, topic="certificates")
-    link.on(IssuedUnitCertificates, certificates.on_issued, topic="certificates")
-    link.on(StartProvisioningRequest, certificates.on_start_provisioning, topic="provisioning")
-    link.on(FinishProvisioningRequest, certificates.on_finish_provisioning, topic="provisioning")
-    link.on(DeprovisioningRequest, certificates.on_deprovisioning, topic="provisioning")
+    link.on(OverrideEnvVars, on_override, again=on_override)
+    verdict, set_state = storage.on_state_acceptance, storage.on_update_state
+    link.on(StateAcceptance, verdict, topic="state", again=verdict)
+    link.on(UpdateState, set_state, topic="state", again=set_state)
+    renew, refuse_renewal = certificates.on_renew, certificates.on_interrupted_renewal
+    link.on(RenewCertificatesNotification, renew, topic="certificates", again=refuse_renewal)
+    link.on(IssuedUnitCertificates, certificates.on_issued, topic="certificates", again=certificates.on_issued)
+    provision, interrupted = "provisioning", certificates.on_interrupted
+    link.on(StartProvisioningRequest, certificates.on_start_provisioning, topic=provision, again=interrupted)
+    link.on(FinishProvisioningRequest, certificates.on_finish_provisioning, topic=provision, again=interrupted)
+    link.on(DeprovisioningRequest, certificates.on_deprovisioning, topic=provision, again=interrupted)
 
     return [
         keeper,

@@ -96,6 +96,9 @@ OWN_TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS aoscore_sm_keys (key BLOB NOT NULL PRIMARY KEY, nodeID TEXT)",
     # Messages that the cloud has not acknowledged yet, in their order.
     "CREATE TABLE IF NOT EXISTS aoscore_outbox (txn TEXT NOT NULL PRIMARY KEY, type TEXT, frame BLOB)",
+    # Messages of the cloud that are still to be acted on, in their order.
+    """CREATE TABLE IF NOT EXISTS aoscore_inbox (
+        frame TEXT NOT NULL PRIMARY KEY, type TEXT, message TEXT, tries INTEGER)""",
     # Checksum of a state that the cloud has not accepted yet.
     f"""CREATE TABLE IF NOT EXISTS aoscore_state_unaccepted (
         {_IDENT}, checksum BLOB,

@@ -143,6 +143,11 @@ class NodeInfoProvider:
         """Id of the Main Node, empty while unknown."""
         return next((node.node_id for node in self.nodes() if node.info.is_main), "")
 
+    def is_provisioned(self, node_id: str) -> bool:
+        """Whether a node is known and takes part in the Unit, or has once done so."""
+        unprovisioned = NodeState.UNPROVISIONED
+        return any(node.node_id == node_id and node.info.state is not unprovisioned for node in self.nodes())
+
     def on_sm_info(self, info: SMInfo) -> None:
         """An SM has told what its node can run."""
         self._table.set_sm_info(info, self._now())

@@ -13,7 +13,7 @@ import ssl
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Final, Protocol, TypeVar, cast
+from typing import Final, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -22,9 +22,10 @@ from aoscore.cm.certnotes import CertificateNotes
 from aoscore.cm.communication import discovery
 from aoscore.cm.communication.discovery import REDIRECT, REPEAT_LATER, Addresses, Answer
 from aoscore.cm.communication.envelope import EnvelopeError, Received
+from aoscore.cm.communication.inbox import Inbox
 from aoscore.cm.communication.messagelog import MessageLog
 from aoscore.cm.communication.messages import Message, message_type
-from aoscore.cm.communication.outbox import Outbox, StoredMessage
+from aoscore.cm.communication.outbox import Change, Outbox, StoredMessage
 from aoscore.cm.communication.session import LASTING, Session
 from aoscore.common.aio import Backoff, Broadcast, Worker, comes_within, log_and_continue
 from aoscore.common.certurls import first_der, read_chain_url
@@ -68,18 +69,34 @@ class LinkSettings(msgspec.Struct, frozen=True, kw_only=True):
     reconnect_limit_s: float = RECONNECT_LIMIT_S
 
 
+_Act = Callable[[Received], Awaitable[None]]
+
+
 class _Topic:
     """Messages that must be handled one after the other, and the task that does."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.queue: asyncio.Queue[tuple[Callable[[Received], Awaitable[None]], Received]] = asyncio.Queue(_TOPIC_QUEUE)
+        self.queue: asyncio.Queue[tuple[_Act, Received, str]] = asyncio.Queue(_TOPIC_QUEUE)
+        """Handler, message, key in the inbox or empty."""
 
-    async def run(self) -> None:
+    async def run(self, inbox: Inbox | None) -> None:
         while True:
-            handler, received = await self.queue.get()
+            handler, received, key = await self.queue.get()
             with log_and_continue(_log, f"Can't handle a message of the cloud ({self.name})"):
                 await handler(received)
+            if inbox is not None and key:
+                with log_and_continue(_log, "Can't forget a message of the cloud, it will be handled again"):
+                    await inbox.remove(key)
+
+
+class _Route(NamedTuple):
+    """What happens to messages of one type."""
+
+    act: _Act
+    topic: _Topic
+    again: _Act | None
+    """Acts on one that an earlier process has not finished with; None: those are not kept."""
 
 
 def is_loopback(url: str) -> bool:
@@ -105,11 +122,12 @@ class CloudLink:
         worker: Worker,
         *,
         outbox: Outbox | None = None,
+        inbox: Inbox | None = None,
         notes: CertificateNotes | None = None,
         message_log: MessageLog | None = None,
         unreadable: Callable[[AosError], None] = lambda _: None,
     ) -> None:
-        """`outbox` keeps messages that must arrive, `notes` what our certificate says.
+        """`outbox` keeps messages that must arrive, `inbox` those to act on, `notes` what our certificate says.
 
         `unreadable` is told of frames and messages that cannot be read.
         """
@@ -118,6 +136,7 @@ class CloudLink:
         self._identities = identities
         self._worker = worker
         self._outbox = outbox
+        self._inbox = inbox
         self._notes = notes
         self._finished: list[str] = []
         self._has_finished = asyncio.Event()
@@ -126,7 +145,7 @@ class CloudLink:
         self._session = Session(system_id, response_timeout_s=settings.response_timeout_s)
         self._addresses = Addresses()
         self._backoff = Backoff(settings.reconnect_first_s, settings.reconnect_limit_s)
-        self._handlers: dict[type[Message], tuple[Callable[[Received], Awaitable[None]], _Topic]] = {}
+        self._routes: dict[type[Message], _Route] = {}
         self._topics: dict[str, _Topic] = {}
         self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._wake = asyncio.Event()
@@ -144,41 +163,51 @@ class CloudLink:
         """Returns when there is a connection."""
         await self._is_connected.wait()
 
-    def on(self, kind: type[M], handler: Handler[M], *, topic: str = "") -> None:
+    def on(self, kind: type[M], handler: Handler[M], *, topic: str = "", again: Handler[M] | None = None) -> None:
         """Has messages of a type handled; types that share a `topic` are handled in the order of their arrival.
 
-        Raises WrongStateError when the type has a handler already.
+        With `again`, a message is on disk before the cloud has its ack. When the process ends before `handler` does,
+        the next one calls `again` with it, without the passwords in it. Raises WrongStateError when the type has a
+        handler already.
         """
 
-        async def with_message(received: Received) -> None:
-            await handler(cast("M", received.message))
+        def act(handle: Handler[M]) -> _Act:
+            async def with_message(received: Received) -> None:
+                await handle(cast("M", received.message))
 
-        self.on_received(kind, with_message, topic=topic)
+            return with_message
 
-    def on_received(
-        self, kind: type[Message], handler: Callable[[Received], Awaitable[None]], *, topic: str = ""
-    ) -> None:
-        """Like `on`, for a handler that wants to know which parts of a message could not be read."""
-        if kind in self._handlers:
+        self._add_route(kind, act(handler), topic, None if again is None else act(again))
+
+    def on_received(self, kind: type[Message], handler: _Act) -> None:
+        """Like `on` with `again`, for a handler that wants to know which parts of a message could not be read."""
+        self._add_route(kind, handler, "", handler)
+
+    def _add_route(self, kind: type[Message], act: _Act, topic: str, again: _Act | None) -> None:
+        if kind in self._routes:
             raise WrongStateError(f"{message_type(kind)} has a handler already")
         name = topic or message_type(kind)
-        self._handlers[kind] = (handler, self._topics.setdefault(name, _Topic(name)))
+        self._routes[kind] = _Route(act, self._topics.setdefault(name, _Topic(name)), again)
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message, *, also: Change | None = None) -> bool:
         """Queues a message for the cloud (bounds per type: `session.QUEUE_LIMITS`).
 
-        One that must arrive (`session.LASTING`) is on disk when this returns.
+        One that must arrive (`session.LASTING`) is on disk when this returns, and with it what `also` changes in the
+        database. Returns whether it is: what cannot be kept is sent nevertheless.
         """
         kind = type(message)
         if self._outbox is None or kind not in LASTING:
             self._send(message)
-            return
+            return False
         txn, frame = self._session.frame(message, created_at=datetime.now(UTC))
+        kept = False
         with log_and_continue(_log, f"Can't keep {message_type(kind)} on disk, it is lost if CM ends now"):
-            await self._outbox.put(StoredMessage(kind, txn, frame))
+            await self._outbox.put(StoredMessage(kind, txn, frame), also)
+            kept = True
         self._session.enqueue(kind, txn, frame, now=_now())
         self._note_finished()
         self._wake.set()
+        return kept
 
     def _note_finished(self) -> None:
         if self._outbox is not None and (finished := self._session.take_finished()):
@@ -241,9 +270,22 @@ class CloudLink:
                 self._note_finished()
                 group.create_task(self._clear_outbox(self._outbox), name="cloud outbox")
             for topic in self._topics.values():
-                group.create_task(topic.run(), name=f"cloud topic {topic.name}")
+                group.create_task(topic.run(self._inbox), name=f"cloud topic {topic.name}")
+            await self._take_up()
             group.create_task(self._stay_connected(), name="cloud connection")
             started()
+
+    async def _take_up(self) -> None:
+        """Acts on what an earlier process has not finished with."""
+        if self._inbox is None:
+            return
+        for key, message in await self._inbox.load():
+            route = self._routes.get(type(message))
+            if route is None or route.again is None:
+                await self._inbox.remove(key)
+                continue
+            _log.info("Message of the cloud is taken up again: type=%s", message_type(message))
+            await route.topic.queue.put((route.again, Received("", message), key))
 
     async def _stay_connected(self) -> None:
         while True:
@@ -418,11 +460,13 @@ class CloudLink:
                 self._unreadable(error)
                 continue
             self._note_finished()
-            self._wake.set()
             if received is not None:
-                await self._dispatch(received)
+                # When the connection ends in here, the cloud gets no ack and says it again on the next one.
+                await self._dispatch(received, frame)
+                self._session.acknowledge(received.txn, frame, created_at=datetime.now(UTC))
+            self._wake.set()
 
-    async def _dispatch(self, received: Received) -> None:
+    async def _dispatch(self, received: Received, frame: bytes | str) -> None:
         message = received.message
         if message is None:
             error = received.error or FailedError("message without content")
@@ -436,13 +480,16 @@ class CloudLink:
             if not future.done():
                 future.set_result(message)
             return
-        handler = self._handlers.get(type(message))
-        if handler is None:
+        route = self._routes.get(type(message))
+        if route is None:
             _log.warning("Nobody waits for this message: %s", message_type(message))
             return
-        function, topic = handler
+        key = ""
+        if self._inbox is not None and route.again is not None:
+            with log_and_continue(_log, f"Can't keep {message_type(message)} on disk, it is lost if CM ends now"):
+                key = await self._inbox.put(frame, message)
         # A full topic holds up the connection rather than lose a message that was acknowledged.
-        await topic.queue.put((function, received))
+        await route.topic.queue.put((route.act, received, key))
 
 
 def _now() -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import ClassVar, Final, TypedDict, TypeVar, get_args
+from typing import ClassVar, Final, Self, TypedDict, TypeVar, get_args
 
 import msgspec
 
@@ -39,6 +39,10 @@ class Message(Wire, frozen=True, kw_only=True, tag_field="messageType"):
     """Base of all message payloads (the `data` member of the envelope)."""
 
     correlation_id: str = ""
+
+    def without_secrets(self) -> Self:
+        """The message with its passwords left out."""
+        return self
 
 
 # --- enumerations ---
@@ -860,6 +864,9 @@ class RenewCertificatesNotification(Message, frozen=True, kw_only=True, tag="ren
     certificates: tuple[ExpiringCertificate, ...] = always(())
     unit_secrets: UnitSecrets
 
+    def without_secrets(self) -> Self:
+        return msgspec.structs.replace(self, unit_secrets=UnitSecrets())
+
 
 class CertificateRequest(Wire, frozen=True, kw_only=True):
     """A CSR of a node, PEM."""
@@ -928,6 +935,9 @@ class _NodeRequest(Message, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _need("provisioning request", node=self.node.codename)
+
+    def without_secrets(self) -> Self:
+        return msgspec.structs.replace(self, password="")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(node={self.node.codename!r})"

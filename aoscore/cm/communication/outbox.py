@@ -6,7 +6,7 @@ message is sent once more with the same txn, by which the cloud knows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import apsw
@@ -14,6 +14,8 @@ import apsw
 from aoscore.cm.communication.messages import Message, message_type
 from aoscore.cm.communication.session import LASTING
 from aoscore.common.db import Database
+
+Change = Callable[[apsw.Connection], None]
 
 
 class StoredMessage(NamedTuple):
@@ -39,12 +41,18 @@ class Outbox:
             await self.remove(unknown)
         return [StoredMessage(kinds[name], txn, frame) for name, txn, frame in rows if name in kinds]
 
-    async def put(self, message: StoredMessage) -> None:
-        """Keeps a message."""
-        await self._database.execute(
-            "INSERT INTO aoscore_outbox (txn, type, frame) VALUES (?, ?, ?)",
-            (message.txn, message_type(message.kind), message.frame),
-        )
+    async def put(self, message: StoredMessage, also: Change | None = None) -> None:
+        """Keeps a message, and makes another change of the same database with it: both or neither."""
+
+        def change(connection: apsw.Connection) -> None:
+            connection.execute(
+                "INSERT INTO aoscore_outbox (txn, type, frame) VALUES (?, ?, ?)",
+                (message.txn, message_type(message.kind), message.frame),
+            )
+            if also is not None:
+                also(connection)
+
+        await self._database.write(change)
 
     async def remove(self, txns: Sequence[str]) -> None:
         """Forgets messages."""

@@ -222,10 +222,10 @@ class Session:
         return None if due == math.inf else due
 
     def receive(self, frame: bytes | str, *, now: float, created_at: datetime) -> Received | None:
-        """Takes in a frame of the cloud.
+        """Reads a frame of the cloud.
 
-        Returns the message to act on, with its ack queued; None for acks, nacks, and a message that was received
-        before. Raises EnvelopeError when the frame is not for us; it gets no ack.
+        Returns the message to act on, for which `acknowledge` is to be called; None for acks, nacks, and a message that
+        was acknowledged before. Raises EnvelopeError when the frame is not for us; it gets no ack.
         """
         received = envelope.decode(frame, system_id=self._system_id)
         match received.message:
@@ -237,15 +237,19 @@ class Session:
                 return None
         # The cloud repeats a message with the same txn when our ack got lost. Only the same content counts as a
         # repetition: 9.1 accepts clouds that use a txn twice.
-        raw = frame.encode() if isinstance(frame, str) else frame
-        key = (received.txn, hashlib.sha256(raw).digest())
-        again = key in self._seen
+        if _seen_key(received.txn, frame) not in self._seen:
+            return received
+        self.acknowledge(received.txn, frame, created_at=created_at)
+        return None
+
+    def acknowledge(self, txn: str, frame: bytes | str, *, created_at: datetime) -> None:
+        """Queues the ack of a message of the cloud, which is in safe hands now: the cloud says it no second time."""
+        key = _seen_key(txn, frame)
         self._seen[key] = None
         self._seen.move_to_end(key)
         if len(self._seen) > _REMEMBERED_TXNS:
             self._seen.popitem(last=False)
-        self._acks.append(envelope.encode(Ack(), system_id=self._system_id, txn=received.txn, created_at=created_at))
-        return None if again else received
+        self._acks.append(envelope.encode(Ack(), system_id=self._system_id, txn=txn, created_at=created_at))
 
     def _acknowledged(self, txn: str) -> None:
         entry = self._sent.pop(txn, None)
@@ -310,6 +314,10 @@ class Session:
             reason,
             self.dropped,
         )
+
+
+def _seen_key(txn: str, frame: bytes | str) -> tuple[str, bytes]:
+    return txn, hashlib.sha256(frame.encode() if isinstance(frame, str) else frame).digest()
 
 
 __all__ = ["EnvelopeError", "Session"]

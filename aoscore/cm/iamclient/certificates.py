@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from aoscore.cm.communication.messages import (
     CertificateRequest,
@@ -24,12 +24,15 @@ from aoscore.cm.communication.messages import (
     RenewCertificatesNotification,
     StartProvisioningRequest,
     StartProvisioningResponse,
+    message_type,
 )
-from aoscore.common.errors import AosError, NotFoundError, to_error_info
+from aoscore.common.errors import AosError, FailedError, NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import CertInfo
 
 _log = logging.getLogger(__name__)
+
+_INTERRUPTED: Final = FailedError("CM was restarted in the middle of it, and keeps no passwords: ask again")
 
 
 class CertificateAuthorityFront(Protocol):
@@ -69,10 +72,18 @@ def installation_order(certificates: Sequence[IssuedCertificate], main_node_id: 
 class Certificates:
     """Renewal of certificates and provisioning of nodes, on behalf of the cloud."""
 
-    def __init__(self, iam: CertificateAuthorityFront, cloud: Sender, *, main_node_id: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        iam: CertificateAuthorityFront,
+        cloud: Sender,
+        *,
+        main_node_id: Callable[[], str],
+        is_provisioned: Callable[[str], bool],
+    ) -> None:
         self._iam = iam
         self._cloud = cloud
         self._main_node_id = main_node_id
+        self._is_provisioned = is_provisioned
 
     async def on_renew(self, message: RenewCertificatesNotification) -> None:
         """Makes new keys and asks for certificates; what does not work is reported, the others go on."""
@@ -93,6 +104,18 @@ class Certificates:
             await self._cloud.send(IssueUnitCertificates(requests=tuple(requests)))
         if failed:
             await self._cloud.send(InstallUnitCertificatesConfirmation(certificates=tuple(failed)))
+
+    async def on_interrupted_renewal(self, message: RenewCertificatesNotification) -> None:
+        """Tells that a renewal was not finished when CM ended: its passwords are gone, the cloud has to ask again."""
+        info = ErrorInfo.of(to_error_info(_INTERRUPTED))
+        await self._cloud.send(
+            InstallUnitCertificatesConfirmation(
+                certificates=tuple(
+                    InstalledCertificate(type=entry.type, node=entry.node, serial="", error_info=info)
+                    for entry in message.certificates
+                )
+            )
+        )
 
     async def on_issued(self, message: IssuedUnitCertificates) -> None:
         """Applies new certificates, each for itself, and reports every result."""
@@ -147,6 +170,25 @@ class Certificates:
         await self._cloud.send(
             DeprovisioningResponse(correlation_id=message.correlation_id, node=message.node, error_info=info)
         )
+
+    async def on_interrupted(
+        self, message: StartProvisioningRequest | FinishProvisioningRequest | DeprovisioningRequest
+    ) -> None:
+        """Answers a request with which CM had not finished when it ended: done after all, or to be asked again."""
+        node_id, node, correlation_id = message.node.codename, message.node, message.correlation_id
+        info = self._failed(f"finish {message_type(message)}", node_id, _INTERRUPTED)
+        is_provisioned = self._is_provisioned(node_id)
+        answer: Message
+        match message:
+            case StartProvisioningRequest():
+                answer = StartProvisioningResponse(correlation_id=correlation_id, node=node, error_info=info, csrs=())
+            case FinishProvisioningRequest():
+                info = None if is_provisioned else info
+                answer = FinishProvisioningResponse(correlation_id=correlation_id, node=node, error_info=info)
+            case DeprovisioningRequest():
+                info = info if is_provisioned else None
+                answer = DeprovisioningResponse(correlation_id=correlation_id, node=node, error_info=info)
+        await self._cloud.send(answer)
 
     @staticmethod
     def _failed(what: str, node_id: str, error: AosError) -> ErrorInfo | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from aoscore.cm.communication.messages import Message
+from aoscore.cm.communication.outbox import Change
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.common.aio import Broadcast
 from aoscore.common.types import NodeInfo, NodeState, ResourceInfo, RuntimeInfo
@@ -16,8 +17,10 @@ class FakeLink:
         self.connection: Broadcast[bool] = Broadcast("cloud")
         self.sent: list[Message] = []
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message, *, also: Change | None = None) -> bool:
+        """Nothing is on disk, and `also` is not done."""
         self.sent.append(message)
+        return False
 
 
 class FakeNodes:

@@ -9,7 +9,9 @@ import pytest
 
 from aoscore.cm.alerts import ALERTS_PER_MESSAGE, AlertCache, Alerts, AlertStore, cloud_alert
 from aoscore.cm.communication import messages
-from aoscore.cm.communication.messages import DownloadState, Identity
+from aoscore.cm.communication.envelope import from_json, to_json
+from aoscore.cm.communication.messages import DownloadState, Identity, Message
+from aoscore.cm.communication.outbox import Change, Outbox, StoredMessage
 from aoscore.cm.database import OWN_TABLES
 from aoscore.common import types
 from aoscore.common.db import Database, Schema
@@ -109,6 +111,31 @@ async def test_what_waits_for_a_connection_outlives_the_process(store: AlertStor
         while await store.load():
             pass
     assert [item for one in link.sent if isinstance(one, messages.Alerts) for item in one.items] == alerts
+
+
+class KeepingLink(FakeLink):
+    """Keeps alerts as the real one does; one that ends its process right then."""
+
+    def __init__(self, store: AlertStore) -> None:
+        super().__init__()
+        self.outbox = Outbox(store._database)
+
+    async def send(self, message: Message, *, also: Change | None = None) -> bool:
+        await self.outbox.put(StoredMessage(messages.Alerts, str(len(self.sent)), to_json(message)), also)
+        await super().send(message)
+        await asyncio.Event().wait()
+        return True
+
+
+async def test_a_process_that_ends_while_it_sends_leaves_each_alert_in_one_place(store: AlertStore) -> None:
+    alerts = [system_alert(number) for number in range(ALERTS_PER_MESSAGE + 3)]
+    await store.save(alerts)
+    link = KeepingLink(store)
+    async with running(Alerts(link, store, send_period_s=0.01, main_node_id=lambda: "main", now=lambda: NOW)):
+        await until(lambda: link.sent)
+    (kept,) = await link.outbox.load()
+    items = from_json(messages.Alerts, kept.frame, "kept")[0].items
+    assert [*items, *await store.load()] == alerts
 
 
 async def test_a_stored_alert_that_cannot_be_read_is_passed_over(store: AlertStore) -> None:

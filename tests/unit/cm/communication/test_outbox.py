@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from aoscore.cm import database
+from aoscore.cm.alerts import AlertStore
 from aoscore.cm.communication.link import CloudLink, LinkSettings
-from aoscore.cm.communication.messages import IssueUnitCertificates, MonitoringData, OverrideEnvVarsStatus
+from aoscore.cm.communication.messages import Alerts, IssueUnitCertificates, MonitoringData, OverrideEnvVarsStatus
 from aoscore.cm.communication.outbox import Outbox, StoredMessage
 from aoscore.common.aio import Worker
 from aoscore.common.db import Database, Schema
-from aoscore.common.errors import NoSpaceError
+from aoscore.common.errors import FailedError, NoSpaceError
 from tests.support.cloud import FakeCloud
 from tests.support.running import running, until
 from tests.unit.cm.communication.test_link import SYSTEM, Identities
@@ -52,6 +53,14 @@ async def test_in_order_and_foreign_rows_go(db: Database) -> None:
     assert await rows(db) == 2
 
 
+async def test_a_message_and_another_change_are_kept_both_or_neither(db: Database) -> None:
+    outbox = Outbox(db)
+    await outbox.put(StoredMessage(Alerts, "t1", b"{}"), AlertStore.replacing([]))
+    with pytest.raises(FailedError, match="no such table"):
+        await outbox.put(StoredMessage(Alerts, "t2", b"{}"), lambda connection: connection.execute("DELETE FROM x"))
+    assert [message.txn for message in await outbox.load()] == ["t1"]
+
+
 async def test_what_must_arrive_outlives_the_process_and_arrives_once(worker: Worker, db: Database) -> None:
     """A process that ends takes its other messages along."""
     dead = make_link(worker, db, "http://127.0.0.1:1/sd/v7/")
@@ -83,7 +92,7 @@ async def test_a_process_that_ends_before_the_ack_says_it_again_with_the_same_tx
 async def test_a_full_disk_keeps_nothing_from_being_said(
     worker: Worker, db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def full(self: Outbox, message: StoredMessage) -> None:
+    async def full(self: Outbox, message: StoredMessage, also: object = None) -> None:
         raise NoSpaceError("database cm.db: no space left")
 
     monkeypatch.setattr(Outbox, "put", full)

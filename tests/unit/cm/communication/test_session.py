@@ -49,8 +49,13 @@ class Bench:
         return [f"{frame['data']['messageType']}:{frame['header']['txn']}" for frame in frames]
 
     def get(self, data: dict[str, Any], txn: str = "c1", **header: Any) -> Received | None:
-        frame = {"header": {"version": 7, "systemId": SYSTEM, "txn": txn, **header}, "data": data}
-        return self.session.receive(json.dumps(frame).encode(), now=self.now, created_at=CREATED)
+        """Take in a frame, and acknowledge its message."""
+        document = {"header": {"version": 7, "systemId": SYSTEM, "txn": txn, **header}, "data": data}
+        frame = json.dumps(document).encode()
+        received = self.session.receive(frame, now=self.now, created_at=CREATED)
+        if received is not None:
+            self.session.acknowledge(received.txn, frame, created_at=CREATED)
+        return received
 
 
 VARS = OverrideEnvVarsStatus(statuses=())

@@ -69,7 +69,10 @@ class Bench:
     def __init__(self) -> None:
         self.iam = Iam()
         self.sent: list[Message] = []
-        self.certificates = Certificates(self.iam, self, main_node_id=lambda: "main")
+        self.provisioned: set[str] = set()
+        self.certificates = Certificates(
+            self.iam, self, main_node_id=lambda: "main", is_provisioned=self.provisioned.__contains__
+        )
 
     async def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -99,6 +102,39 @@ async def test_one_failure_does_not_stop_the_other_renewals(bench: Bench) -> Non
     assert failed["main"] is not None and failed["main"].message == "token is full"
     assert failed["n2"] is not None and failed["n2"].aos_code == 5
     assert bench.iam.calls == ["key main sm pw-main", "key n1 iam pw-n1"]
+
+
+async def test_a_renewal_that_was_interrupted_is_to_be_asked_again(bench: Bench) -> None:
+    await bench.certificates.on_interrupted_renewal(renewal((CertType.SM, MAIN), (CertType.IAM, N1)).without_secrets())
+    (confirmation,) = bench.sent
+    assert isinstance(confirmation, InstallUnitCertificatesConfirmation)
+    assert [(entry.type, entry.node) for entry in confirmation.certificates] == [
+        (CertType.SM, MAIN),
+        (CertType.IAM, N1),
+    ]
+    assert all(entry.error_info and "ask again" in entry.error_info.message for entry in confirmation.certificates)
+    assert bench.iam.calls == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer", "done_when_provisioned"),
+    [
+        (StartProvisioningRequest(correlation_id="c", node=N1), StartProvisioningResponse, None),
+        (FinishProvisioningRequest(correlation_id="c", node=N1, certificates=()), FinishProvisioningResponse, True),
+        (DeprovisioningRequest(correlation_id="c", node=N1), DeprovisioningResponse, False),
+    ],
+)
+@pytest.mark.parametrize("provisioned", [True, False])
+async def test_a_provisioning_that_was_interrupted_is_answered(
+    bench: Bench, request_: Any, answer: type[Any], done_when_provisioned: bool | None, provisioned: bool
+) -> None:
+    if provisioned:
+        bench.provisioned.add("n1")
+    await bench.certificates.on_interrupted(request_)
+    (sent,) = bench.sent
+    assert type(sent) is answer and sent.correlation_id == "c" and sent.node == N1
+    assert (sent.error_info is None) == (provisioned is done_when_provisioned)
+    assert bench.iam.calls == []
 
 
 async def test_an_empty_renewal_sends_nothing(bench: Bench) -> None:
