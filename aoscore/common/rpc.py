@@ -255,6 +255,15 @@ async def _abort(context: Any, method: Callable[..., Any], error: BaseException)
     await context.abort(status, str(cause) or type(cause).__name__)
 
 
+async def begin_answers(context: Any) -> None:
+    """Send the head of a stream of answers; to be called first by who writes them in a task that it may cancel.
+
+    The head goes with the first write otherwise, and when that is cancelled on its way gRPC sends another one, is told
+    that there are too many (GRPC_CALL_ERROR_TOO_MANY_OPERATIONS), and the caller never hears of the end.
+    """
+    await context.send_initial_metadata(())
+
+
 def handler(method: F) -> F:
     """Server method whose errors reach the caller as status INTERNAL with the text (grpc.md, "gRPC status").
 

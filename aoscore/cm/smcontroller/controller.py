@@ -17,7 +17,7 @@ from aoscore.common import convert
 from aoscore.common.aio import Broadcast, log_and_continue
 from aoscore.common.errors import AosError, InvalidArgumentError, NotFoundError
 from aoscore.common.log import kv
-from aoscore.common.rpc import Server, handler
+from aoscore.common.rpc import Server, begin_answers, handler
 from aoscore.common.tls import ServerTls
 from aoscore.common.types import (
     InstanceIdent,
@@ -159,6 +159,7 @@ class SmController:
 
     async def serve_stream(self, requests: AsyncIterable[pb.SMOutgoingMessages], context: Any) -> None:
         """One SM, from its call to the end of its stream."""
+        await begin_answers(context)
         link = SmLink()
         self._streams.add(link)
         await link.send(self._cloud_state_frame())

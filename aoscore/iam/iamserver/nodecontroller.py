@@ -13,6 +13,7 @@ from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
 from aoscore.common import convert
 from aoscore.common.errors import AosError, first_cause
 from aoscore.common.log import kv
+from aoscore.common.rpc import begin_answers
 from aoscore.common.types import NodeInfo
 from aoscore.iam.iamserver.admission import (
     Accept,
@@ -106,6 +107,7 @@ class NodeController:
         link = NodeLink(port, peer.host)
         try:
             with self._place_of(peer, port):
+                await begin_answers(context)
                 async with asyncio.TaskGroup() as tasks:
                     work = tasks.create_task(link.work(context.write))
                     try:

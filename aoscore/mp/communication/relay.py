@@ -15,7 +15,7 @@ import grpc.aio
 
 from aoscore.common.errors import AosError, FailedError, first_cause
 from aoscore.common.log import kv
-from aoscore.common.rpc import open_channel, open_tls_channel, rpc_errors
+from aoscore.common.rpc import begin_answers, open_channel, open_tls_channel, rpc_errors
 from aoscore.common.tls import TlsRoots
 from aoscore.mp.communication.connection import Connection, Stream, until_one_ends
 
@@ -107,6 +107,7 @@ async def relay_to_client(
         while True:
             await context.write(await stream.receive())
 
+    await begin_answers(context)
     await until_one_ends(to_gateway(), to_client())
 
 

@@ -21,7 +21,16 @@ from aoscore.common.errors import (
     NotSupportedError,
 )
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
-from aoscore.common.rpc import LazyChannel, Server, handler, open_channel, peer_name, rpc_errors, split_address
+from aoscore.common.rpc import (
+    LazyChannel,
+    Server,
+    begin_answers,
+    handler,
+    open_channel,
+    peer_name,
+    rpc_errors,
+    split_address,
+)
 from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
 from aoscore.common.types import CertInfo
 from tests.support.pki import TestCa
@@ -222,3 +231,24 @@ def test_addresses(text: str, parts: tuple[str, int]) -> None:
 def test_no_addresses(text: str) -> None:
     with pytest.raises(InvalidArgumentError):
         split_address(text)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_stream_ends_for_its_caller_though_its_writer_was_cancelled_in_its_first_write(turns: int) -> None:
+    async def serve(requests: AsyncIterator[bytes], context: Any) -> None:
+        await begin_answers(context)
+        writing = asyncio.ensure_future(context.write(b"x"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+    def add(server: grpc.aio.Server) -> None:
+        method = grpc.stream_stream_rpc_method_handler(serve)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("service", {"method": method}),))
+
+    one = Server("127.0.0.1:0", None, [add])
+    async with running(one), open_channel(f"127.0.0.1:{one.port}", None) as channel:
+        async with asyncio.timeout(10):
+            async for _ in channel.stream_stream("/service/method")():
+                pass
