@@ -17,8 +17,11 @@ _PREFIX: Final = "/blobs/sha256/"
 class BlobServer:
     """Where SMs get blobs. `address` is `fileServerUrl` of the configuration: host:port or a URL."""
 
-    def __init__(self, address: str, blob_path: Callable[[str], Path]) -> None:
-        """`blob_path` gives the file of a digest or raises NotFoundError."""
+    def __init__(self, address: str, blob_path: Callable[[str], Path], *, is_node: Callable[[str], bool]) -> None:
+        """`blob_path` gives the file of a digest or raises NotFoundError.
+
+        `is_node` tells whether an IP address is one of a node of the Unit; only those are served, and this machine.
+        """
         url = address if "://" in address else f"http://{address}"
         parts = urlsplit(url)
         try:
@@ -30,7 +33,7 @@ class BlobServer:
         self._base = f"http://{parts.netloc}{parts.path.rstrip('/')}" if parts.hostname else f"http://localhost:{port}"
         self._blob_path = blob_path
         # On all interfaces: the nodes of a Unit reach the Main Node through different ones.
-        self.server = FileServer(f":{port}", self._resolve)
+        self.server = FileServer(f":{port}", self._resolve, allow=is_node)
 
     def url(self, digest: str) -> str:
         """URL of a blob that is here. Raises NotFoundError."""

@@ -13,7 +13,7 @@ import h11
 
 from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError
-from aoscore.common.rpc import split_address
+from aoscore.common.rpc import plain_ip, split_address
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ class FileServer:
     """Serves the files that `resolve` names.
 
     `resolve(url_path)` gives the file for a path, or None or an AosError for "not found": it decides what is
-    reachable, the server itself opens nothing else. `allow(peer_host)` can refuse peers. `port` is bound once
-    started.
+    reachable, the server itself opens nothing else. `allow(ip)` can refuse peers on other machines. `port` is bound
+    once started.
     """
 
     def __init__(
@@ -71,11 +71,12 @@ class FileServer:
         try:
             with log_and_continue(_log, "File server connection ended"), contextlib.suppress(ConnectionError):
                 async with self._slots:
-                    peer = writer.get_extra_info("peername")
-                    if self._allow(peer[0]):
-                        await self._serve(reader, writer)
-                    else:
-                        _log.warning("File server refuses peer: address=%s", peer[0])
+                    peer, here = (plain_ip(writer.get_extra_info(end)[0]) for end in ("peername", "sockname"))
+                    # Who is on this machine comes from the address that he asks.
+                    allowed = peer == here or self._allow(peer)
+                    if not allowed:
+                        _log.warning("File server refuses peer: address=%s", peer)
+                    await self._serve(reader, writer, allowed)
         except asyncio.CancelledError:
             # Only run() cancels us, when the server stops.
             writer.transport.abort()
@@ -83,7 +84,7 @@ class FileServer:
             self._tasks.discard(task)
             writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, allowed: bool) -> None:
         connection = h11.Connection(h11.SERVER)
         while True:
             try:
@@ -92,6 +93,9 @@ class FileServer:
             except (TimeoutError, h11.RemoteProtocolError):
                 return
             if request is None:
+                return
+            if not allowed:
+                _head(connection, writer, HTTPStatus.FORBIDDEN, [("Content-Length", "0"), ("Connection", "close")])
                 return
             await self._answer(connection, writer, request)
             if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import ipaddress
 import logging
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -151,6 +153,25 @@ def peer_address(context: Any) -> str:
     """The address of the caller of a service method, as gRPC writes it: `ipv4:10.0.0.1:4711`."""
     relayed = _relayed(context)
     return str(context.peer()) if relayed is None else relayed.address
+
+
+def peer_host(context: Any) -> str:
+    """The IP address of the caller of a service method, empty for one that comes otherwise."""
+    kind, _, address = unquote(peer_address(context)).partition(":")
+    return plain_ip(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else ""
+
+
+def plain_ip(text: str) -> str:
+    """An IP address in the one form that can be compared: IPv4 also when it came to a socket of IPv6.
+
+    Raises InvalidArgumentError.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise InvalidArgumentError(f"{text!r} is no IP address") from None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)
 
 
 def _relayed(context: Any) -> "RelayedPeer | None":

@@ -58,14 +58,17 @@ def test_to_the_end_again_and_down(directory: Path) -> None:
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("after_s", [0.3, 2.5, 5.0, 7.5])
+@pytest.mark.parametrize("after_s", [0.0, 2.0, 4.5, 7.0])
 def test_interrupt_is_clean_at_any_moment(directory: Path, after_s: float) -> None:
     process = subprocess.Popen(
         command(directory, "up"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    assert process.stdout is not None
+    # Before its first word the interpreter itself may still be starting.
+    first = process.stdout.readline()
     time.sleep(after_s)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output = first + process.communicate(timeout=60)[0]
     assert process.returncode in (0, 130), output
     assert "Traceback" not in output
     if process.returncode == 130:

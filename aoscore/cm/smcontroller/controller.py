@@ -17,7 +17,7 @@ from aoscore.common import convert
 from aoscore.common.aio import Broadcast, log_and_continue
 from aoscore.common.errors import AosError, InvalidArgumentError, NotFoundError
 from aoscore.common.log import kv
-from aoscore.common.rpc import Server, begin_answers, handler
+from aoscore.common.rpc import Server, begin_answers, handler, peer_host
 from aoscore.common.tls import ServerTls
 from aoscore.common.types import (
     InstanceIdent,
@@ -77,6 +77,7 @@ class SmController:
         self._receivers = receivers
         self._streams: set[SmLink] = set()
         self._nodes: dict[str, SmLink] = {}
+        self._hosts: dict[str, str] = {}
         servicer = _SmService(self, blob_url)
         self._server = Server(
             _listen_address(address),
@@ -139,6 +140,10 @@ class SmController:
         )
         return convert.node_config_status_from_pb(reply)
 
+    def is_node(self, ip: str) -> bool:
+        """Whether the SM of a node has come from an IP address, the last time that it did."""
+        return ip in self._hosts.values()
+
     def _link(self, node_id: str) -> SmLink:
         try:
             return self._nodes[node_id]
@@ -188,6 +193,7 @@ class SmController:
                     _log.error(kv("SM is refused", nodeID=frame.sm_info.node_id, error=error))
                     link.close()
                     return
+                self._hosts[frame.sm_info.node_id] = peer_host(context)
             with log_and_continue(_log, f"Can't handle {kind} of {link.name}"):
                 await self._receive(link, kind, frame)
 

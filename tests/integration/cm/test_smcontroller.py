@@ -34,7 +34,7 @@ from aoscore.common.types import (
     SystemQuotaAlert,
 )
 from tests.support.pki import TestCa
-from tests.support.running import running
+from tests.support.running import running, until
 from tests.support.sm import TestSm
 from tests.unit.cm.fakes import FakeLink
 
@@ -145,6 +145,14 @@ async def test_registration_as_recorded(bed: Bed) -> None:
         await sm.wait(lambda one: one.received)
         assert sm.received[0].connection_status.cloud_status == pb.CONNECTED
     assert await bed.heard.get("lost") == ["n1"]
+
+
+async def test_where_an_sm_has_come_from_is_a_node_of_the_unit_also_while_it_is_away(bed: Bed) -> None:
+    assert not bed.controller.is_node("127.0.0.1")
+    async with bed.sm().connected(bed.port, bed.identity()):
+        await until(lambda: bed.controller.is_node("127.0.0.1"))
+    assert bed.controller.is_node("127.0.0.1")
+    assert not bed.controller.is_node("127.0.0.2")
 
 
 async def test_cloud_state_goes_to_every_sm(bed: Bed) -> None:
@@ -362,3 +370,4 @@ async def test_a_stranger_is_refused_on_every_way(bed: Bed) -> None:
             ):
                 pass
     assert not [frame for frame in sm.received if not frame.HasField("connection_status")]
+    assert not bed.controller.is_node("127.0.0.1")

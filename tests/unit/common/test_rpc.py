@@ -27,7 +27,9 @@ from aoscore.common.rpc import (
     begin_answers,
     handler,
     open_channel,
+    peer_host,
     peer_name,
+    plain_ip,
     rpc_errors,
     split_address,
 )
@@ -252,3 +254,26 @@ async def test_a_stream_ends_for_its_caller_though_its_writer_was_cancelled_in_i
         async with asyncio.timeout(10):
             async for _ in channel.stream_stream("/service/method")():
                 pass
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:10.0.0.2:4711", "10.0.0.2"),
+        ("ipv6:%5B::1%5D:4711", "::1"),
+        ("ipv6:[::ffff:10.0.0.2]:4711", "10.0.0.2"),
+        ("unix:/run/x", ""),
+        ("unix:", ""),
+    ],
+)
+def test_host_of_a_caller(peer: str, host: str) -> None:
+    class Context:
+        def peer(self) -> str:
+            return peer
+
+    assert peer_host(Context()) == host
+
+
+def test_what_is_no_ip_address() -> None:
+    with pytest.raises(InvalidArgumentError, match="'main' is no IP"):
+        plain_ip("main")
