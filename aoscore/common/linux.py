@@ -45,6 +45,15 @@ def umount(target: Path, flags: int = 0) -> None:
     _check(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
 
 
+def syncfs(path: Path) -> None:
+    """syncfs(2): all of the file system of `path` that is not on its disk yet goes there."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.syncfs(fd), f"write the file system of {path} to its disk")
+    finally:
+        os.close(fd)
+
+
 def unshare(flags: int) -> None:
     """unshare(2) for the calling thread."""
     _check(_libc.unshare(flags), f"unshare {flags:#x}")

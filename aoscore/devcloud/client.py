@@ -4,7 +4,7 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,17 @@ class AdminClient:
             raise FailedError(answer["error"])
         return answer["result"]
 
-    def watch(self, unit: str | None = None) -> Iterator[dict[str, Any]]:
-        """Events from now on, of one Unit (system id) or of all, until the cloud stops."""
-        connection = _UnixConnection(self._directory, None)
+    def watch(
+        self, unit: str | None = None, *, timeout_s: float | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """Events from now on, of one Unit (system id) or of all, until the cloud stops.
+
+        Raises TimeoutError when there is none for `timeout_s`, without it never.
+        """
+        connection = _UnixConnection(self._directory, timeout_s)
         response = self._request(connection, "watch", {"unit": unit})
 
-        def events() -> Iterator[dict[str, Any]]:
+        def events() -> Generator[dict[str, Any], None, None]:
             try:
                 while line := response.readline():
                     yield json.loads(line)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -84,9 +84,27 @@ def _block_algorithm(text: str) -> _Algorithm:
     return _Algorithm(_KEY_BYTES[cipher], mode)
 
 
-def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
+class _HashingWriter:
+    """Writes and hashes in one pass."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hasher = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._hasher.update(data)
+        self._file.write(data)
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return f"sha256:{self._hasher.hexdigest()}"
+
+
+def decrypt(source: Path, target: Path, info: DecryptInfo) -> str:
     """Decrypts a file into a new one: AES-CBC, or AES-GCM with the tag at the end (cloud-protocol D10, cloud-rest).
 
+    Returns the digest of what was written.
     Raises NotSupportedError for an unknown algorithm, InvalidArgumentError for a key or IV of the wrong length,
     ChecksumError when the file is not what this key decrypts (cut, damaged, or another key).
     """
@@ -94,7 +112,8 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
     if len(info.block_key) != algorithm.key_bytes:
         raise InvalidArgumentError(f"key for {info.block_alg} has {len(info.block_key)} bytes")
     size = source.stat().st_size
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb") as reader, target.open("wb") as file:
+        writer = _HashingWriter(file)
         if algorithm.mode == "GCM":
             # Layers that were encrypted when their item was built begin with the IV, and nobody else may know it.
             head = reader.read(_GCM_IV_BYTES)
@@ -117,7 +136,7 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
                 writer.write(cipher.finalize())
             except InvalidTag:
                 raise ChecksumError(f"blob {source.name} can't be decrypted: wrong key or damaged") from None
-            return
+            return writer.digest
         if len(info.block_iv) != _BLOCK_BYTES:
             raise InvalidArgumentError(f"IV for {info.block_alg} has {len(info.block_iv)} bytes")
         if size == 0 or size % _BLOCK_BYTES:
@@ -131,6 +150,7 @@ def decrypt(source: Path, target: Path, info: DecryptInfo) -> None:
             writer.write(unpadder.update(plain.finalize()) + unpadder.finalize())
         except ValueError:
             raise ChecksumError(f"blob {source.name} can't be decrypted: wrong key or damaged") from None
+        return writer.digest
 
 
 class Signers:

@@ -316,9 +316,9 @@ class Fetcher:
         # Imports on use, here and below: most of the time nothing is downloaded.
         from aoscore.cm.imagemanager.crypto import check_transfer
 
-        await self._worker.run(check_transfer, partial, info.sha256)
         same_disk = partial.stat().st_dev == self.settings.unpack_dir.stat().st_dev
         if info.decrypt_info is None and same_disk:
+            await self._worker.run(check_transfer, partial, info.sha256)
             await self._worker.run(self._check_and_adopt, partial, info, signers)
             return
         size = partial.stat().st_size
@@ -326,16 +326,25 @@ class Fetcher:
         target = self.settings.unpack_dir / partial.name
         with self._space.held(reservation):
             try:
-                await self._worker.run(_unpack, partial, target, info)
-                await self._worker.run(self._check_and_adopt, target, info, signers)
+                # Side by side, since each takes as long as the other.
+                checked, actual = await asyncio.gather(
+                    self._worker.run(check_transfer, partial, info.sha256),
+                    self._worker.run(_unpack, partial, target, info),
+                    return_exceptions=True,
+                )
+                if isinstance(checked, BaseException):
+                    raise checked
+                if isinstance(actual, BaseException):
+                    raise actual
+                await self._worker.run(self._check_and_adopt, target, info, signers, actual)
             finally:
                 target.unlink(missing_ok=True)
         partial.unlink(missing_ok=True)
 
-    def _check_and_adopt(self, path: Path, info: BlobInfo, signers: Signers) -> None:
+    def _check_and_adopt(self, path: Path, info: BlobInfo, signers: Signers, actual: str = "") -> None:
         if info.sign_info is not None:
             signers.verify(path, info.digest, info.sign_info, now=datetime.now(UTC))
-        self._store.adopt(path, info.digest)
+        self._store.adopt(path, info.digest, actual=actual)
 
     def _tell(
         self, info: BlobInfo, url: str, received_bytes: int, state: DownloadState, error: AosError | None = None
@@ -354,10 +363,11 @@ class Fetcher:
         )
 
 
-def _unpack(source: Path, target: Path, info: BlobInfo) -> None:
+def _unpack(source: Path, target: Path, info: BlobInfo) -> str:
+    """The digest of what was written; empty when it was not taken."""
     if info.decrypt_info is not None:
         from aoscore.cm.imagemanager.crypto import decrypt
 
-        decrypt(source, target, info.decrypt_info)
-        return
+        return decrypt(source, target, info.decrypt_info)
     shutil.copyfile(source, target)
+    return ""

@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 STEP_ATTEMPTS: Final = 5
 RETRY_GROWTH: Final = 30.0
 _RECHECK_S: Final = 1.0
-_GATHER_S: Final = 0.1
+# How long it looks at nothing after it has looked at all instances.
+_REST_PER_LOOK: Final = 10.0
 
 
 class Images(Protocol):
@@ -503,6 +504,7 @@ class UpdateManager:
             return Outcome.GO_BACK
         with self._launcher.changed.subscribe() as changes:
             while True:
+                look_began = loop.time()
                 items = self._images.statuses()
                 verdict = plan.judge(
                     plan.requests_of_part(part, plan.run_requests(desired, items), ()),
@@ -513,11 +515,12 @@ class UpdateManager:
                 )
                 if verdict.settled:
                     break
+                rest_s = _REST_PER_LOOK * (loop.time() - look_began)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_RECHECK_S):
                         await changes.get()
-                        # Many come at once: one look at all instances for all of them.
-                        await asyncio.sleep(_GATHER_S)
+                        # Many come at once, and with thousands of instances a look is long.
+                        await asyncio.sleep(rest_s)
                 while not changes.empty():
                     changes.get_nowait()
         broken = plan.versions_to_give_up(verdict.failed, items)

@@ -15,9 +15,11 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aoscore._speedups.unpack import Code, Compression, Owners, UnpackError, UnpackResult, unpack_layer
+from aoscore.common import linux
 from aoscore.common.blobstore import BlobStore, check_digest
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NoSpaceError, NotFoundError, RuntimeFailure
 from aoscore.common.files import fsync_dir, remove_tree, write_atomic
@@ -122,8 +124,10 @@ class ImageStore:
                 raise ChecksumError(f"layer blob {digest} is damaged: its content is {result.blob_digest}")
             if result.diff_id != diff_id:
                 raise ChecksumError(f"layer {digest} unpacks to {result.diff_id}, its image says {diff_id}")
-            write_atomic(staging / "digest", tree_digest(tree).encode())
-            write_atomic(staging / "size", str(result.size_bytes).encode())
+            with _file_errors(digest):
+                write_atomic(staging / "digest", _synced_digest(tree).encode(), durable=False)
+                write_atomic(staging / "size", str(result.size_bytes).encode(), durable=False)
+                linux.syncfs(staging)
             self._publish(staging, diff_id)
         finally:
             remove_tree(staging)
@@ -210,8 +214,6 @@ class ImageStore:
         if target.exists():
             # A damaged or unlinked tree; a running instance keeps the files it has open until it is restarted.
             target.rename(staging / "old")
-        for directory in (staging / "layer", staging):
-            fsync_dir(directory)
         staging.rename(target)
         fsync_dir(self._layers)
         remove_tree(target / "old")
@@ -229,24 +231,40 @@ def _unpack(
     """Unpack with errors in our terms."""
     try:
         compression = Compression.of_media_type(media_type)
-        return unpack_layer(
-            blob,
-            tree,
-            compression=compression,
-            max_unpacked_bytes=max_bytes,
-            max_members=max_members,
-            owners=owners,
-            sync=True,
-            progress=progress,
-        )
+        with _file_errors(blob.name):
+            return unpack_layer(
+                blob,
+                tree,
+                compression=compression,
+                max_unpacked_bytes=max_bytes,
+                max_members=max_members,
+                owners=owners,
+                progress=progress,
+            )
     except UnpackError as error:
         if error.code is Code.MEMBER_LIMIT and max_members < MAX_LAYER_MEMBERS:
             raise NoSpaceError(f"layer {blob.name} has more than {max_members} files, half of what fit") from error
         raise InvalidArgumentError(f"layer {blob.name} can't be unpacked: {error}") from error
+
+
+@contextlib.contextmanager
+def _file_errors(layer: str) -> Iterator[None]:
+    """What the file system refuses, in our terms."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"no space left to unpack layer {blob.name}") from error
-        raise RuntimeFailure(f"can't unpack layer {blob.name}: {error}", error.errno or 0) from error
+            raise NoSpaceError(f"no space left to unpack layer {layer}") from error
+        raise RuntimeFailure(f"can't unpack layer {layer}: {error}", error.errno or 0) from error
+
+
+def _synced_digest(tree: Path) -> str:
+    """`tree_digest` of files that go to the disk meanwhile and are there in the end."""
+    with ThreadPoolExecutor(1) as disk:
+        writing = disk.submit(linux.syncfs, tree)
+        digest = tree_digest(tree)
+        writing.result()
+    return digest
 
 
 def tree_digest(tree: Path, *, follow_links: bool = False) -> str:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from aoscore.cm.communication.messages import CertificateChain, DecryptInfo, SigningCertificate
 from aoscore.cm.imagemanager.crypto import Signers, check_transfer, decrypt
+from aoscore.common.blobstore import file_digest
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotSupportedError, SignatureError
 from tests.support.images import CHAIN, Signer, encrypt
 from tests.support.items import sha256
@@ -35,8 +36,9 @@ def test_cbc(tmp_path: Path, name: str, key_bytes: int, size: int) -> None:
     key, iv = os.urandom(key_bytes), os.urandom(16)
     source = write(tmp_path, encrypt(DATA[:size], key, iv))
     for algorithm in (name, f"{name}/CBC", f"{name}/cbc/PKCS7PADDING"):
-        decrypt(source, tmp_path / "plain", DecryptInfo(block_alg=algorithm, block_iv=iv, block_key=key))
+        digest = decrypt(source, tmp_path / "plain", DecryptInfo(block_alg=algorithm, block_iv=iv, block_key=key))
         assert (tmp_path / "plain").read_bytes() == DATA[:size]
+        assert digest == file_digest(tmp_path / "plain")
 
 
 def test_gcm(tmp_path: Path) -> None:
@@ -44,8 +46,9 @@ def test_gcm(tmp_path: Path) -> None:
     cipher = Cipher(algorithms.AES(key), modes.GCM(iv)).encryptor()
     sealed = cipher.update(DATA) + cipher.finalize() + cipher.tag
     info = DecryptInfo(block_alg="AES256/GCM/", block_iv=iv, block_key=key)
-    decrypt(write(tmp_path, sealed), tmp_path / "plain", info)
+    digest = decrypt(write(tmp_path, sealed), tmp_path / "plain", info)
     assert (tmp_path / "plain").read_bytes() == DATA
+    assert digest == file_digest(tmp_path / "plain")
     for broken in (sealed[:-1], b"x" + sealed[1:], sealed[:10]):
         with pytest.raises((ChecksumError, InvalidArgumentError)):
             decrypt(write(tmp_path, broken), tmp_path / "plain", info)
@@ -58,8 +61,9 @@ def test_gcm_of_a_layer_that_begins_with_its_iv(tmp_path: Path, told: bool) -> N
     cipher = Cipher(algorithms.AES(key), modes.GCM(iv)).encryptor()
     sealed = iv + cipher.update(DATA) + cipher.finalize() + cipher.tag
     info = DecryptInfo(block_alg="AES256/GCM", block_iv=iv if told else b"", block_key=key)
-    decrypt(write(tmp_path, sealed), tmp_path / "plain", info)
+    digest = decrypt(write(tmp_path, sealed), tmp_path / "plain", info)
     assert (tmp_path / "plain").read_bytes() == DATA
+    assert digest == file_digest(tmp_path / "plain")
     for broken in (sealed[:-1], b"x" + sealed[1:], sealed[:27], b""):
         with pytest.raises((ChecksumError, InvalidArgumentError)):
             decrypt(write(tmp_path, broken), tmp_path / "plain", info)
