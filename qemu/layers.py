@@ -29,6 +29,7 @@ _RUN = (
         "procps",
         "busybox-static",
         "openssl",
+        "libisal2",
     ),
     *("linux-image-cloud-amd64", "initramfs-tools", "zstd", "ca-certificates"),
     *("nftables", "dnsmasq-base", "crun", "conmon", "python3", "python3-venv", "python3-systemd"),
@@ -36,7 +37,7 @@ _RUN = (
     *("e2fsprogs", "quota", "cryptsetup-bin", "lvm2", "nfs-kernel-server", "nfs-common", "rpcbind"),
 )
 # Builds the extensions; a guest does not have it.
-_BUILD = ("python3-dev", "gcc", "libc6-dev", "libssl-dev", "libzstd-dev", "zlib1g-dev")
+_BUILD = ("python3-dev", "gcc", "libc6-dev", "libisal-dev", "libssl-dev", "libzstd-dev", "zlib1g-dev")
 # Debian's package takes the place of the one that would have to be compiled.
 _FROM_DEBIAN = ("systemd-python",)
 _COMPONENTS = ("cm", "sm", "iam", "mp")

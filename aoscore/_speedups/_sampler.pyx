@@ -120,9 +120,13 @@ V1_SOURCES[4] = Source(
 NODE_NAMES = ("stat", "meminfo", "net/dev")
 
 
-cdef int read_all(int fd, Buffer *buffer) noexcept nogil:
-    """Whole file into the buffer, NUL-terminated; errno on failure, else 0."""
+cdef int read_all(int fd, Buffer *buffer, bint at_once) noexcept nogil:
+    """Whole file into the buffer, NUL-terminated; errno on failure, else 0.
+
+    at_once: the kernel makes the whole text for one read, as for every file of a cgroup, so a short one is the end.
+    """
     cdef ssize_t got
+    cdef size_t room
     cdef char *larger
     buffer.used = 0
     while True:
@@ -132,13 +136,14 @@ cdef int read_all(int fd, Buffer *buffer) noexcept nogil:
                 return ENOMEM
             buffer.data = larger
             buffer.size = buffer.size * 2 + FIRST_BUFFER_BYTES
-        got = pread(fd, buffer.data + buffer.used, buffer.size - buffer.used - 1, <off_t>buffer.used)
+        room = buffer.size - buffer.used - 1
+        got = pread(fd, buffer.data + buffer.used, room, <off_t>buffer.used)
         if got < 0:
             return errno
-        if got == 0:
+        buffer.used += <size_t>got
+        if got == 0 or (at_once and <size_t>got < room):
             buffer.data[buffer.used] = 0
             return 0
-        buffer.used += got
 
 
 cdef int64_t leading_number(const char *text) noexcept nogil:
@@ -359,7 +364,7 @@ cdef class Sampler:
                 failure = errno
                 raise SampleError(failure, os.strerror(failure), self.node_path(index))
         with nogil:
-            failure = read_all(self.node_fds[index], &self.buffer)
+            failure = read_all(self.node_fds[index], &self.buffer, False)
         if failure:
             raise SampleError(failure, os.strerror(failure), self.node_path(index))
         return self.buffer.data
@@ -460,18 +465,11 @@ cdef class Sampler:
     # -- instances
 
     cdef void look(self, Instance *one) noexcept nogil:
-        cdef c_stat status
         cdef int attempt, index
         # Twice: the first look may meet the files of a cgroup that was removed and made anew since the last sample.
         for attempt in range(2):
-            if not self.identify(one, &status):
+            if not self.find(one):
                 break
-            if not one.found or status.st_dev != one.device or status.st_ino != one.inode:
-                self.close_files(one)
-                one.found = True
-                one.device = status.st_dev
-                one.inode = status.st_ino
-                one.generation += 1
             if self.read_counters(one):
                 one.gone = False
                 return
@@ -482,6 +480,23 @@ cdef class Sampler:
         one.gone = True
         for index in range(COUNTERS):
             one.counters[index] = ABSENT
+
+    cdef bint find(self, Instance *one) noexcept nogil:
+        """Whether there is the cgroup, and whether it is still the same."""
+        cdef c_stat status
+        cdef int index
+        # The kept files of a removed cgroup say so when they are read.
+        for index in range(SOURCES):
+            if one.kept[index] != NO_FILE:
+                return True
+        if not self.identify(one, &status):
+            return False
+        if not one.found or status.st_dev != one.device or status.st_ino != one.inode:
+            one.found = True
+            one.device = status.st_dev
+            one.inode = status.st_ino
+            one.generation += 1
+        return True
 
     cdef bint identify(self, Instance *one, c_stat *status) noexcept nogil:
         cdef char path[PATH_BYTES]
@@ -538,13 +553,13 @@ cdef class Sampler:
         cdef int failure
         cdef Source *source = &self.sources[index]
         if fd != NO_FILE:
-            return read_all(fd, &self.buffer)
+            return read_all(fd, &self.buffer, True)
         if not self.place(path, source.group, one.cgroup, source.name):
             return ENOMEM
         fd = open(path, O_RDONLY | O_CLOEXEC)
         if fd < 0:
             return errno
-        failure = read_all(fd, &self.buffer)
+        failure = read_all(fd, &self.buffer, True)
         if self.kept_files < self.max_kept:
             one.kept[index] = fd
             self.kept_files += 1

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """One pass over a layer blob, from compressed bytes to files, without the interpreter lock.
 
-What it does and why is documented in the plain twin, ``_plain/unpack.py``: both make the same checks in the same order. Two
+What it does and why is documented in the plain twin, ``_plain/unpack.py``: both make the same checks in the same order. Three
 threads share the work (see ``_unpack_feed.pxi``); headers are parsed in ``_unpack_header.pxi``; this file makes the tree.
 
 Methods without the lock return 0 (or a descriptor, or a pointer) when all is well; otherwise -1 (NULL) with `fault` set to a
@@ -11,7 +11,7 @@ reason of unpack_types.Code, `error` set to an errno, or `raised` set to an exce
 from libc.errno cimport EEXIST, EINTR, ELOOP, ENOENT, ENOMEM, ENOSYS, ENOTDIR, EPERM, errno
 from libc.limits cimport LLONG_MAX
 from libc.stdlib cimport free, malloc, qsort, realloc
-from libc.string cimport memchr, memcmp, memcpy, memset, strcmp, strdup, strlen
+from libc.string cimport memchr, memcmp, memcpy, memset, strcmp, strlen
 from posix.types cimport dev_t, gid_t, mode_t, off_t, uid_t
 from posix.unistd cimport close, fchown, ftruncate, pread, pwrite
 
@@ -68,6 +68,8 @@ cdef extern from *:
         long tv_nsec
     struct file_status "stat":
         mode_t st_mode
+        uid_t st_uid
+        gid_t st_gid
         dev_t st_rdev
     int open_beneath(int directory, const char *path, int flags) nogil
     int openat(int directory, const char *path, int flags, ...) nogil
@@ -76,6 +78,7 @@ cdef extern from *:
     int linkat(int old_directory, const char *old_path, int new_directory, const char *new_path, int flags) nogil
     int symlinkat(const char *target, int directory, const char *path) nogil
     int mknodat(int directory, const char *path, mode_t mode, dev_t device) nogil
+    int fstat(int fd, file_status *found) nogil
     int fstatat(int directory, const char *path, file_status *found, int flags) nogil
     int fchmod(int fd, mode_t mode) nogil
     int fchmodat(int directory, const char *path, mode_t mode, int flags) nogil
@@ -128,12 +131,21 @@ cdef enum:
     MEMBER_LIMIT = 51
     HEADER_LIMIT = 52
     EXTENT_LIMIT = 53
+    DIRECTORY_LIMIT = 54
+    WINDOW_LIMIT = 55
 
+include "_unpack_inflate.pxi"
 include "_unpack_feed.pxi"
 include "_unpack_header.pxi"
 
+INFLATED_BY = INFLATER.decode()  # name of the library
+
 cdef enum:
     PROGRESS_BYTES = 1 << 20
+    # What is left of 32 MiB for directories when all else is at its limit: less beside a window of zstd.
+    MAX_DIRECTORY_BYTES = 20 << 20
+    MAX_DIRECTORY_BYTES_ZSTD = 5 << 20
+    DIRECTORY_BYTES = 64  # with all that comes to its path
     OWNERS_ARCHIVE = 0
     OWNERS_ROOT = 1
     OWNERS_PROCESS = 2
@@ -158,12 +170,12 @@ cdef struct Member:
     timespec times[2]
     size_t base  # where the last part of the path starts
 
-# Modes and times of directories wait until nothing is written into them any more
+# Modes and times of directories wait until nothing is written into them any more. The path follows in memory.
 cdef struct Directory:
-    char *path
-    size_t index
+    Directory *earlier
+    timespec time
+    unsigned int index
     mode_t mode
-    timespec times[2]
 
 cdef struct Counts:
     unsigned long long size_bytes
@@ -185,11 +197,15 @@ cdef enum Kind:
     MAKE_NODE
 
 
+cdef inline char *directory_path(Directory *one) noexcept nogil:
+    return <char *>(one + 1)
+
+
 cdef int deeper_first(const void *left, const void *right) noexcept nogil:
     """Order of directories: below before above, and of several entries for one path the last one first."""
-    cdef const Directory *a = <const Directory *>left
-    cdef const Directory *b = <const Directory *>right
-    cdef int order = strcmp(b.path, a.path)
+    cdef Directory *a = (<Directory **>left)[0]
+    cdef Directory *b = (<Directory **>right)[0]
+    cdef int order = strcmp(directory_path(b), directory_path(a))
     if order:
         return order
     return (b.index > a.index) - (b.index < a.index)
@@ -200,7 +216,6 @@ cdef class Unpacker:
     cdef bint feed_opened
     cdef Slot *slot
     cdef size_t at  # in the slot
-    cdef EVP_MD_CTX *digest  # of the tar stream
     cdef unsigned long long position  # of the next tar byte
     cdef unsigned long long next_report
 
@@ -245,35 +260,35 @@ cdef class Unpacker:
     cdef int parent_fd
     cdef char parent_path[MAX_NAME + 1]
     cdef size_t parent_size
-    cdef Directory *directories
+    cdef Directory *last_directory
     cdef size_t directory_count
-    cdef size_t directory_room
+    cdef size_t directory_bytes
+    cdef size_t max_directory_bytes
     cdef Counts counts
 
     def __cinit__(self):
         self.parent_fd = -1
-        self.digest = EVP_MD_CTX_new()
-        if self.digest == NULL or not EVP_DigestInit_ex(self.digest, EVP_sha256(), NULL):
-            raise MemoryError("libcrypto could not start a digest")
 
     def __dealloc__(self):
         cdef size_t index
+        cdef Directory *one
         if self.feed_opened:
             feed_close(&self.feed)
         if self.parent_fd >= 0:
             close(self.parent_fd)
-        EVP_MD_CTX_free(self.digest)
         for index in range(3):
             free(self.extended_data[index])
-        for index in range(self.directory_count):
-            free(self.directories[index].path)
-        free(self.directories)
+        while self.last_directory != NULL:
+            one = self.last_directory
+            self.last_directory = one.earlier
+            free(one)
         free(self.extents.items)
         free(self.attributes.items)
 
     cdef object run(self, int blob_fd, int packing, unsigned long long blob_bytes):
         cdef int result
         self.next_report = PROGRESS_BYTES
+        self.max_directory_bytes = MAX_DIRECTORY_BYTES_ZSTD if packing == PACKED_ZSTD else MAX_DIRECTORY_BYTES
         self.feed_opened = True
         with nogil:
             self.error = feed_open(&self.feed, blob_fd, packing)
@@ -334,9 +349,6 @@ cdef class Unpacker:
                     return -1
                 return 0
             if self.slot.used:
-                # An unpacked blob is its own tar stream.
-                if self.feed.packing != PACKED_NONE:
-                    EVP_DigestUpdate(self.digest, self.slot.data, self.slot.used)
                 return 1
 
     cdef int report(self) noexcept nogil:
@@ -776,7 +788,7 @@ cdef class Unpacker:
         parent = self.open_parent()
         if parent < 0:
             return -1
-        fd = self.make_entry(MAKE_FILE, parent, self.path + member.base, -1, NULL, 0)
+        fd = self.make_entry(MAKE_FILE, parent, self.path + member.base, -1, NULL, member.mode & 0o777)
         if fd < 0:
             return -1
         result = self.fill_file(fd)
@@ -791,6 +803,7 @@ cdef class Unpacker:
 
     cdef int fill_file(self, int fd) noexcept nogil:
         cdef Member *member = &self.member
+        cdef file_status found
         cdef size_t index
         if not member.sparse:
             if self.write_data(fd, 0, member.size) < 0:
@@ -803,9 +816,13 @@ cdef class Unpacker:
                     return -1
             if ftruncate(fd, <off_t>member.real_size) != 0:
                 return self.fail()
-        if self.owners != OWNERS_PROCESS and fchown(fd, member.owner, member.group) != 0:
+        # A look costs a tenth of a change that the file system keeps a journal of, and most files are right as they were made.
+        if fstat(fd, &found) != 0:
             return self.fail()
-        if fchmod(fd, member.mode) != 0:
+        if self.owners != OWNERS_PROCESS and (found.st_uid != member.owner or found.st_gid != member.group):
+            if fchown(fd, member.owner, member.group) != 0:
+                return self.fail()
+        if (found.st_mode & 0o7777) != member.mode and fchmod(fd, member.mode) != 0:
             return self.fail()
         if self.apply_attributes(fd, True) < 0:
             return -1
@@ -847,7 +864,7 @@ cdef class Unpacker:
             return -1
         if self.owners != OWNERS_PROCESS and fchown(fd, member.owner, member.group) != 0:
             result = self.fail()
-        if result < 0 or self.apply_attributes(fd, False) < 0 or self.remember_directory() < 0:
+        if result < 0 or self.apply_attributes(fd, False) < 0 or self.remember_directory(size) < 0:
             close(fd)
             return -1
         self.counts.directories += 1
@@ -855,25 +872,21 @@ cdef class Unpacker:
         self.set_parent(fd, self.path, size)
         return 0
 
-    cdef int remember_directory(self) noexcept nogil:
-        cdef Directory *larger
+    cdef int remember_directory(self, size_t size) noexcept nogil:
         cdef Directory *one
-        if self.directory_count == self.directory_room:
-            larger = <Directory *>realloc(self.directories, (self.directory_room * 2 + 64) * sizeof(Directory))
-            if larger == NULL:
-                self.error = ENOMEM
-                return -1
-            self.directories = larger
-            self.directory_room = self.directory_room * 2 + 64
-        one = &self.directories[self.directory_count]
-        one.path = strdup(self.path)
-        if one.path == NULL:
+        self.directory_bytes += DIRECTORY_BYTES + size
+        if self.directory_bytes > self.max_directory_bytes:
+            return self.refuse(DIRECTORY_LIMIT)
+        one = <Directory *>malloc(sizeof(Directory) + size + 1)
+        if one == NULL:
             self.error = ENOMEM
             return -1
+        memcpy(directory_path(one), self.path, size + 1)
+        one.earlier = self.last_directory
         one.index = self.directory_count
         one.mode = self.member.mode
-        one.times[0] = self.member.times[0]
-        one.times[1] = self.member.times[1]
+        one.time = self.member.times[1]
+        self.last_directory = one
         self.directory_count += 1
         return 0
 
@@ -1061,7 +1074,7 @@ cdef class Unpacker:
     ) noexcept nogil:
         if kind == MAKE_FILE:
             return openat(
-                parent, base, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, <mode_t>0o600
+                parent, base, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, form
             )
         if kind == MAKE_SYMLINK:
             return symlinkat(target, parent, base)
@@ -1212,29 +1225,47 @@ cdef class Unpacker:
 
     cdef int finish_directories(self) noexcept nogil:
         # Deepest first: a directory that gets a mode without rights for us is not passed any more.
+        cdef Directory **sorted
+        cdef Directory *one = self.last_directory
         cdef size_t index
-        cdef Directory *one
-        cdef int fd, result
-        qsort(self.directories, self.directory_count, sizeof(Directory), deeper_first)
+        cdef int result = 0
+        if self.directory_count == 0:
+            return 0
+        sorted = <Directory **>malloc(self.directory_count * sizeof(Directory *))
+        if sorted == NULL:
+            self.error = ENOMEM
+            return -1
         for index in range(self.directory_count):
-            one = &self.directories[index]
-            if index and strcmp(one.path, self.directories[index - 1].path) == 0:
+            sorted[index] = one
+            one = one.earlier
+        qsort(sorted, self.directory_count, sizeof(Directory *), deeper_first)
+        for index in range(self.directory_count):
+            if index and strcmp(directory_path(sorted[index]), directory_path(sorted[index - 1])) == 0:
                 continue
-            if one.path[0]:
-                self.blame(one.path, strlen(one.path))
-            else:
-                self.blame(b".", 1)
-            fd = self.open_existing(one.path)
-            if fd < 0:
-                return -1
-            result = 0
-            if fchmod(fd, one.mode) != 0 or futimens(fd, one.times) != 0:
-                result = self.fail()
-            close(fd)
+            result = self.finish_directory(sorted[index])
             if result < 0:
-                return -1
-        self.member_known = False
-        return 0
+                break
+        free(sorted)
+        return result
+
+    cdef int finish_directory(self, Directory *one) noexcept nogil:
+        cdef char *path = directory_path(one)
+        cdef timespec times[2]
+        cdef int fd, result = 0
+        if path[0]:
+            self.blame(path, strlen(path))
+        else:
+            self.blame(b".", 1)
+        fd = self.open_existing(path)
+        if fd < 0:
+            return -1
+        times[0] = times[1] = one.time
+        if fchmod(fd, one.mode) != 0 or futimens(fd, times) != 0:
+            result = self.fail()
+        close(fd)
+        if result == 0:
+            self.member_known = False
+        return result
 
 
 cdef char *next_part(char *slash) noexcept nogil:
@@ -1322,7 +1353,7 @@ def unpack_layer(
     packed = unpacker.feed.packing != PACKED_NONE
     return UnpackResult(
         blob_digest=blob_digest,
-        diff_id=f"sha256:{finished_hex(unpacker.digest)}" if packed else blob_digest,
+        diff_id=f"sha256:{finished_hex(unpacker.feed.tar_digest)}" if packed else blob_digest,
         blob_bytes=unpacker.feed.blob_bytes,
         tar_bytes=unpacker.position,
         size_bytes=unpacker.counts.size_bytes,

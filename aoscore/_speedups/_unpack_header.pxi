@@ -6,7 +6,7 @@ cdef enum:
     MAX_COMPONENT = 255
     MAX_DEPTH = 256
     MAX_EXTENDED = 1 << 20
-    MAX_EXTENTS = 1 << 18
+    MAX_EXTENTS = 1 << 17
 
 cdef struct Text:
     char *data  # NULL: not there

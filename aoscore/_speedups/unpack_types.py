@@ -103,6 +103,8 @@ class Code(IntEnum):
     MEMBER_LIMIT = 51
     HEADER_LIMIT = 52
     EXTENT_LIMIT = 53
+    DIRECTORY_LIMIT = 54
+    WINDOW_LIMIT = 55
 
 
 _TEXTS = {
@@ -135,6 +137,8 @@ _TEXTS = {
     Code.MEMBER_LIMIT: "has more members than are allowed",
     Code.HEADER_LIMIT: "an extended header is too large",
     Code.EXTENT_LIMIT: "a sparse file has too many parts",
+    Code.DIRECTORY_LIMIT: "there are more directories than memory for them",
+    Code.WINDOW_LIMIT: "a larger window was packed with than there is memory for: pack without --long and --ultra",
 }
 
 

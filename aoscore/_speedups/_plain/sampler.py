@@ -166,13 +166,14 @@ class Sampler:
     def _instance(self, one: _Instance) -> InstanceSample:
         # Twice: the first look may meet the files of a cgroup that was removed and made anew since the last sample.
         for _attempt in range(2):
-            identity = self._identity(one.cgroup)
-            if identity is None:
-                break
-            if identity != one.identity:
-                self._close_files(one)
-                one.identity = identity
-                one.generation += 1
+            # The kept files of a removed cgroup say so when they are read.
+            if not one.kept:
+                identity = self._identity(one.cgroup)
+                if identity is None:
+                    break
+                if identity != one.identity:
+                    one.identity = identity
+                    one.generation += 1
             try:
                 return self._counters(one)
             except _Gone:

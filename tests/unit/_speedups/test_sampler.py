@@ -100,9 +100,10 @@ def real_cgroup() -> Iterator[tuple[str, str]]:
         (root / name).rmdir()
 
 
-def test_real_cgroup_that_goes_and_comes(sampler_class: Any, real_cgroup: tuple[str, str]) -> None:
+@pytest.mark.parametrize("kept", [0, 1, 768])
+def test_real_cgroup_that_goes_and_comes(sampler_class: Any, real_cgroup: tuple[str, str], kept: int) -> None:
     root, name = real_cgroup
-    with sampler_class(cgroup_root=root) as sampler:
+    with sampler_class(cgroup_root=root, max_kept_files=kept) as sampler:
         sampler.add("one", name)
         there = sampler.sample().instances["one"]
         assert (there.gone, there.generation) == (False, 1)
@@ -165,6 +166,7 @@ def test_counters_follow_the_kept_files(sampler_class: Any, tmp_path: Path) -> N
             (group / "memory.current").write_text(f"{value}\n")
             assert sampler.sample().instances["x"].memory_bytes == value
         group.rename(tmp_path / "v2" / "y")
+        sampler.close()  # the kept files are no real cgroup's: they would not say that it is gone
         assert sampler.sample().instances["x"].gone
         make_v2(tmp_path / "v2", "x", cpu_us=1)
         assert sampler.sample().instances["x"][:3] == (False, 2, 1000)

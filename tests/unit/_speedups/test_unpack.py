@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,11 +168,85 @@ def test_damaged_and_cut_streams(unpack: Unpack, compression: Compression) -> No
     assert refused(unpack, blob + b"garbage!", compression=compression).code is Code.STREAM_CORRUPT
 
 
-def test_window_of_zstd_is_bounded(unpack: Unpack) -> None:
-    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+def with_window(data: bytes, window_log: int) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    blob = compressor.compress(LAYER) + compressor.flush()
-    assert refused(unpack, blob, compression=Compression.ZSTD).code is Code.STREAM_CORRUPT
+    return compressor.compress(data) + compressor.flush()
+
+
+def test_window_of_zstd_is_bounded(unpack: Unpack) -> None:
+    assert unpack(with_window(LAYER, 24), compression=Compression.ZSTD).diff_id == sha256(LAYER)
+    error = refused(unpack, with_window(LAYER, 25), compression=Compression.ZSTD)
+    assert isinstance(error, LayerLimitError)
+    assert error.code is Code.WINDOW_LIMIT
+
+
+@pytest.mark.parametrize("split", [5, 12, 20, 25, 30, 40])
+def test_headers_of_gzip_in_pieces(unpack: Unpack, split: int) -> None:
+    """All that a header may have, cut by the end of what is read at once."""
+    flags = 0x02 | 0x04 | 0x08 | 0x10  # check sum, extra field, name, comment
+    head = bytes([0x1F, 0x8B, 8, flags]) + bytes(6) + b"\x06\0extra!" + b"name.tar\0" + b"a comment\0"
+    head += (zlib.crc32(head) & 0xFFFF).to_bytes(2, "little")
+    first, second = gzip.compress(LAYER[:700], 0), head + gzip.compress(LAYER[700:])[10:]
+    # Between them, an empty member with a name as long as it takes.
+    name = (1 << 17) - split - len(first) - 21
+    filler = bytes([0x1F, 0x8B, 8, 8]) + bytes(6) + b"n" * name + b"\0" + gzip.compress(b"")[10:]
+    assert len(first + filler) == (1 << 17) - split
+    blob = first + filler + second
+    assert unpack(blob, compression=Compression.GZIP).diff_id == sha256(LAYER)
+
+
+def test_reserved_flags_of_gzip(unpack: Unpack) -> None:
+    blob = bytearray(gzip.compress(LAYER))
+    blob[3] |= 0x20
+    assert refused(unpack, bytes(blob), compression=Compression.GZIP).code is Code.STREAM_CORRUPT
+
+
+_MEASURED = """
+import re, sys
+from pathlib import Path
+from aoscore._speedups import _unpack
+from aoscore._speedups.unpack_types import UnpackError
+
+def peak_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+blob, out, compression = sys.argv[1:]
+bare = peak_kib()
+try:
+    _unpack.unpack_layer(blob, out, compression=compression)
+    code = 0
+except UnpackError as error:
+    code = int(error.code)
+print(code, peak_kib() - bare)
+"""
+
+
+def greediest_layer(directories: int) -> Iterator[bytes]:
+    """All that takes memory at its limit: headers, attributes, maps, the names of directories."""
+    yield pax([(b"SCHILY.xattr.user.%x" % number, b"") for number in range(30_000)]) + symlink(b"attributes", b"t")
+    # Each of these stays until the next of its kind.
+    yield gnu_long(b"K", b"k" * ((1 << 20) - 2)) + gnu_long(b"L", b"long" + bytes((1 << 20) - 8)) + member(b"x", b"1")
+    extents = b",".join([b"0,0"] * ((1 << 17) - 1))
+    yield pax({b"GNU.sparse.size": b"0", b"GNU.sparse.map": extents}) + member(b"sparse")
+    deep = b"/".join([b"d" * 250] * 15)
+    for number in range(directories):
+        yield pax({b"path": deep + b"/%d" % number}) + directory(b"")
+    yield member(b"large", os.urandom(40 << 20)) + END
+
+
+@pytest.mark.parametrize(("compression", "directories"), [(Compression.GZIP, 5400), (Compression.ZSTD, 1350)])
+def test_memory_is_bounded_whatever_the_layer(tmp_path: Path, compression: Compression, directories: int) -> None:
+    (tmp_path / "out").mkdir()
+    for more, code in ((0, 0), (1000, Code.DIRECTORY_LIMIT)):
+        data = b"".join(greediest_layer(directories + more))
+        blob = with_window(data, 24) if compression is Compression.ZSTD else gzip.compress(data, 1)
+        (tmp_path / "blob").write_bytes(blob)
+        command = [sys.executable, "-c", _MEASURED, tmp_path / "blob", tmp_path / "out", compression]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        came_to, used_kib = map(int, done.stdout.split())
+        assert came_to == code
+        assert used_kib < 32 << 10
 
 
 def test_size_of_the_blob(unpack: Unpack) -> None:
@@ -427,8 +502,9 @@ def test_more_wrong_sparse_maps(unpack: Unpack) -> None:
     assert with_keys((b"major", b"1"), (b"size", b"9"), (b"map", b"0,2")).code is Code.SPARSE_MAP
     assert refused(unpack, gnu_sparse(b"f", [(0, b"ab")], 10, sizes=[3]) + END).code is Code.SPARSE_MAP
     assert refused(unpack, pax({b"GNU.sparse.size": b"1"}) + symlink(b"l", b"t") + END).code is Code.SPARSE_MAP
-    many = b",".join([b"0,0"] * 200_000)
-    assert refused(unpack, pax({b"GNU.sparse.map": many}) + member(b"f") + END).code is Code.SPARSE_MAP
+    for count, code in ((100_000, Code.SPARSE_MAP), (200_000, Code.EXTENT_LIMIT)):
+        many = b",".join([b"0,0"] * count)
+        assert refused(unpack, pax({b"GNU.sparse.map": many}) + member(b"f") + END).code is code
     table = b"300000\n"
     keys = {b"GNU.sparse.major": b"1", b"GNU.sparse.size": b"0"}
     assert refused(unpack, pax(keys) + member(b"f", pad(table)) + END).code is Code.EXTENT_LIMIT
@@ -827,6 +903,7 @@ import errno, subprocess, sys
 sys.path.insert(0, {str(repository)!r})
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", {str(tmp_path)!r} + "/disk"], check=True)
 from aoscore._speedups import _unpack
+from aoscore._speedups.unpack_types import UnpackError
 from aoscore._speedups._plain import unpack as plain
 for module in (_unpack, plain):
     try:
@@ -855,6 +932,7 @@ def test_user_without_privileges(tmp_path: Path, repository: Path) -> None:
 import sys
 sys.path.insert(0, {str(repository)!r})
 from aoscore._speedups import _unpack
+from aoscore._speedups.unpack_types import UnpackError
 from aoscore._speedups._plain import unpack as plain
 import os
 os.setgid(65534); os.setuid(65534)
@@ -912,6 +990,7 @@ def test_kernels_without_openat2(tmp_path: Path, repository: Path, code: int) ->
 import os, sys
 sys.path.insert(0, {str(repository)!r})
 from aoscore._speedups import _unpack
+from aoscore._speedups.unpack_types import UnpackError
 assert os.uname().sysname == "Linux"
 forbid(437, {code})
 assert ctypes.CDLL(None, use_errno=True).syscall(437, 0, 0, 0, 0) == -1 and ctypes.get_errno() == {code}
