@@ -26,6 +26,7 @@ from aoscore.mp.config import Config, PeerConfig, load
 from aoscore.mp.gateway import Gateway, NodeIds
 from aoscore.mp.iamclient.certificates import Certificate
 from aoscore.mp.iamclient.registration import open_iam_relay, secure_iam_relay
+from aoscore.mp.memory import settle
 from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.blobs import Blobs, BlobServer
 from aoscore.mp.nodeserver.calls import CallClient
@@ -213,4 +214,5 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the program aos_messageproxy."""
+    settle()
     sys.exit(run_daemon(PROGRAM))

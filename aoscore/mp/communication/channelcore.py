@@ -10,13 +10,20 @@ An answered Reset is what separates two uses of a channel: what comes before it 
 
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from aoscore.common.errors import AosError, InvalidArgumentError, WrongStateError
-from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, MessageDecoder, encode_message
+from aoscore.mp.communication.frames import (
+    LENGTH_BYTES,
+    MAX_OPEN_MESSAGE_BYTES,
+    Bytes,
+    Message,
+    MessageDecoder,
+    encode_message,
+)
 from aoscore.mp.communication.tlscore import TlsCore, is_client_hello
 
 
@@ -36,9 +43,9 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came."""
+    """Messages came, at least one."""
 
-    message: bytes
+    messages: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ Event = Opened | Received | Closed | Ready
 class Wire(Protocol):
     """The link below the channels."""
 
-    def push(self, port: int, payload: bytes) -> None:
+    def push(self, port: int, payload: Bytes) -> None:
         """Queue a payload."""
 
     def drop(self, port: int) -> None:
@@ -87,27 +94,33 @@ class ChannelCore(ABC):
         self._messages = MessageDecoder(self._limit_bytes)
         return self._begin()
 
-    def feed(self, payload: bytes) -> Iterator[Event]:
-        """Take a payload of the peer."""
-        if self.state is State.IDLE and self.accepts and self._is_beginning(payload):
-            yield from self.connect()
+    def feed(self, *payloads: bytes) -> Iterator[Event]:
+        """Take payloads of the peer, at least one, in their order."""
+        if self.state is State.IDLE and self.accepts:
+            before = next((index for index, one in enumerate(payloads) if self._is_beginning(one)), None)
+            if before is not None:
+                self.passed_over += before
+                payloads = payloads[before:]
+                yield from self.connect()
         if self.state not in (State.OPENING, State.OPEN):
-            self.passed_over += 1
+            self.passed_over += len(payloads)
             return
         try:
-            yield from self._take(payload)
+            yield from self._take(payloads)
         except AosError as error:
             yield from self.close(str(error))
 
-    def send(self, message: bytes) -> None:
-        """Queue a message. Raises InvalidArgumentError above the limit, WrongStateError on a closed channel."""
+    def send(self, *messages: Message) -> None:
+        """Queue messages. Raises InvalidArgumentError above the limit, WrongStateError on a closed channel."""
         if self.state is not State.OPEN:
             raise WrongStateError(f"channel {self.port} is not open")
-        if len(message) > self._limit_bytes:
+        encoded = [encode_message(message) for message in messages]
+        largest = max(map(len, encoded)) - LENGTH_BYTES
+        if largest > self._limit_bytes:
             raise InvalidArgumentError(
-                f"message of {len(message)} bytes for channel {self.port}, {self._limit_bytes} is most"
+                f"message of {largest} bytes for channel {self.port}, {self._limit_bytes} is most"
             )
-        self._write(encode_message(message))
+        self._write(encoded)
 
     def close(self, reason: str) -> Iterator[Event]:
         """Give up whatever is open; what is queued is dropped, so that the Reset is the last that the peer gets."""
@@ -138,9 +151,19 @@ class ChannelCore(ABC):
             yield Closed(reason)
             yield Ready()
 
-    def _deliver(self, data: bytes) -> Iterator[Event]:
-        for message in self._messages.feed(data):
-            yield Received(message)
+    def _deliver(self, pieces: Iterable[bytes]) -> Iterator[Event]:
+        """What is complete with the next pieces of the channel's stream; also what comes before an error in it."""
+        messages: list[bytes] = []
+        error = None
+        try:
+            for data in pieces:
+                messages += self._messages.feed(data)
+        except AosError as caught:
+            error = caught
+        if messages:
+            yield Received(messages)
+        if error is not None:
+            raise error
 
     @abstractmethod
     def _is_beginning(self, payload: bytes) -> bool: ...
@@ -149,10 +172,10 @@ class ChannelCore(ABC):
     def _begin(self) -> Iterator[Event]: ...
 
     @abstractmethod
-    def _take(self, payload: bytes) -> Iterator[Event]: ...
+    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]: ...
 
     @abstractmethod
-    def _write(self, data: bytes) -> None: ...
+    def _write(self, encoded: Iterable[bytes]) -> None: ...
 
 
 class OpenChannel(ChannelCore):
@@ -168,11 +191,12 @@ class OpenChannel(ChannelCore):
         self.state = State.OPEN
         yield Opened()
 
-    def _take(self, payload: bytes) -> Iterator[Event]:
-        return self._deliver(payload)
+    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]:
+        return self._deliver(payloads)
 
-    def _write(self, data: bytes) -> None:
-        self._wire.push(self.port, data)
+    def _write(self, encoded: Iterable[bytes]) -> None:
+        for data in encoded:
+            self._wire.push(self.port, data)
 
 
 class SecureChannel(ChannelCore):
@@ -202,28 +226,31 @@ class SecureChannel(ChannelCore):
         try:
             self._tls = TlsCore(self._context(), server_side=self.accepts)
             if not self.accepts:
-                self._tls.feed(b"")
+                self._tls.feed(())
             self._flush(self._tls)
         except AosError as error:
             yield from self.close(str(error))
 
-    def _take(self, payload: bytes) -> Iterator[Event]:
+    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]:
         tls = self._present()
-        plain = tls.feed(payload)
+        plain = tls.feed(payloads)
         self._flush(tls)
         if tls.is_ready and self.state is State.OPENING:
             self.state = State.OPEN
             yield Opened()
         yield from self._deliver(plain)
+        if tls.failure is not None:
+            raise tls.failure
         if tls.is_closed:
             # Peers that know no Reset end a channel like this (mp-wire §6).
             yield from self._end("closed by the peer")
             tls.close()
             self._flush(tls)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, encoded: Iterable[bytes]) -> None:
         tls = self._present()
-        tls.write(data)
+        for data in encoded:
+            tls.write(data)
         self._flush(tls)
 
     def _present(self) -> TlsCore:

@@ -22,6 +22,7 @@ from aoscore.common.errors import (
     FailedError,
     NotSupportedError,
     OutOfMemoryError,
+    OutOfRangeError,
     first_cause,
 )
 from aoscore.common.log import kv
@@ -40,8 +41,10 @@ from aoscore.mp.communication.channelcore import (
 from aoscore.mp.communication.control import Control, Role
 from aoscore.mp.communication.frames import (
     MAX_OPEN_MESSAGE_BYTES,
+    Bytes,
     Frame,
     FrameDecoder,
+    Message,
     MessageDecoder,
     encode_header,
     encode_message,
@@ -60,10 +63,11 @@ _BYE_TIMEOUT_S = 1.0
 _MAX_BAD_FRAMES = 3
 # Answers to what the peer sends on the control channel: a peer that asks without end and never reads is cut off.
 _CONTROL_LIMIT_BYTES = 64 * 1024
-# What goes to the link in one go: each go costs as much as the bytes of some frames.
-_QUANTUM_BYTES = 64 * 1024
-# Little of a download waits here, so that what is more urgent does not wait behind it in the kernel either.
-_BULK_LIMIT_BYTES = 64 * 1024
+# What goes to the link in one go: each go costs as much as the bytes of some frames. Little of a download waits here,
+# so that what is more urgent does not wait behind it in the kernel either: more only while the link takes it at once.
+_LEAST_QUANTUM_BYTES = 64 * 1024
+_MOST_QUANTUM_BYTES = 128 * 1024
+_AT_ONCE_S = 0.005
 
 
 Contexts = Mapping[int, Callable[[], ssl.SSLContext]]
@@ -143,6 +147,11 @@ class Stream:
         """Nothing can be sent any more."""
         return self._reason is not None
 
+    @property
+    def quantum_bytes(self) -> int:
+        """How much of a download to send in one go at present."""
+        return self._connection.quantum_bytes
+
     async def receive(self) -> bytes:
         """The next message. Raises ChannelClosedError after the last one."""
         while not self._messages:
@@ -156,14 +165,21 @@ class Stream:
             self._room.set()
         return message
 
-    async def send(self, message: bytes) -> None:
-        """Queue a message, waiting for room. Raises ChannelClosedError, InvalidArgumentError for one too large."""
+    async def receive_all(self) -> list[bytes]:
+        """The next message and all that came behind it. Raises ChannelClosedError after the last one."""
+        messages = [await self.receive(), *self._messages]
+        self._messages.clear()
+        self._bytes = 0
+        self._room.set()
+        return messages
+
+    async def send(self, *messages: Message) -> None:
+        """Queue messages, waiting for room. Raises ChannelClosedError, InvalidArgumentError for one too large."""
         bulk = self.port == PROXY
-        limit = _BULK_LIMIT_BYTES if bulk else self._connection.settings.channel_buffer_bytes
-        await self._drained(limit)
+        await self._drained(self.quantum_bytes if bulk else self._connection.settings.channel_buffer_bytes)
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
-        self._slot.core.send(message)
+        self._slot.core.send(*messages)
 
     def send_soon(self, message: bytes) -> None:
         """Queue a small message without waiting; nothing happens on a closed channel."""
@@ -206,12 +222,12 @@ class Stream:
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
 
-    async def on_message(self, message: bytes) -> None:
-        """Take a message; waits while the reader is far behind, and with it the whole link (mp-wire §3)."""
+    async def on_messages(self, messages: Sequence[bytes]) -> None:
+        """Take messages; waits while the reader is far behind, and with it the whole link (mp-wire §3)."""
         if self._reason is not None:
             return
-        self._messages.append(message)
-        self._bytes += len(message)
+        self._messages += messages
+        self._bytes += sum(map(len, messages))
         self._news.set()
         if self._bytes > self._connection.settings.channel_buffer_bytes:
             self._room.clear()
@@ -259,6 +275,8 @@ class Connection:
         self.node_known = asyncio.Event()
         self.certificates: dict[int, bytes] = {}
         """The peer's certificate (DER) on each secure channel that was opened last."""
+        self.quantum_bytes = _LEAST_QUANTUM_BYTES
+        """What goes to the link in one go at present."""
         self._reader = reader
         self._writer = writer
         self._scheduler = Scheduler(settings.ports.order)
@@ -393,7 +411,7 @@ class Connection:
 
     # For the channels: channelcore.Wire
 
-    def push(self, port: int, payload: bytes) -> None:
+    def push(self, port: int, payload: Bytes) -> None:
         """Queue a payload."""
         self._scheduler.push(port, payload)
         self._filled.set()
@@ -438,28 +456,35 @@ class Connection:
         while data := await self._reader.read(_READ_BYTES):
             self._control.on_bytes(self._now())
             self._is_reading = False
-            for frame in decoder.feed(data):
-                await self._on_frame(frame)
+            for port, payloads in _runs(decoder.feed(data)):
+                await self._on_frames(port, payloads)
             self._is_reading = True
         raise FailedError(self._shut_reason or "the peer closed the link")
 
     async def _write(self) -> None:
         while True:
-            frames: list[bytes] = []
+            frames: list[Bytes] = []
             size = 0
-            while size < _QUANTUM_BYTES and (item := self._scheduler.pop()):
+            ports = set()
+            while size < self.quantum_bytes and (item := self._scheduler.pop()):
                 port, payload = item
                 frames += (encode_header(port, payload), payload)
                 size += len(payload)
-                if slot := self._slots.get(port):
-                    slot.sent.set()
+                ports.add(port)
             if not frames:
                 self._filled.clear()
                 await self._filled.wait()
                 continue
+            for port in ports & self._slots.keys():
+                self._slots[port].sent.set()
             self._writer.write(b"".join(frames))
             self._wrote.set()
+            began_s = self._now()
             await self._writer.drain()
+            if self._now() - began_s > _AT_ONCE_S:
+                self.quantum_bytes = max(self.quantum_bytes // 2, _LEAST_QUANTUM_BYTES)
+            elif size >= self.quantum_bytes:
+                self.quantum_bytes = min(self.quantum_bytes * 2, _MOST_QUANTUM_BYTES)
 
     async def _watch(self) -> None:
         while True:
@@ -476,19 +501,20 @@ class Connection:
                 elif slot.core.state is State.CLOSING and waited_s > _ANSWER_TIMEOUT_S:
                     self._apply_now(slot, slot.core.on_no_more())
 
-    async def _on_frame(self, frame: Frame) -> None:
-        port, payload, is_intact = frame
+    async def _on_frames(self, port: int, payloads: Sequence[bytes]) -> None:
+        """Frames of one channel that came one after the other; no payload stands for a damaged frame."""
         slot = self._slots.get(port)
         if self._control.peer is None and port != CONTROL:
             raise NotSupportedError(
                 f"{self.peer} began with channel {port} and did not introduce itself; peers of the older kind "
                 "(profile legacy) are not supported"
             )
-        if not is_intact:
+        if not payloads:
             self._on_bad_frame(port, slot)
         elif port == CONTROL:
-            for message in self._control_messages.feed(payload):
-                self._control.receive(message)
+            for payload in payloads:
+                for message in self._control_messages.feed(payload):
+                    self._control.receive(message)
             if self._control.peer is not None:
                 self._introduced.set()
         elif slot is None:
@@ -497,7 +523,7 @@ class Connection:
                 _log.warning(kv("Frames for an unknown channel are dropped", peer=self.peer, port=port))
         else:
             before = slot.core.state
-            for event in slot.core.feed(payload):
+            for event in slot.core.feed(*payloads):
                 self._note_time(slot, before)
                 await self._apply(slot, event)
             self._note_time(slot, before)
@@ -521,7 +547,7 @@ class Connection:
     async def _apply(self, slot: _Slot, event: Event) -> None:
         if isinstance(event, Received):
             if slot.stream is not None:
-                await slot.stream.on_message(event.message)
+                await slot.stream.on_messages(event.messages)
             return
         self._apply_one(slot, event)
 
@@ -553,6 +579,29 @@ class Connection:
                     slot.stream = None
             case Ready():
                 slot.idle.set()
+
+
+def _runs(frames: Iterable[Frame]) -> Iterator[tuple[int, list[bytes]]]:
+    """Frames of one channel that come one after the other, together; a damaged one alone and without payload."""
+    run: list[bytes] = []
+    run_port = 0
+    error = None
+    try:
+        for port, payload, is_intact in frames:
+            if run and (port != run_port or not is_intact):
+                yield run_port, run
+                run = []
+            run_port = port
+            if is_intact:
+                run.append(payload)
+            else:
+                yield port, []
+    except OutOfRangeError as caught:
+        error = caught
+    if run:
+        yield run_port, run
+    if error is not None:
+        raise error
 
 
 async def restart_on_renewal(connection: Connection, changed: Broadcast[TlsIdentity], ports: Sequence[int]) -> None:
