@@ -5,7 +5,8 @@
     CLOSING --the peer answers the Reset--> IDLE
     any --Reset of the peer--> answered, IDLE
 
-An answered Reset is what separates two uses of a channel: what comes before it belongs to the old one.
+An answered Reset is what separates two uses of a channel: what comes before it belongs to the old one. Peers of the
+older kind know none: a secure channel ends with what TLS has for that, an open one just ends (mp-wire §6).
 """
 
 import ssl
@@ -76,6 +77,14 @@ class Wire(Protocol):
         """Send a Reset."""
 
 
+# A TLS alert for when we have no certificate yet to begin with (RFC 5246 §7.2): the peer tries again later.
+_INTERNAL_ERROR = bytes.fromhex("15 0303 0002 02 50")
+LEGACY_LIMIT_BYTES = 1024 * 1024
+"""Largest message that we take from a peer of the older kind (mp-wire §5)."""
+LEGACY_SECURE_SEND_BYTES = 16_380
+"""Largest message for one on a secure channel: it reads one record and takes that for all (mp-wire §3, rule 4)."""
+
+
 class ChannelCore(ABC):
     """What open and secure channels have in common. `accepts`: the peer opens the channel, not we."""
 
@@ -85,9 +94,17 @@ class ChannelCore(ABC):
         self.state = State.IDLE
         self.passed_over = 0
         """Payloads that belonged to no open channel."""
+        self.is_legacy = False
+        """The peer is of the older kind."""
         self._wire = wire
         self._limit_bytes = limit_bytes
+        self._send_limit_bytes = limit_bytes
         self._messages = MessageDecoder(limit_bytes)
+
+    def be_legacy(self) -> None:
+        """The peer turned out to be of the older kind; before anything was exchanged."""
+        self.is_legacy = True
+        self._limit_bytes = LEGACY_LIMIT_BYTES
 
     def connect(self) -> Iterator[Event]:
         """Open an idle channel."""
@@ -116,15 +133,22 @@ class ChannelCore(ABC):
             raise WrongStateError(f"channel {self.port} is not open")
         encoded = [encode_message(message) for message in messages]
         largest = max(map(len, encoded)) - LENGTH_BYTES
-        if largest > self._limit_bytes:
+        if largest > self._send_limit_bytes:
             raise InvalidArgumentError(
-                f"message of {largest} bytes for channel {self.port}, {self._limit_bytes} is most"
+                f"message of {largest} bytes for channel {self.port}, {self._send_limit_bytes} is most"
             )
         self._write(encoded)
 
     def close(self, reason: str) -> Iterator[Event]:
         """Give up whatever is open; what is queued is dropped, so that the Reset is the last that the peer gets."""
-        if self.state in (State.OPENING, State.OPEN):
+        if self.state not in (State.OPENING, State.OPEN):
+            return
+        if self.is_legacy:
+            self.state = State.IDLE
+            self._say_end()
+            yield Closed(reason)
+            yield Ready()
+        else:
             self.state = State.CLOSING
             self._wire.drop(self.port)
             self._wire.reset(self.port, reason, answer=False)
@@ -166,6 +190,10 @@ class ChannelCore(ABC):
             raise error
 
     @abstractmethod
+    def _say_end(self) -> None:
+        """Tell a peer that knows no Reset, behind what is queued, where there is a way to."""
+
+    @abstractmethod
     def _is_beginning(self, payload: bytes) -> bool: ...
 
     @abstractmethod
@@ -183,6 +211,9 @@ class OpenChannel(ChannelCore):
 
     def __init__(self, port: int, wire: Wire, *, accepts: bool) -> None:
         super().__init__(port, wire, accepts=accepts, limit_bytes=MAX_OPEN_MESSAGE_BYTES)
+
+    def _say_end(self) -> None:
+        pass
 
     def _is_beginning(self, payload: bytes) -> bool:
         return True
@@ -213,6 +244,19 @@ class SecureChannel(ChannelCore):
         self._context = context
         self._tls: TlsCore | None = None
 
+    def be_legacy(self) -> None:
+        super().be_legacy()
+        self._send_limit_bytes = LEGACY_SECURE_SEND_BYTES
+        make = self._context
+
+        def context() -> ssl.SSLContext:
+            made = make()
+            # Python's own choice leaves out plain RSA and CCM, which may be all that such a node has (mp-wire §6).
+            made.set_ciphers("ALL:!aNULL:!eNULL:!PSK:!SRP")
+            return made
+
+        self._context = context
+
     @property
     def peer_der(self) -> bytes:
         """The peer's certificate (DER) on an open channel."""
@@ -223,6 +267,7 @@ class SecureChannel(ChannelCore):
 
     def _begin(self) -> Iterator[Event]:
         self.state = State.OPENING
+        self._tls = None
         try:
             self._tls = TlsCore(self._context(), server_side=self.accepts)
             if not self.accepts:
@@ -252,6 +297,13 @@ class SecureChannel(ChannelCore):
         for data in encoded:
             tls.write(data)
         self._flush(tls)
+
+    def _say_end(self) -> None:
+        if self._tls is None:
+            self._wire.push(self.port, _INTERNAL_ERROR)
+        else:
+            self._tls.close()
+            self._flush(self._tls)
 
     def _present(self) -> TlsCore:
         if self._tls is None:

@@ -9,7 +9,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -38,7 +38,7 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
-from aoscore.mp.communication.control import Control, Role
+from aoscore.mp.communication.control import SILENCE_LIMIT_S, Control, Role
 from aoscore.mp.communication.frames import (
     MAX_OPEN_MESSAGE_BYTES,
     Bytes,
@@ -49,7 +49,7 @@ from aoscore.mp.communication.frames import (
     encode_header,
     encode_message,
 )
-from aoscore.mp.communication.ports import CONTROL, PROXY, Ports
+from aoscore.mp.communication.ports import CONTROL, PROXY, RPC, Ports
 from aoscore.mp.communication.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -103,10 +103,14 @@ class ChannelClosedError(FailedError):
 
 
 class LinkSettings(msgspec.Struct, frozen=True):
-    """What is the same for all links of a process."""
+    """What is the same for all links of a process.
+
+    `profile`, of a gateway: whether peers are of our kind, of the older one, or show what they are (mp-wire §9).
+    """
 
     role: Role
     ports: Ports
+    profile: Literal["auto", "v5", "legacy"] = "auto"
     provisioning: bool = False
     max_message_bytes: int = 16 * 1024 * 1024
     channel_buffer_bytes: int = 1024 * 1024
@@ -273,6 +277,8 @@ class Connection:
         self.node_id = ""
         """The node at the other end (gateway); `node_known` is set with it."""
         self.node_known = asyncio.Event()
+        self.is_legacy = False
+        """The peer is of the older kind: no control channel, no calls, no downloads."""
         self.certificates: dict[int, bytes] = {}
         """The peer's certificate (DER) on each secure channel that was opened last."""
         self.quantum_bytes = _LEAST_QUANTUM_BYTES
@@ -285,6 +291,8 @@ class Connection:
         self._introduced = asyncio.Event()
         self._shut_reason = ""
         self._is_over = False
+        self._decoder = FrameDecoder()
+        self._heard_s = self._now()
         self._is_reading = True
         self._bad_frames = 0
         self._unknown: set[int] = set()
@@ -319,8 +327,12 @@ class Connection:
 
         Raises AosError or OSError when the link breaks.
         """
+        if self.settings.profile == "legacy":
+            self._be_legacy()
         self._control.begin()
         jobs = [asyncio.create_task(job()) for job in (self._read, self._write, self._watch)]
+        for job in jobs:
+            job.add_done_callback(_look_at_error)
         served = asyncio.create_task(self._served(serve))
         ended: list[asyncio.Task[None]] = []
         try:
@@ -358,7 +370,15 @@ class Connection:
 
     @property
     def _software(self) -> str:
-        return self._control.peer.software if self._control.peer else ""
+        return self._control.peer.software if self._control.peer else "of the older kind"
+
+    def _be_legacy(self) -> None:
+        self.is_legacy = True
+        for port in (PROXY, RPC):
+            self._slots.pop(port, None)
+        for slot in self._slots.values():
+            slot.core.be_legacy()
+        self._introduced.set()
 
     async def connect(self, port: int) -> Stream:
         """Open a channel, first waiting for the end of its last use. Raises ChannelClosedError, NotSupportedError."""
@@ -437,7 +457,7 @@ class Connection:
         self.push(CONTROL, encode_message(message.SerializeToString()))
 
     async def _say_bye(self) -> None:
-        if self._control.is_over:
+        if self._control.is_over or self.is_legacy:
             return
         self._control.bye("stopping")
         try:
@@ -452,9 +472,10 @@ class Connection:
             _log.debug("Good-bye did not get through: peer=%s", self.peer)
 
     async def _read(self) -> None:
-        decoder = FrameDecoder()
+        decoder = self._decoder
         while data := await self._reader.read(_READ_BYTES):
-            self._control.on_bytes(self._now())
+            self._heard_s = self._now()
+            self._control.on_bytes(self._heard_s)
             self._is_reading = False
             for port, payloads in _runs(decoder.feed(data)):
                 await self._on_frames(port, payloads)
@@ -493,7 +514,11 @@ class Connection:
             if not self._is_reading:
                 # It is we who do not listen: that the peer is not heard says nothing about it.
                 self._control.on_bytes(now_s)
-            self._control.tick(now_s)
+            if not self.is_legacy:
+                self._control.tick(now_s)
+            elif self._is_reading and self._decoder.has_begun and now_s - self._heard_s > SILENCE_LIMIT_S:
+                # A vchan that a node attaches to again may hold the rest of a frame of before (vchan.md §2).
+                raise DeadlineError(f"half a frame, and nothing more for {SILENCE_LIMIT_S:g} s")
             for slot in self._slots.values():
                 waited_s = now_s - slot.since_s
                 if slot.core.state is State.OPENING and waited_s > _OPEN_TIMEOUT_S:
@@ -504,14 +529,15 @@ class Connection:
     async def _on_frames(self, port: int, payloads: Sequence[bytes]) -> None:
         """Frames of one channel that came one after the other; no payload stands for a damaged frame."""
         slot = self._slots.get(port)
-        if self._control.peer is None and port != CONTROL:
-            raise NotSupportedError(
-                f"{self.peer} began with channel {port} and did not introduce itself; peers of the older kind "
-                "(profile legacy) are not supported"
-            )
         if not payloads:
             self._on_bad_frame(port, slot)
-        elif port == CONTROL:
+            return
+        if self._control.peer is None and not self.is_legacy and port != CONTROL:
+            if self.settings.role == "node" or self.settings.profile == "v5":
+                raise NotSupportedError(f"{self.peer} began with channel {port} and did not introduce itself")
+            self._be_legacy()
+            slot = self._slots.get(port)
+        if port == CONTROL and not self.is_legacy:
             for payload in payloads:
                 for message in self._control_messages.feed(payload):
                     self._control.receive(message)
@@ -531,7 +557,7 @@ class Connection:
     def _on_bad_frame(self, port: int, slot: _Slot | None) -> None:
         self._bad_frames += 1
         _log.warning(kv("Frame is damaged", peer=self.peer, port=port, count=self._bad_frames))
-        if self._bad_frames >= _MAX_BAD_FRAMES:
+        if self._bad_frames >= _MAX_BAD_FRAMES or not self._introduced.is_set():
             raise ChecksumError(f"{self._bad_frames} damaged frames from {self.peer}")
         if slot is not None:
             self._apply_now(slot, slot.core.close("a frame was damaged"))
@@ -579,6 +605,12 @@ class Connection:
                     slot.stream = None
             case Ready():
                 slot.idle.set()
+
+
+def _look_at_error(task: asyncio.Task[None]) -> None:
+    """Also when we are cancelled while the link breaks, its error counts as seen."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _runs(frames: Iterable[Frame]) -> Iterator[tuple[int, list[bytes]]]:

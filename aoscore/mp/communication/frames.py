@@ -55,6 +55,11 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._begun = bytearray()
 
+    @property
+    def has_begun(self) -> bool:
+        """Part of a frame is there."""
+        return bool(self._begun)
+
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that are complete with `data`; take all of them before the next call.
 
