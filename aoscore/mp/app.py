@@ -11,6 +11,7 @@ from pathlib import Path
 
 from aoscore.common.aio import Backoff, Broadcast, Service, Worker
 from aoscore.common.daemon import Option, Program, run_daemon
+from aoscore.common.download import Downloader
 from aoscore.common.errors import ConfigError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.iamclient import IamPublicClient
@@ -21,11 +22,15 @@ from aoscore.mp.cmclient.registration import sm_relay
 from aoscore.mp.communication import vchans
 from aoscore.mp.communication.connection import LinkSettings
 from aoscore.mp.communication.connector import FIRST_PAUSE_S, Connector, Handler
+from aoscore.mp.communication.relay import ServerRelay
 from aoscore.mp.communication.sockets import Listener, connected
 from aoscore.mp.config import Config, PeerConfig, load
 from aoscore.mp.gateway import Gateway, NodeIds
 from aoscore.mp.iamclient.certificates import Certificate
-from aoscore.mp.iamclient.registration import open_iam_relay, secure_iam_relay
+from aoscore.mp.iamclient.registration import CURRENT, LEGACY, Interface, open_iam_relay, secure_iam_relay
+from aoscore.mp.legacy import LegacyGateway, LegacyImages, LegacySm
+from aoscore.mp.logprovider.archive import LogArchiver
+from aoscore.mp.memory import settle
 from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.blobs import Blobs, BlobServer
 from aoscore.mp.nodeserver.calls import CallClient
@@ -35,6 +40,9 @@ from aoscore.mp.nodeserver.services import cm_services, node_services
 from aoscore.mp.nodeserver.store import NodeStore
 
 _XENSTORE_THREADS = 4
+# Where mp.cfg does not say it (mp.md §12).
+_RETRY_S, _MAX_RETRY_S = 1.0, 5.0
+_MAX_DOWNLOADS = 4
 
 Renewals = Sequence[tuple[Broadcast[TlsIdentity], Sequence[int]]]
 
@@ -59,6 +67,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     settings = LinkSettings(
         role=config.role,
         ports=config.ports,
+        profile=config.profile,
         provisioning=options.provisioning,
         max_message_bytes=config.limits.max_message_size,
         channel_buffer_bytes=config.limits.channel_buffer,
@@ -74,28 +83,66 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
     address = iam.iam_main_public_server_url
     if settings.provisioning:
         # The main IAM is in provisioning mode as well, or has just left it.
-        relay = open_iam_relay(iam.open_port, address, [lambda: None, lambda: TlsRoots(ca_file)])
-        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None)
+        ways = [lambda: None, lambda: TlsRoots(ca_file)]
+        relay, older = (open_iam_relay(iam.open_port, address, ways, interface) for interface in (CURRENT, LEGACY))
+        legacy = LegacyGateway(cm.open_port, [older])
+        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None, legacy=legacy)
         return await _links(config, gateway.serve, stack)
 
     channels = config.ports.certificates(iam=config.vchan.iam_cert_storage, sm=config.vchan.sm_cert_storage)
     certificates = await _certificates(config, {config.cert_storage, iam.cert_storage, *channels.values()}, stack)
     towards_iam, towards_cm = certificates[iam.cert_storage], certificates[config.cert_storage]
+
+    def iam_relays(interface: Interface) -> list[ServerRelay]:
+        protected = iam.iam_main_protected_server_url
+        return [
+            open_iam_relay(iam.open_port, address, [lambda: TlsRoots(ca_file)], interface),
+            secure_iam_relay(iam.secure_port, protected, lambda: towards_iam.identity, ids.claim, interface),
+        ]
+
+    images = await _legacy_images(config, stack)
+
+    def legacy_sm() -> LegacySm:
+        logs = LogArchiver(config.log_provider.max_part_size, config.log_provider.max_part_count)
+        return LegacySm(
+            cm.secure_port,
+            cm.cm_server_url,
+            lambda: towards_cm.identity,
+            claim=ids.claim,
+            images=images,
+            archiver=logs,
+        )
+
     gateway = Gateway(
         settings,
         {port: partial(_server_context, certificates[name]) for port, name in channels.items()},
         ids,
         relays=[
-            open_iam_relay(iam.open_port, address, [lambda: TlsRoots(ca_file)]),
-            secure_iam_relay(
-                iam.secure_port, iam.iam_main_protected_server_url, lambda: towards_iam.identity, ids.claim
-            ),
+            *iam_relays(CURRENT),
             sm_relay(cm.secure_port, cm.cm_server_url, lambda: towards_cm.identity, ids.claim),
         ],
         cm=await stack.enter_async_context(LazyChannel(cm.cm_server_url, lambda: towards_cm.identity)),
+        legacy=LegacyGateway(cm.open_port, iam_relays(LEGACY), legacy_sm),
         renewals=_renewals(certificates, channels),
     )
     return [*certificates.values(), *await _links(config, gateway.serve, stack)]
+
+
+async def _legacy_images(config: Config, stack: contextlib.AsyncExitStack) -> LegacyImages:
+    """What fetches and unpacks images for peers of the older kind."""
+    settings = config.downloader
+    first_s, limit_s = settings.retry_delay or _RETRY_S, settings.max_retry_delay or _MAX_RETRY_S
+    worker = await stack.enter_async_context(Worker("images", 2))
+    images = LegacyImages(
+        settings.download_dir or config.working_dir / "downloads",
+        config.images_dir,
+        worker,
+        Downloader(worker, backoff=lambda: Backoff(first_s, max(first_s, limit_s))),
+        min_free_bytes=config.images.min_free_space,
+        parallel=settings.max_concurrent_downloads or _MAX_DOWNLOADS,
+    )
+    await worker.run(images.begin)
+    return images
 
 
 async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
@@ -213,4 +260,5 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the program aos_messageproxy."""
+    settle()
     sys.exit(run_daemon(PROGRAM))

@@ -1,7 +1,6 @@
 """MP's configuration file (mp.md §4).
 
-An `mp.cfg` of AosCore 9.1 is taken as it is and makes a gateway. Keys whose function is not there yet are refused by
-name when they ask for it.
+An `mp.cfg` of AosCore 9.1 is taken as it is and makes a gateway.
 """
 
 from pathlib import Path
@@ -57,7 +56,7 @@ class VchanConfig(_Section, frozen=True):
 
 
 class DownloaderConfig(_Section, frozen=True):
-    """Archives of peers of the older kind: read so that their files fit, without effect."""
+    """Images for peers of the older kind: where archives are put, how many at a time, pauses between attempts."""
 
     download_dir: Path | None = None
     max_concurrent_downloads: int = 0
@@ -66,7 +65,7 @@ class DownloaderConfig(_Section, frozen=True):
 
 
 class LogProviderConfig(_Section, frozen=True):
-    """Log archives of peers of the older kind: read so that their files fit, without effect."""
+    """Archives of logs that come as text: bytes of text in a part, and how many parts a log may have."""
 
     max_part_size: int = 10240
     max_part_count: int = 10
@@ -177,7 +176,6 @@ def load(path: Path) -> Config:
     try:
         _check_ports(config)
         _check_needed(config)
-        _check_supported(config)
         _check_peers(config)
         _check_amounts(config)
     except ConfigError as error:
@@ -204,6 +202,8 @@ def _check_ports(config: Config) -> None:
 
 
 def _check_needed(config: Config) -> None:
+    if config.role == "node" and config.profile == "legacy":
+        raise ConfigError("'profile': a node is never one of the older kind; use auto or v5")
     texts = {
         "iamConfig.iamPublicServerUrl": config.iam_config.iam_public_server_url,
         "iamConfig.certStorage": config.iam_config.cert_storage,
@@ -236,11 +236,6 @@ def _check_needed(config: Config) -> None:
             raise ConfigError(f"{key!r}: {error}") from None
     if config.ca_cert is None:
         raise ConfigError("'caCert' is needed")
-
-
-def _check_supported(config: Config) -> None:
-    if config.profile == "legacy":
-        raise ConfigError("'profile': legacy is not supported yet, use auto or v5")
 
 
 def _check_peers(config: Config) -> None:
@@ -285,7 +280,14 @@ def _check_amounts(config: Config) -> None:
     ):
         if size < _MIN_BUFFER_BYTES:
             raise ConfigError(f"{key!r} must be at least {_MIN_BUFFER_BYTES}")
+    for key, count in (
+        ("logProvider.maxPartSize", config.log_provider.max_part_size),
+        ("logProvider.maxPartCount", config.log_provider.max_part_count),
+    ):
+        if count <= 0:
+            raise ConfigError(f"{key!r} must be greater than 0")
     for key, size in (
+        ("downloader.maxConcurrentDownloads", config.downloader.max_concurrent_downloads),
         ("images.minFreeSpace", config.images.min_free_space),
         ("images.maxSize", config.images.max_size),
     ):

@@ -8,7 +8,8 @@ channel 18, 17  calls, downloads ->  CM, CM's file server
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -22,6 +23,7 @@ from aoscore.mp.cmclient.calls import CallServer
 from aoscore.mp.communication.connection import Connection, Contexts, LinkSettings, restart_on_renewal
 from aoscore.mp.communication.relay import ServerRelay
 from aoscore.mp.filechunker.downloads import DownloadServer, clock_sync
+from aoscore.mp.legacy import LegacyGateway
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,10 @@ def _public_key(der: bytes) -> bytes:
 
 
 class Gateway:
-    """All links. `cm` is for single calls, None while provisioning; `renewals`: which channels use a certificate."""
+    """All links. `cm` is for single calls, None while provisioning; `renewals`: which channels use a certificate.
+
+    `legacy` has what is served to peers of the older kind instead.
+    """
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class Gateway:
         *,
         relays: Sequence[ServerRelay],
         cm: LazyChannel | None,
+        legacy: LegacyGateway,
         renewals: Sequence[tuple[Broadcast[TlsIdentity], Sequence[int]]] = (),
     ) -> None:
         self._settings = settings
@@ -100,6 +106,7 @@ class Gateway:
         self._ids = ids
         self._relays = relays
         self._cm = cm
+        self._legacy = legacy
         self._renewals = renewals
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
@@ -111,16 +118,19 @@ class Gateway:
             self._ids.forget(connection)
 
     async def _serve_channels(self, connection: Connection) -> None:
-        offered = OfferedUrls()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._answer_clock(connection))
-            for relay in self._relays:
-                tasks.create_task(relay.serve(connection))
-            if self._cm is not None:
-                tasks.create_task(CallServer(connection, self._cm, offered.add).serve())
-                tasks.create_task(DownloadServer(connection, offered).serve())
+            for service in self._legacy.services(connection) if connection.is_legacy else self._services(connection):
+                tasks.create_task(service)
             for changed, ports in self._renewals:
                 tasks.create_task(restart_on_renewal(connection, changed, ports))
+
+    def _services(self, connection: Connection) -> list[Coroutine[Any, Any, None]]:
+        services = [self._answer_clock(connection), *(relay.serve(connection) for relay in self._relays)]
+        if self._cm is not None:
+            offered = OfferedUrls()
+            services.append(CallServer(connection, self._cm, offered.add).serve())
+            services.append(DownloadServer(connection, offered).serve())
+        return services
 
     async def _answer_clock(self, connection: Connection) -> None:
         while True:

@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc.aio
 
-from aoscore._pb.iamanager.v6 import iamanager_pb2 as iam_pb
 from aoscore._pb.iamanager.v6 import iamanager_pb2_grpc as iam_stubs
 from aoscore.common.rpc import Server, open_channel
 from aoscore.common.tls import TlsIdentity, grpc_server_credentials
@@ -102,24 +101,26 @@ class Wire:
 
 
 class Registration:
-    """One RegisterNode stream at main IAM."""
+    """One RegisterNode stream at main IAM, or one of RegisterSM at a CM of the older kind."""
 
     def __init__(self) -> None:
-        self.messages: list[iam_pb.IAMOutgoingMessages] = []
-        self.outbox: asyncio.Queue[iam_pb.IAMIncomingMessages] = asyncio.Queue()
+        self.messages: list[Any] = []
+        self.outbox: asyncio.Queue[Any] = asyncio.Queue()
         self.is_over = False
 
 
 class MainNodes:
-    """RegisterNode of the main IAM, on one port."""
+    """RegisterNode of the main IAM, on one port; with the `add` of another interface the same of that."""
 
-    def __init__(self, credentials: Callable[[], grpc.ServerCredentials] | None) -> None:
+    def __init__(
+        self,
+        credentials: Callable[[], grpc.ServerCredentials] | None,
+        add: Callable[[Any, Any], None] = iam_stubs.add_IAMPublicNodesServiceServicer_to_server,
+    ) -> None:
         self.streams: list[Registration] = []
-        self.server = Server(
-            "127.0.0.1:0", credentials, [partial(iam_stubs.add_IAMPublicNodesServiceServicer_to_server, self)]
-        )
+        self.server = Server("127.0.0.1:0", credentials, [partial(add, self)])
 
-    async def RegisterNode(self, requests: Any, context: Any) -> AsyncIterator[iam_pb.IAMIncomingMessages]:
+    async def RegisterNode(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         registration = Registration()
         self.streams.append(registration)
 
@@ -135,6 +136,7 @@ class MainNodes:
             registration.is_over = True
             reader.cancel()
 
+    RegisterSM = RegisterNode
     # What the generated registration asks for; nobody calls it here.
     GetAllNodeIDs = GetNodeInfo = SubscribeNodeChanged = None
 

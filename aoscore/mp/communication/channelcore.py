@@ -5,18 +5,26 @@
     CLOSING --the peer answers the Reset--> IDLE
     any --Reset of the peer--> answered, IDLE
 
-An answered Reset is what separates two uses of a channel: what comes before it belongs to the old one.
+An answered Reset is what separates two uses of a channel: what comes before it belongs to the old one. Peers of the
+older kind know none: a secure channel ends with what TLS has for that, an open one just ends (mp-wire §6).
 """
 
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from aoscore.common.errors import AosError, InvalidArgumentError, WrongStateError
-from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, MessageDecoder, encode_message
+from aoscore.mp.communication.frames import (
+    LENGTH_BYTES,
+    MAX_OPEN_MESSAGE_BYTES,
+    Bytes,
+    Message,
+    MessageDecoder,
+    encode_message,
+)
 from aoscore.mp.communication.tlscore import TlsCore, is_client_hello
 
 
@@ -36,9 +44,9 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came."""
+    """Messages came, at least one."""
 
-    message: bytes
+    messages: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ Event = Opened | Received | Closed | Ready
 class Wire(Protocol):
     """The link below the channels."""
 
-    def push(self, port: int, payload: bytes) -> None:
+    def push(self, port: int, payload: Bytes) -> None:
         """Queue a payload."""
 
     def drop(self, port: int) -> None:
@@ -67,6 +75,14 @@ class Wire(Protocol):
 
     def reset(self, port: int, reason: str, *, answer: bool) -> None:
         """Send a Reset."""
+
+
+# A TLS alert for when we have no certificate yet to begin with (RFC 5246 §7.2): the peer tries again later.
+_INTERNAL_ERROR = bytes.fromhex("15 0303 0002 02 50")
+LEGACY_LIMIT_BYTES = 1024 * 1024
+"""Largest message that we take from a peer of the older kind (mp-wire §5)."""
+LEGACY_SECURE_SEND_BYTES = 16_380
+"""Largest message for one on a secure channel: it reads one record and takes that for all (mp-wire §3, rule 4)."""
 
 
 class ChannelCore(ABC):
@@ -78,40 +94,61 @@ class ChannelCore(ABC):
         self.state = State.IDLE
         self.passed_over = 0
         """Payloads that belonged to no open channel."""
+        self.is_legacy = False
+        """The peer is of the older kind."""
         self._wire = wire
         self._limit_bytes = limit_bytes
+        self._send_limit_bytes = limit_bytes
         self._messages = MessageDecoder(limit_bytes)
+
+    def be_legacy(self) -> None:
+        """The peer turned out to be of the older kind; before anything was exchanged."""
+        self.is_legacy = True
+        self._limit_bytes = LEGACY_LIMIT_BYTES
 
     def connect(self) -> Iterator[Event]:
         """Open an idle channel."""
         self._messages = MessageDecoder(self._limit_bytes)
         return self._begin()
 
-    def feed(self, payload: bytes) -> Iterator[Event]:
-        """Take a payload of the peer."""
-        if self.state is State.IDLE and self.accepts and self._is_beginning(payload):
-            yield from self.connect()
+    def feed(self, *payloads: bytes) -> Iterator[Event]:
+        """Take payloads of the peer, at least one, in their order."""
+        if self.state is State.IDLE and self.accepts:
+            before = next((index for index, one in enumerate(payloads) if self._is_beginning(one)), None)
+            if before is not None:
+                self.passed_over += before
+                payloads = payloads[before:]
+                yield from self.connect()
         if self.state not in (State.OPENING, State.OPEN):
-            self.passed_over += 1
+            self.passed_over += len(payloads)
             return
         try:
-            yield from self._take(payload)
+            yield from self._take(payloads)
         except AosError as error:
             yield from self.close(str(error))
 
-    def send(self, message: bytes) -> None:
-        """Queue a message. Raises InvalidArgumentError above the limit, WrongStateError on a closed channel."""
+    def send(self, *messages: Message) -> None:
+        """Queue messages. Raises InvalidArgumentError above the limit, WrongStateError on a closed channel."""
         if self.state is not State.OPEN:
             raise WrongStateError(f"channel {self.port} is not open")
-        if len(message) > self._limit_bytes:
+        encoded = [encode_message(message) for message in messages]
+        largest = max(map(len, encoded)) - LENGTH_BYTES
+        if largest > self._send_limit_bytes:
             raise InvalidArgumentError(
-                f"message of {len(message)} bytes for channel {self.port}, {self._limit_bytes} is most"
+                f"message of {largest} bytes for channel {self.port}, {self._send_limit_bytes} is most"
             )
-        self._write(encode_message(message))
+        self._write(encoded)
 
     def close(self, reason: str) -> Iterator[Event]:
         """Give up whatever is open; what is queued is dropped, so that the Reset is the last that the peer gets."""
-        if self.state in (State.OPENING, State.OPEN):
+        if self.state not in (State.OPENING, State.OPEN):
+            return
+        if self.is_legacy:
+            self.state = State.IDLE
+            self._say_end()
+            yield Closed(reason)
+            yield Ready()
+        else:
             self.state = State.CLOSING
             self._wire.drop(self.port)
             self._wire.reset(self.port, reason, answer=False)
@@ -138,9 +175,23 @@ class ChannelCore(ABC):
             yield Closed(reason)
             yield Ready()
 
-    def _deliver(self, data: bytes) -> Iterator[Event]:
-        for message in self._messages.feed(data):
-            yield Received(message)
+    def _deliver(self, pieces: Iterable[bytes]) -> Iterator[Event]:
+        """What is complete with the next pieces of the channel's stream; also what comes before an error in it."""
+        messages: list[bytes] = []
+        error = None
+        try:
+            for data in pieces:
+                messages += self._messages.feed(data)
+        except AosError as caught:
+            error = caught
+        if messages:
+            yield Received(messages)
+        if error is not None:
+            raise error
+
+    @abstractmethod
+    def _say_end(self) -> None:
+        """Tell a peer that knows no Reset, behind what is queued, where there is a way to."""
 
     @abstractmethod
     def _is_beginning(self, payload: bytes) -> bool: ...
@@ -149,10 +200,10 @@ class ChannelCore(ABC):
     def _begin(self) -> Iterator[Event]: ...
 
     @abstractmethod
-    def _take(self, payload: bytes) -> Iterator[Event]: ...
+    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]: ...
 
     @abstractmethod
-    def _write(self, data: bytes) -> None: ...
+    def _write(self, encoded: Iterable[bytes]) -> None: ...
 
 
 class OpenChannel(ChannelCore):
@@ -161,6 +212,9 @@ class OpenChannel(ChannelCore):
     def __init__(self, port: int, wire: Wire, *, accepts: bool) -> None:
         super().__init__(port, wire, accepts=accepts, limit_bytes=MAX_OPEN_MESSAGE_BYTES)
 
+    def _say_end(self) -> None:
+        pass
+
     def _is_beginning(self, payload: bytes) -> bool:
         return True
 
@@ -168,11 +222,12 @@ class OpenChannel(ChannelCore):
         self.state = State.OPEN
         yield Opened()
 
-    def _take(self, payload: bytes) -> Iterator[Event]:
-        return self._deliver(payload)
+    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]:
+        return self._deliver(payloads)
 
-    def _write(self, data: bytes) -> None:
-        self._wire.push(self.port, data)
+    def _write(self, encoded: Iterable[bytes]) -> None:
+        for data in encoded:
+            self._wire.push(self.port, data)
 
 
 class SecureChannel(ChannelCore):
@@ -189,6 +244,19 @@ class SecureChannel(ChannelCore):
         self._context = context
         self._tls: TlsCore | None = None
 
+    def be_legacy(self) -> None:
+        super().be_legacy()
+        self._send_limit_bytes = LEGACY_SECURE_SEND_BYTES
+        make = self._context
+
+        def context() -> ssl.SSLContext:
+            made = make()
+            # Python's own choice leaves out plain RSA and CCM, which may be all that such a node has (mp-wire §6).
+            made.set_ciphers("ALL:!aNULL:!eNULL:!PSK:!SRP")
+            return made
+
+        self._context = context
+
     @property
     def peer_der(self) -> bytes:
         """The peer's certificate (DER) on an open channel."""
@@ -199,32 +267,43 @@ class SecureChannel(ChannelCore):
 
     def _begin(self) -> Iterator[Event]:
         self.state = State.OPENING
+        self._tls = None
         try:
             self._tls = TlsCore(self._context(), server_side=self.accepts)
             if not self.accepts:
-                self._tls.feed(b"")
+                self._tls.feed(())
             self._flush(self._tls)
         except AosError as error:
             yield from self.close(str(error))
 
-    def _take(self, payload: bytes) -> Iterator[Event]:
+    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]:
         tls = self._present()
-        plain = tls.feed(payload)
+        plain = tls.feed(payloads)
         self._flush(tls)
         if tls.is_ready and self.state is State.OPENING:
             self.state = State.OPEN
             yield Opened()
         yield from self._deliver(plain)
+        if tls.failure is not None:
+            raise tls.failure
         if tls.is_closed:
             # Peers that know no Reset end a channel like this (mp-wire §6).
             yield from self._end("closed by the peer")
             tls.close()
             self._flush(tls)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, encoded: Iterable[bytes]) -> None:
         tls = self._present()
-        tls.write(data)
+        for data in encoded:
+            tls.write(data)
         self._flush(tls)
+
+    def _say_end(self) -> None:
+        if self._tls is None:
+            self._wire.push(self.port, _INTERNAL_ERROR)
+        else:
+            self._tls.close()
+            self._flush(self._tls)
 
     def _present(self) -> TlsCore:
         if self._tls is None:

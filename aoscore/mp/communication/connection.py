@@ -9,7 +9,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -22,6 +22,7 @@ from aoscore.common.errors import (
     FailedError,
     NotSupportedError,
     OutOfMemoryError,
+    OutOfRangeError,
     first_cause,
 )
 from aoscore.common.log import kv
@@ -37,16 +38,18 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
-from aoscore.mp.communication.control import Control, Role
+from aoscore.mp.communication.control import SILENCE_LIMIT_S, Control, Role
 from aoscore.mp.communication.frames import (
     MAX_OPEN_MESSAGE_BYTES,
+    Bytes,
     Frame,
     FrameDecoder,
+    Message,
     MessageDecoder,
     encode_header,
     encode_message,
 )
-from aoscore.mp.communication.ports import CONTROL, PROXY, Ports
+from aoscore.mp.communication.ports import CONTROL, PROXY, RPC, Ports
 from aoscore.mp.communication.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -60,10 +63,11 @@ _BYE_TIMEOUT_S = 1.0
 _MAX_BAD_FRAMES = 3
 # Answers to what the peer sends on the control channel: a peer that asks without end and never reads is cut off.
 _CONTROL_LIMIT_BYTES = 64 * 1024
-# What goes to the link in one go: each go costs as much as the bytes of some frames.
-_QUANTUM_BYTES = 64 * 1024
-# Little of a download waits here, so that what is more urgent does not wait behind it in the kernel either.
-_BULK_LIMIT_BYTES = 64 * 1024
+# What goes to the link in one go: each go costs as much as the bytes of some frames. Little of a download waits here,
+# so that what is more urgent does not wait behind it in the kernel either: more only while the link takes it at once.
+_LEAST_QUANTUM_BYTES = 64 * 1024
+_MOST_QUANTUM_BYTES = 128 * 1024
+_AT_ONCE_S = 0.005
 
 
 Contexts = Mapping[int, Callable[[], ssl.SSLContext]]
@@ -99,10 +103,14 @@ class ChannelClosedError(FailedError):
 
 
 class LinkSettings(msgspec.Struct, frozen=True):
-    """What is the same for all links of a process."""
+    """What is the same for all links of a process.
+
+    `profile`, of a gateway: whether peers are of our kind, of the older one, or show what they are (mp-wire §9).
+    """
 
     role: Role
     ports: Ports
+    profile: Literal["auto", "v5", "legacy"] = "auto"
     provisioning: bool = False
     max_message_bytes: int = 16 * 1024 * 1024
     channel_buffer_bytes: int = 1024 * 1024
@@ -143,6 +151,11 @@ class Stream:
         """Nothing can be sent any more."""
         return self._reason is not None
 
+    @property
+    def quantum_bytes(self) -> int:
+        """How much of a download to send in one go at present."""
+        return self._connection.quantum_bytes
+
     async def receive(self) -> bytes:
         """The next message. Raises ChannelClosedError after the last one."""
         while not self._messages:
@@ -156,14 +169,21 @@ class Stream:
             self._room.set()
         return message
 
-    async def send(self, message: bytes) -> None:
-        """Queue a message, waiting for room. Raises ChannelClosedError, InvalidArgumentError for one too large."""
+    async def receive_all(self) -> list[bytes]:
+        """The next message and all that came behind it. Raises ChannelClosedError after the last one."""
+        messages = [await self.receive(), *self._messages]
+        self._messages.clear()
+        self._bytes = 0
+        self._room.set()
+        return messages
+
+    async def send(self, *messages: Message) -> None:
+        """Queue messages, waiting for room. Raises ChannelClosedError, InvalidArgumentError for one too large."""
         bulk = self.port == PROXY
-        limit = _BULK_LIMIT_BYTES if bulk else self._connection.settings.channel_buffer_bytes
-        await self._drained(limit)
+        await self._drained(self.quantum_bytes if bulk else self._connection.settings.channel_buffer_bytes)
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
-        self._slot.core.send(message)
+        self._slot.core.send(*messages)
 
     def send_soon(self, message: bytes) -> None:
         """Queue a small message without waiting; nothing happens on a closed channel."""
@@ -206,12 +226,12 @@ class Stream:
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
 
-    async def on_message(self, message: bytes) -> None:
-        """Take a message; waits while the reader is far behind, and with it the whole link (mp-wire §3)."""
+    async def on_messages(self, messages: Sequence[bytes]) -> None:
+        """Take messages; waits while the reader is far behind, and with it the whole link (mp-wire §3)."""
         if self._reason is not None:
             return
-        self._messages.append(message)
-        self._bytes += len(message)
+        self._messages += messages
+        self._bytes += sum(map(len, messages))
         self._news.set()
         if self._bytes > self._connection.settings.channel_buffer_bytes:
             self._room.clear()
@@ -257,8 +277,12 @@ class Connection:
         self.node_id = ""
         """The node at the other end (gateway); `node_known` is set with it."""
         self.node_known = asyncio.Event()
+        self.is_legacy = False
+        """The peer is of the older kind: no control channel, no calls, no downloads."""
         self.certificates: dict[int, bytes] = {}
         """The peer's certificate (DER) on each secure channel that was opened last."""
+        self.quantum_bytes = _LEAST_QUANTUM_BYTES
+        """What goes to the link in one go at present."""
         self._reader = reader
         self._writer = writer
         self._scheduler = Scheduler(settings.ports.order)
@@ -267,6 +291,8 @@ class Connection:
         self._introduced = asyncio.Event()
         self._shut_reason = ""
         self._is_over = False
+        self._decoder = FrameDecoder()
+        self._heard_s = self._now()
         self._is_reading = True
         self._bad_frames = 0
         self._unknown: set[int] = set()
@@ -301,8 +327,12 @@ class Connection:
 
         Raises AosError or OSError when the link breaks.
         """
+        if self.settings.profile == "legacy":
+            self._be_legacy()
         self._control.begin()
         jobs = [asyncio.create_task(job()) for job in (self._read, self._write, self._watch)]
+        for job in jobs:
+            job.add_done_callback(_look_at_error)
         served = asyncio.create_task(self._served(serve))
         ended: list[asyncio.Task[None]] = []
         try:
@@ -340,7 +370,15 @@ class Connection:
 
     @property
     def _software(self) -> str:
-        return self._control.peer.software if self._control.peer else ""
+        return self._control.peer.software if self._control.peer else "of the older kind"
+
+    def _be_legacy(self) -> None:
+        self.is_legacy = True
+        for port in (PROXY, RPC):
+            self._slots.pop(port, None)
+        for slot in self._slots.values():
+            slot.core.be_legacy()
+        self._introduced.set()
 
     async def connect(self, port: int) -> Stream:
         """Open a channel, first waiting for the end of its last use. Raises ChannelClosedError, NotSupportedError."""
@@ -393,7 +431,7 @@ class Connection:
 
     # For the channels: channelcore.Wire
 
-    def push(self, port: int, payload: bytes) -> None:
+    def push(self, port: int, payload: Bytes) -> None:
         """Queue a payload."""
         self._scheduler.push(port, payload)
         self._filled.set()
@@ -419,7 +457,7 @@ class Connection:
         self.push(CONTROL, encode_message(message.SerializeToString()))
 
     async def _say_bye(self) -> None:
-        if self._control.is_over:
+        if self._control.is_over or self.is_legacy:
             return
         self._control.bye("stopping")
         try:
@@ -434,32 +472,40 @@ class Connection:
             _log.debug("Good-bye did not get through: peer=%s", self.peer)
 
     async def _read(self) -> None:
-        decoder = FrameDecoder()
+        decoder = self._decoder
         while data := await self._reader.read(_READ_BYTES):
-            self._control.on_bytes(self._now())
+            self._heard_s = self._now()
+            self._control.on_bytes(self._heard_s)
             self._is_reading = False
-            for frame in decoder.feed(data):
-                await self._on_frame(frame)
+            for port, payloads in _runs(decoder.feed(data)):
+                await self._on_frames(port, payloads)
             self._is_reading = True
         raise FailedError(self._shut_reason or "the peer closed the link")
 
     async def _write(self) -> None:
         while True:
-            frames: list[bytes] = []
+            frames: list[Bytes] = []
             size = 0
-            while size < _QUANTUM_BYTES and (item := self._scheduler.pop()):
+            ports = set()
+            while size < self.quantum_bytes and (item := self._scheduler.pop()):
                 port, payload = item
                 frames += (encode_header(port, payload), payload)
                 size += len(payload)
-                if slot := self._slots.get(port):
-                    slot.sent.set()
+                ports.add(port)
             if not frames:
                 self._filled.clear()
                 await self._filled.wait()
                 continue
+            for port in ports & self._slots.keys():
+                self._slots[port].sent.set()
             self._writer.write(b"".join(frames))
             self._wrote.set()
+            began_s = self._now()
             await self._writer.drain()
+            if self._now() - began_s > _AT_ONCE_S:
+                self.quantum_bytes = max(self.quantum_bytes // 2, _LEAST_QUANTUM_BYTES)
+            elif size >= self.quantum_bytes:
+                self.quantum_bytes = min(self.quantum_bytes * 2, _MOST_QUANTUM_BYTES)
 
     async def _watch(self) -> None:
         while True:
@@ -468,7 +514,11 @@ class Connection:
             if not self._is_reading:
                 # It is we who do not listen: that the peer is not heard says nothing about it.
                 self._control.on_bytes(now_s)
-            self._control.tick(now_s)
+            if not self.is_legacy:
+                self._control.tick(now_s)
+            elif self._is_reading and self._decoder.has_begun and now_s - self._heard_s > SILENCE_LIMIT_S:
+                # A vchan that a node attaches to again may hold the rest of a frame of before (vchan.md §2).
+                raise DeadlineError(f"half a frame, and nothing more for {SILENCE_LIMIT_S:g} s")
             for slot in self._slots.values():
                 waited_s = now_s - slot.since_s
                 if slot.core.state is State.OPENING and waited_s > _OPEN_TIMEOUT_S:
@@ -476,19 +526,21 @@ class Connection:
                 elif slot.core.state is State.CLOSING and waited_s > _ANSWER_TIMEOUT_S:
                     self._apply_now(slot, slot.core.on_no_more())
 
-    async def _on_frame(self, frame: Frame) -> None:
-        port, payload, is_intact = frame
+    async def _on_frames(self, port: int, payloads: Sequence[bytes]) -> None:
+        """Frames of one channel that came one after the other; no payload stands for a damaged frame."""
         slot = self._slots.get(port)
-        if self._control.peer is None and port != CONTROL:
-            raise NotSupportedError(
-                f"{self.peer} began with channel {port} and did not introduce itself; peers of the older kind "
-                "(profile legacy) are not supported"
-            )
-        if not is_intact:
+        if not payloads:
             self._on_bad_frame(port, slot)
-        elif port == CONTROL:
-            for message in self._control_messages.feed(payload):
-                self._control.receive(message)
+            return
+        if self._control.peer is None and not self.is_legacy and port != CONTROL:
+            if self.settings.role == "node" or self.settings.profile == "v5":
+                raise NotSupportedError(f"{self.peer} began with channel {port} and did not introduce itself")
+            self._be_legacy()
+            slot = self._slots.get(port)
+        if port == CONTROL and not self.is_legacy:
+            for payload in payloads:
+                for message in self._control_messages.feed(payload):
+                    self._control.receive(message)
             if self._control.peer is not None:
                 self._introduced.set()
         elif slot is None:
@@ -497,7 +549,7 @@ class Connection:
                 _log.warning(kv("Frames for an unknown channel are dropped", peer=self.peer, port=port))
         else:
             before = slot.core.state
-            for event in slot.core.feed(payload):
+            for event in slot.core.feed(*payloads):
                 self._note_time(slot, before)
                 await self._apply(slot, event)
             self._note_time(slot, before)
@@ -505,7 +557,7 @@ class Connection:
     def _on_bad_frame(self, port: int, slot: _Slot | None) -> None:
         self._bad_frames += 1
         _log.warning(kv("Frame is damaged", peer=self.peer, port=port, count=self._bad_frames))
-        if self._bad_frames >= _MAX_BAD_FRAMES:
+        if self._bad_frames >= _MAX_BAD_FRAMES or not self._introduced.is_set():
             raise ChecksumError(f"{self._bad_frames} damaged frames from {self.peer}")
         if slot is not None:
             self._apply_now(slot, slot.core.close("a frame was damaged"))
@@ -521,7 +573,7 @@ class Connection:
     async def _apply(self, slot: _Slot, event: Event) -> None:
         if isinstance(event, Received):
             if slot.stream is not None:
-                await slot.stream.on_message(event.message)
+                await slot.stream.on_messages(event.messages)
             return
         self._apply_one(slot, event)
 
@@ -553,6 +605,35 @@ class Connection:
                     slot.stream = None
             case Ready():
                 slot.idle.set()
+
+
+def _look_at_error(task: asyncio.Task[None]) -> None:
+    """Also when we are cancelled while the link breaks, its error counts as seen."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _runs(frames: Iterable[Frame]) -> Iterator[tuple[int, list[bytes]]]:
+    """Frames of one channel that come one after the other, together; a damaged one alone and without payload."""
+    run: list[bytes] = []
+    run_port = 0
+    error = None
+    try:
+        for port, payload, is_intact in frames:
+            if run and (port != run_port or not is_intact):
+                yield run_port, run
+                run = []
+            run_port = port
+            if is_intact:
+                run.append(payload)
+            else:
+                yield port, []
+    except OutOfRangeError as caught:
+        error = caught
+    if run:
+        yield run_port, run
+    if error is not None:
+        raise error
 
 
 async def restart_on_renewal(connection: Connection, changed: Broadcast[TlsIdentity], ports: Sequence[int]) -> None:

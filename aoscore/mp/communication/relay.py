@@ -7,13 +7,13 @@ end of the link always sees the truth.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from aoscore.common.errors import AosError, FailedError, first_cause
+from aoscore.common.errors import AosError, FailedError, InvalidArgumentError, first_cause
 from aoscore.common.log import kv
 from aoscore.common.rpc import begin_answers, open_channel, open_tls_channel, rpc_errors
 from aoscore.common.tls import TlsRoots
@@ -34,16 +34,28 @@ _CONNECT_TIMEOUT_S = 3.0
 class ServerRelay:
     """A gateway's relay between one channel and one method of a server, for all links.
 
-    `path` is the gRPC method at `address`, `what` names it in messages, `ways` are tried in turn.
+    `path` is the gRPC method at `address`, `what` names it in messages, `ways` are tried in turn. `on_end` is told of
+    the end of each use of the channel.
     """
 
-    def __init__(self, port: int, address: str, path: str, ways: Sequence[Way], *, what: str, check: Check) -> None:
+    def __init__(
+        self,
+        port: int,
+        address: str,
+        path: str,
+        ways: Sequence[Way],
+        *,
+        what: str,
+        check: Check,
+        on_end: Callable[[Connection], None] = lambda _: None,
+    ) -> None:
         self._port = port
         self._address = address
         self._path = path
         self._ways = ways
         self._what = what
         self._check = check
+        self._on_end = on_end
 
     async def serve(self, connection: Connection) -> None:
         """Relay the uses of the channel of a link one after the other, until cancelled."""
@@ -57,17 +69,23 @@ class ServerRelay:
                         await self._relay(connection, stream, first, server)
             except AosError as error:
                 _log.info(kv(f"{self._what} ended", nodeID=connection.node_id, peer=connection.peer, reason=error))
+                self._on_end(connection)
 
     async def _relay(self, connection: Connection, stream: Stream, first: bytes, server: grpc.aio.Channel) -> None:
         """Pass messages in both directions. Raises AosError saying which side ended it and why."""
         method: Any = server.stream_stream(self._path)
         call = method()
+        turn = asyncio.Lock()
+
+        async def write(message: bytes) -> None:
+            async with turn:
+                with rpc_errors(self._what):
+                    await call.write(message)
 
         async def to_server() -> None:
             message = first
             while True:
-                with rpc_errors(self._what):
-                    await call.write(message)
+                await write(message)
                 message = await self._next(connection, stream)
 
         async def to_node() -> None:
@@ -78,12 +96,23 @@ class ServerRelay:
                     with rpc_errors(self._what):
                         code, details = await call.code(), await call.details()
                     raise FailedError(f"{self._what} ended: {details or code.name}")
-                await stream.send(message)
+                self._see(message)
+                try:
+                    await stream.send(message)
+                except InvalidArgumentError as error:
+                    _log.error(kv("Message can't be passed to the node", nodeID=connection.node_id, error=error))
 
         try:
-            await until_one_ends(to_server(), to_node())
+            await until_one_ends(to_server(), to_node(), self._beside(stream, write))
         finally:
             call.cancel()
+
+    def _see(self, message: bytes) -> None:
+        """Look at a message of the server on its way to the node."""
+
+    async def _beside(self, stream: Stream, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """What else there is to do while messages pass; `write` sends one more to the server."""
+        await asyncio.get_running_loop().create_future()
 
     async def _next(self, connection: Connection, stream: Stream) -> bytes:
         while True:

@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
+from aoscore.mp.communication.frames import Bytes
+
 PATIENCE_TURNS = 32
 """A channel that was passed over so often goes next: urgent traffic without end must not stop a download for good."""
 
@@ -15,16 +17,16 @@ class Scheduler:
     """
 
     def __init__(self, order: Sequence[int]) -> None:
-        self._queues: dict[int, deque[bytes]] = {port: deque() for port in order}
+        self._queues: dict[int, deque[Bytes]] = {port: deque() for port in order}
         self._bytes = dict.fromkeys(order, 0)
         self._passed = dict.fromkeys(order, 0)
 
-    def push(self, port: int, frame: bytes) -> None:
+    def push(self, port: int, frame: Bytes) -> None:
         """Queue a frame of a channel."""
         self._queues[port].append(frame)
         self._bytes[port] += len(frame)
 
-    def pop(self) -> tuple[int, bytes] | None:
+    def pop(self) -> tuple[int, Bytes] | None:
         """Port and frame to send now, None when nothing waits."""
         waiting = [port for port, queue in self._queues.items() if queue]
         if not waiting:

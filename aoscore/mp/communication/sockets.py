@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 MAX_LINKS = 64
 _CONNECT_TIMEOUT_S = 10.0
 STREAM_LIMIT_BYTES = 256 * 1024
+_BUFFER_BYTES = 128 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024
 _NOT_SENT_BYTES = 128 * 1024
 # What is on its way of a download is what an urgent message waits for: the kernel's own choice would be megabytes.
@@ -42,6 +43,23 @@ def _tune(writer: asyncio.StreamWriter) -> None:
         sock.setsockopt(level, option, value)
 
 
+class _Protocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
+    """Streams whose transport reads into one buffer that stays: a new one for each read costs more than the reading."""
+
+    def __init__(
+        self, connected: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None
+    ) -> None:
+        self.reader = asyncio.StreamReader(limit=STREAM_LIMIT_BYTES)
+        super().__init__(self.reader, connected)
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.reader.feed_data(self._buffer[:nbytes])
+
+
 class Listener:
     """Waits for nodes, as a service. `handler(reader, writer, peer)` has each connection to itself.
 
@@ -57,8 +75,9 @@ class Listener:
     async def run(self, started: Callable[[], None]) -> None:
         """Serve until cancelled; the connections then end, each in its own order."""
         try:
-            server = await asyncio.start_server(
-                self._accept, self._host, self._wanted_port, limit=STREAM_LIMIT_BYTES, backlog=16
+            loop = asyncio.get_running_loop()
+            server = await loop.create_server(
+                lambda: _Protocol(self._accept), self._host, self._wanted_port, backlog=16
             )
         except OSError as error:
             raise AlreadyExistsError(f"can't wait for nodes on {self._host}:{self._wanted_port}: {error}") from error
@@ -108,13 +127,15 @@ async def connected(address: str) -> AsyncIterator[Streams]:
     host, port = split_address(address)
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, port, limit=STREAM_LIMIT_BYTES)
+            loop = asyncio.get_running_loop()
+            transport, protocol = await loop.create_connection(_Protocol, host, port)
     except TimeoutError:
         raise DeadlineError(f"can't connect to {address} within {_CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
         raise FailedError(f"can't connect to {address}: {error.strerror or error}") from error
     try:
+        writer = asyncio.StreamWriter(transport, protocol, protocol.reader, loop)
         _tune(writer)
-        yield reader, writer
+        yield protocol.reader, writer
     finally:
-        writer.transport.abort()
+        transport.abort()

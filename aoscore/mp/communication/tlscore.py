@@ -4,12 +4,13 @@ Chains are checked, names are not: the channel's peer is known by its certificat
 """
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from aoscore.common.errors import FailedError
-from aoscore.mp.communication.frames import split_records
+from aoscore.mp.communication.frames import Bytes, split_records
 
-_READ_BYTES = 256 * 1024
+_READ_BYTES = 16 * 1024
+"""Of plaintext, which is the most that a record holds (RFC 8446 §5.1)."""
 _HANDSHAKE_RECORD = 22
 _CLIENT_HELLO = 1
 _TYPE_OFFSET = 5
@@ -31,31 +32,26 @@ class TlsCore:
         """The handshake is done: plaintext can be sent."""
         self.is_closed = False
         """The peer said that it sends nothing more."""
+        self.failure: FailedError | None = None
+        """Why TLS is over before that."""
 
     @property
     def peer_der(self) -> bytes:
         """The peer's certificate, once ready."""
         return self._tls.getpeercert(binary_form=True) or b""
 
-    def feed(self, payload: bytes) -> bytes:
-        """Take a payload, give the plaintext in it. An empty payload begins the handshake of a client.
+    def feed(self, payloads: Iterable[bytes]) -> list[bytes]:
+        """Take payloads, give the plaintext in them, by record. No payload begins the handshake of a client.
 
-        Raises FailedError when TLS fails.
+        What came before TLS failed is given, too: look at `failure`.
         """
-        self._incoming.write(payload)
+        for payload in payloads:
+            self._incoming.write(payload)
+        pieces: list[bytes] = []
         try:
             if not self.is_ready:
                 self._tls.do_handshake()
                 self.is_ready = True
-            return self._read()
-        except ssl.SSLWantReadError:
-            return b""
-        except ssl.SSLError as error:
-            raise FailedError(f"TLS failed: {_reason(error)}") from error
-
-    def _read(self) -> bytes:
-        pieces = []
-        try:
             while piece := self._tls.read(_READ_BYTES):
                 pieces.append(piece)
                 if not self._incoming.pending and not self._tls.pending():
@@ -66,7 +62,9 @@ class TlsCore:
             self.is_closed = True
         except ssl.SSLWantReadError:
             pass
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        except ssl.SSLError as error:
+            self.failure = FailedError(f"TLS failed: {_reason(error)}")
+        return pieces
 
     def write(self, data: bytes) -> None:
         """Encrypt plaintext."""
@@ -79,7 +77,7 @@ class TlsCore:
         except ssl.SSLError:
             pass  # the peer has not answered yet, or TLS has failed: either way there is nothing more to say
 
-    def records(self) -> Iterator[bytes]:
+    def records(self) -> Iterator[Bytes]:
         """The records to send now, one per frame."""
         return split_records(self._outgoing.read())
 

@@ -5,9 +5,10 @@ it. It keeps nothing: a node that comes back says how far it got.
 """
 
 import asyncio
+import itertools
 import logging
 import re
-from collections.abc import Container
+from collections.abc import AsyncIterator, Container
 from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
@@ -29,7 +30,7 @@ from aoscore.common.http import open_stream
 from aoscore.common.log import kv
 from aoscore.mp.communication.connection import Connection, Stream, end_tasks
 from aoscore.mp.communication.ports import PROXY
-from aoscore.mp.filechunker.chunker import Chunker
+from aoscore.mp.filechunker.chunker import PIECE_BYTES, Chunker, PieceEncoder
 
 _log = logging.getLogger(__name__)
 
@@ -121,11 +122,18 @@ class DownloadServer:
                 await stream.send(_content(request.request_id, request.offset, state=pb.COMPLETED))
                 return
             chunker = Chunker(request.offset, _bytes_before(answer, request.offset))
-            async for chunk in answer.chunks(_IDLE_TIMEOUT_S):
-                for offset, data in chunker.feed(chunk):
-                    await stream.send(_content(request.request_id, offset, data))
-            offset, data = chunker.last()
-            await stream.send(_content(request.request_id, offset, data, state=pb.COMPLETED))
+            await send_pieces(stream, request.request_id, chunker, answer.chunks(_IDLE_TIMEOUT_S))
+
+
+async def send_pieces(stream: Stream, request_id: int, chunker: Chunker, chunks: AsyncIterator[bytes]) -> None:
+    """Send a download to its end."""
+    encode = PieceEncoder(request_id).encode
+    async for chunk in chunks:
+        pieces = chunker.feed(chunk)
+        while some := list(itertools.islice(pieces, stream.quantum_bytes // PIECE_BYTES)):
+            await stream.send(*itertools.starmap(encode, some))
+    offset, data = chunker.last()
+    await stream.send(_content(request_id, offset, data, state=pb.COMPLETED))
 
 
 def clock_sync() -> pb.ProxyIncomingMessages:

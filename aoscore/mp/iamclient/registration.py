@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
+from aoscore._pb.iamanager.v5 import iamanager_pb2 as v5
+from aoscore._pb.iamanager.v6 import iamanager_pb2 as v6
 from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.log import kv
 from aoscore.common.types import NodeState
@@ -27,20 +29,51 @@ _OPEN_KINDS = frozenset(
 )
 
 
-def open_iam_relay(port: int, address: str, ways: Sequence[Way]) -> ServerRelay:
+@dataclass(frozen=True)
+class Interface:
+    """Of IAM: as the nodes of our days speak it, or as those of the older kind do."""
+
+    path: str
+    message: type[v6.IAMOutgoingMessages] | type[v5.IAMOutgoingMessages]
+    state: str
+    """Member of a node info that says how far the node is."""
+
+
+CURRENT = Interface("/iamanager.v6.IAMPublicNodesService/RegisterNode", v6.IAMOutgoingMessages, "state")
+LEGACY = Interface("/iamanager.v5.IAMPublicNodesService/RegisterNode", v5.IAMOutgoingMessages, "status")
+
+
+def open_iam_relay(port: int, address: str, ways: Sequence[Way], interface: Interface = CURRENT) -> ServerRelay:
     """The relay of the open channel, for nodes that have no certificate yet."""
-    return _relay(port, address, ways, _check_open)
+
+    def check(connection: Connection, message: bytes) -> bool:
+        outgoing = _parse(connection, message, interface)
+        if outgoing is None:
+            return False
+        kind, state = outgoing.WhichOneof("IAMOutgoingMessage"), getattr(outgoing.node_info, interface.state)
+        if kind not in _OPEN_KINDS or (kind == "node_info" and state != NodeState.UNPROVISIONED):
+            _log.warning(kv("Not allowed on the open channel, dropped", peer=connection.peer, kind=kind, state=state))
+            return False
+        return True
+
+    def on_end(connection: Connection) -> None:
+        # Can't be told in another way, and says only once who it is (mp-wire §6).
+        connection.shut("IAM lost the node, which has to say again who it is")
+
+    return _relay(port, address, ways, check, interface, on_end if interface is LEGACY else lambda _: None)
 
 
-def secure_iam_relay(port: int, address: str, way: Way, claim: Callable[[Connection, str], None]) -> ServerRelay:
+def secure_iam_relay(
+    port: int, address: str, way: Way, claim: Callable[[Connection, str], None], interface: Interface = CURRENT
+) -> ServerRelay:
     """The relay of the secure channel. `claim` is that of `cmclient.registration.sm_relay`."""
 
     def check(connection: Connection, message: bytes) -> bool:
-        outgoing = _parse(connection, message)
+        outgoing = _parse(connection, message, interface)
         if outgoing is None:
             return False
         if outgoing.WhichOneof("IAMOutgoingMessage") == "node_info":
-            if outgoing.node_info.state == NodeState.UNPROVISIONED:
+            if getattr(outgoing.node_info, interface.state) == NodeState.UNPROVISIONED:
                 _log.warning(kv("Unprovisioned node on the secure channel, dropped", peer=connection.peer))
                 return False
             if not outgoing.node_info.node_id:
@@ -48,28 +81,26 @@ def secure_iam_relay(port: int, address: str, way: Way, claim: Callable[[Connect
             claim(connection, outgoing.node_info.node_id)
         return True
 
-    return _relay(port, address, [way], check)
+    return _relay(port, address, [way], check, interface)
 
 
-def _relay(port: int, address: str, ways: Sequence[Way], check: Check) -> ServerRelay:
-    path = "/iamanager.v6.IAMPublicNodesService/RegisterNode"
-    return ServerRelay(port, address, path, ways, what="RegisterNode at main IAM", check=check)
+def _relay(
+    port: int,
+    address: str,
+    ways: Sequence[Way],
+    check: Check,
+    interface: Interface,
+    on_end: Callable[[Connection], None] = lambda _: None,
+) -> ServerRelay:
+    what = "RegisterNode at main IAM"
+    return ServerRelay(port, address, interface.path, ways, what=what, check=check, on_end=on_end)
 
 
-def _check_open(connection: Connection, message: bytes) -> bool:
-    outgoing = _parse(connection, message)
-    if outgoing is None:
-        return False
-    kind, state = outgoing.WhichOneof("IAMOutgoingMessage"), outgoing.node_info.state
-    if kind not in _OPEN_KINDS or (kind == "node_info" and state != NodeState.UNPROVISIONED):
-        _log.warning(kv("Not allowed on the open channel, dropped", peer=connection.peer, kind=kind, state=state))
-        return False
-    return True
-
-
-def _parse(connection: Connection, message: bytes) -> pb.IAMOutgoingMessages | None:
+def _parse(
+    connection: Connection, message: bytes, interface: Interface
+) -> v6.IAMOutgoingMessages | v5.IAMOutgoingMessages | None:
     try:
-        return pb.IAMOutgoingMessages.FromString(message)
+        return interface.message.FromString(message)
     except DecodeError as error:
         _log.warning(kv("Message of node is malformed, dropped", peer=connection.peer, error=error))
         return None

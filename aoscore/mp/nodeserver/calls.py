@@ -110,7 +110,11 @@ class CallClient:
         for call in self._calls.values():
             call.end(error=ChannelClosedError(reason))
 
-    def _take(self, message: bytes) -> None:
+    async def _take(self, messages: list[bytes]) -> None:
+        for message in messages:
+            self._take_one(message)
+
+    def _take_one(self, message: bytes) -> None:
         try:
             rpc = pb.Rpc.FromString(message)
         except DecodeError as error:

@@ -1,7 +1,8 @@
 """Downloads through channel 17 (mp-wire §9). Node.
 
-The channel is shared by all downloads and by nothing else, but it lies on the same link as all else: pieces are never
-left waiting there. A download whose reader falls behind is cancelled, and asked for again from where the reader is.
+The channel is shared by all downloads and by nothing else, but it lies on the same link as all else: pieces are not
+left waiting there for longer than a moment. A download whose reader falls behind is cancelled, and asked for again from
+where the reader is.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common import convert
+from aoscore.common.aio import comes_within
 from aoscore.common.errors import (
     AosError,
     DeadlineError,
@@ -25,20 +27,42 @@ from aoscore.mp.communication.ports import PROXY
 from aoscore.mp.nodeserver.link import NodeLink, OnDemandChannel
 
 _WAITING_PIECES = 256
+# The most that a reader which falls behind holds up the link, and with it what is more urgent.
+_HELD_UP_S = 0.05
 _IDLE_TIMEOUT_S = 90.0
 
 
 class _Download:
     def __init__(self) -> None:
-        self.pieces: asyncio.Queue[pb.DownloadContent] = asyncio.Queue(_WAITING_PIECES + 1)
+        self.pieces: list[pb.DownloadContent] = []
+        self.news = asyncio.Event()
+        self.room = asyncio.Event()
+        self.room.set()
         self.error: AosError | None = None
         self.is_behind = False
         """Pieces were left out: what follows the ones that wait has to be asked for again."""
 
+    def add(self, piece: pb.DownloadContent) -> None:
+        self.pieces.append(piece)
+        self.news.set()
+        if len(self.pieces) >= _WAITING_PIECES:
+            self.room.clear()
+
     def fail(self, error: AosError) -> None:
         self.error = self.error or error
-        if self.pieces.empty():
-            self.pieces.put_nowait(pb.DownloadContent())  # wakes the reader
+        self.news.set()
+
+    async def take(self, url: str) -> list[pb.DownloadContent]:
+        """All that waits, at least one piece. Raises the error after the last, DeadlineError when nothing comes."""
+        if not (self.pieces or self.error):
+            self.news.clear()
+            if not await comes_within(self.news, _IDLE_TIMEOUT_S):
+                raise DeadlineError(f"nothing of {url} came for {_IDLE_TIMEOUT_S:g} s")
+        if not self.pieces and self.error is not None:
+            raise self.error
+        pieces, self.pieces = self.pieces, []
+        self.room.set()
+        return pieces
 
 
 class DownloadClient:
@@ -65,10 +89,10 @@ class DownloadClient:
                 async for content in contents:
                     if content.data and content.offset != offset:
                         raise FailedError(f"the gateway sent byte {content.offset} where {offset} was due")
-                    offset += len(content.data)
                     is_complete = content.state == pb.COMPLETED
-                    if content.data:
-                        yield content.data
+                    if data := content.data:
+                        offset += len(data)
+                        yield data
 
     async def _fetch_once(self, url: str, offset: int) -> AsyncGenerator[pb.DownloadContent, None]:
         """Until it is complete, or we have fallen behind."""
@@ -80,18 +104,18 @@ class DownloadClient:
             request = pb.DownloadRequest(url=url, request_id=request_id, offset=offset)
             await stream.send(pb.ProxyOutgoingMessages(download_request=request).SerializeToString())
             while not is_over:
-                if download.is_behind and download.pieces.empty():
+                if download.is_behind and not download.pieces:
                     is_over = True  # it is cancelled already
                     return
-                content = await _next(download, url)
-                is_over = content.state != pb.IN_PROGRESS
-                match content.state:
-                    case pb.FAILED:
-                        error = convert.error_from_pb(content.error)
-                        raise from_error_info(error) or FailedError(f"the gateway can't fetch {url}")
-                    case pb.CANCELED:
-                        raise FailedError(f"the gateway gave up {url}")
-                yield content
+                for content in await download.take(url):
+                    is_over = content.state != pb.IN_PROGRESS
+                    match content.state:
+                        case pb.FAILED:
+                            error = convert.error_from_pb(content.error)
+                            raise from_error_info(error) or FailedError(f"the gateway can't fetch {url}")
+                        case pb.CANCELED:
+                            raise FailedError(f"the gateway gave up {url}")
+                    yield content
         finally:
             del self._downloads[request_id]
             if not is_over:
@@ -104,7 +128,21 @@ class DownloadClient:
     async def _introduce(self, stream: Stream) -> None:
         await stream.send(pb.ProxyOutgoingMessages(node_id=self._link.node_id).SerializeToString())
 
-    def _take(self, message: bytes) -> None:
+    async def _take(self, messages: list[bytes]) -> None:
+        for message in messages:
+            self._take_one(message)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HELD_UP_S):
+                for download in list(self._downloads.values()):
+                    if not download.is_behind:
+                        await download.room.wait()
+                return
+        for request_id, download in self._downloads.items():
+            if not download.room.is_set() and not download.is_behind:
+                download.is_behind = True
+                self._cancel(request_id)
+
+    def _take_one(self, message: bytes) -> None:
         try:
             incoming = pb.ProxyIncomingMessages.FromString(message)
         except DecodeError as error:
@@ -113,30 +151,9 @@ class DownloadClient:
             return
         content = incoming.download_content
         download = self._downloads.get(content.request_id)
-        if download is None or download.is_behind:
-            return
-        if download.pieces.qsize() >= _WAITING_PIECES:
-            download.is_behind = True
-            self._cancel(content.request_id)
-            return
-        download.pieces.put_nowait(content)
+        if download is not None and not download.is_behind:
+            download.add(content)
 
     def _lost(self, reason: str) -> None:
         for download in self._downloads.values():
             download.fail(ChannelClosedError(reason))
-
-
-async def _next(download: _Download, url: str) -> pb.DownloadContent:
-    if download.error is not None and download.pieces.empty():
-        raise download.error
-    try:
-        content = download.pieces.get_nowait()
-    except asyncio.QueueEmpty:
-        try:
-            async with asyncio.timeout(_IDLE_TIMEOUT_S):
-                content = await download.pieces.get()
-        except TimeoutError:
-            raise DeadlineError(f"nothing of {url} came for {_IDLE_TIMEOUT_S:g} s") from None
-    if download.error is not None and not content.request_id:
-        raise download.error
-    return content

@@ -56,7 +56,7 @@ class NodeLink:
 class OnDemandChannel:
     """A channel that many share: opened once somebody needs it, then read until it closes.
 
-    `begin` may send first messages, `take` gets every message, `lost` hears why the channel closed.
+    `begin` may send first messages, `take` gets the messages, in order, `lost` hears why the channel closed.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class OnDemandChannel:
         port: int,
         *,
         begin: Callable[[Stream], Awaitable[None]] | None = None,
-        take: Callable[[bytes], None],
+        take: Callable[[list[bytes]], Awaitable[None]],
         lost: Callable[[str], None],
     ) -> None:
         self._link = link
@@ -90,7 +90,7 @@ class OnDemandChannel:
                     self._stream = stream
                     self._up.set()
                     while True:
-                        self._take(await stream.receive())
+                        await self._take(await stream.receive_all())
             except AosError as error:
                 reason = str(error)
                 _log.warning(kv("Channel is off", port=self._port, reason=reason))

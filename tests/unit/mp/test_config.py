@@ -103,7 +103,8 @@ def test_what_may_be_left_out(tmp_path: Path, document: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("profile", "legacy", "'profile': legacy is not supported yet"),
+        ("logProvider.maxPartSize", 0, "'logProvider.maxPartSize' must be greater than 0"),
+        ("downloader.maxConcurrentDownloads", -1, "'downloader.maxConcurrentDownloads' must not be negative"),
         ("transport.type", "vchan", "'vchan.xsRxPath' must be a path"),
         ("transport.peers", [{"domain": 1}], "'transport.peers\\[0\\].xsRxPath' must be a path"),
         ("transport.peers", [VCHAN | {"domain": "x"}], "'transport.peers\\[0\\].domain' must be a domain number"),
@@ -151,3 +152,9 @@ def test_a_gateway_needs_the_main_node(tmp_path: Path) -> None:
 def test_a_node_needs_its_gateway(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'transport.connect': 'main' is no address"):
         read(tmp_path, changed(NODE, "transport.connect", "main"))
+
+
+def test_a_node_is_never_of_the_older_kind(tmp_path: Path) -> None:
+    assert read(tmp_path, changed(GATEWAY, "profile", "legacy")).profile == "legacy"
+    with pytest.raises(ConfigError, match="'profile': a node is never one of the older kind"):
+        read(tmp_path, changed(NODE, "profile", "legacy"))

@@ -21,7 +21,7 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
-from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, encode_message
+from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, Bytes, encode_message
 from tests.support.pki import TestCa
 
 LIMIT = 1 << 20
@@ -35,7 +35,7 @@ class Pipe:
         self.peer: ChannelCore | None = None
         self.sent: list[bytes] = []
 
-    def push(self, port: int, payload: bytes) -> None:
+    def push(self, port: int, payload: Bytes) -> None:
         self.queue.append(("data", payload))
 
     def drop(self, port: int) -> None:
@@ -52,9 +52,9 @@ class Pipe:
         waiting, self.queue = self.queue, []
         for kind, content in waiting:
             if kind == "data":
-                assert isinstance(content, bytes)
-                self.sent.append(content)
-                events += self.peer.feed(content)
+                assert isinstance(content, bytes | memoryview)
+                self.sent.append(bytes(content))
+                events += self.peer.feed(bytes(content))
             else:
                 reason, answer = content  # type: ignore[misc]
                 events += self.peer.on_reset(reason, is_answer=answer)
@@ -125,7 +125,7 @@ def opened(ends: Ends) -> Ends:
     assert Opened() in events + node
     ends.node.send(b"hello")
     _, gateway = ends.settle()
-    assert gateway[-1] == Received(b"hello")
+    assert gateway[-1] == Received([b"hello"])
     assert ends.gateway.state is ends.node.state is State.OPEN
     return ends
 
@@ -136,8 +136,39 @@ def test_messages_both_ways(ends: Ends) -> None:
     ends.gateway.send(b"another")
     ends.node.send(b"status")
     node, gateway = ends.settle()
-    assert node == [Received(b"order"), Received(b"another")]
-    assert gateway == [Received(b"status")]
+    assert node == [Received([b"order"]), Received([b"another"])]
+    assert gateway == [Received([b"status"])]
+
+
+def test_messages_that_come_together_are_told_of_together(ends: Ends) -> None:
+    opened(ends)
+    ends.node.send(b"one", (b"t", memoryview(b"wo")), b"three" * 10_000)
+    payloads = [content for _, content in ends.up.queue if isinstance(content, bytes | memoryview)]
+    ends.up.queue.clear()
+    assert len(payloads) >= 3
+    found = [*ends.gateway.feed(*map(bytes, payloads))]
+    assert found == [Received([b"one", b"two", b"three" * 10_000])]
+
+
+def test_what_came_before_damage_is_told_of(identity: TlsIdentity) -> None:
+    ends = opened(secure_ends(identity))
+    ends.node.send(b"whole", b"damaged")
+    whole, damaged = (bytes(content) for _, content in ends.up.queue if isinstance(content, memoryview))
+    ends.up.queue.clear()
+    found = [*ends.gateway.feed(whole, damaged[:-1] + bytes([damaged[-1] ^ 1]))]
+    assert found[0] == Received([b"whole"])
+    assert isinstance(found[1], Closed) and "TLS failed" in found[1].reason
+
+
+def test_rest_of_an_earlier_use_before_a_new_one(identity: TlsIdentity) -> None:
+    ends = opened(secure_ends(identity))
+    ends.node.send(b"late")
+    late = [bytes(content) for _, content in ends.up.queue if isinstance(content, memoryview)]
+    fresh = secure_ends(identity)
+    assert [*fresh.node.connect()] == []
+    hello = [bytes(content) for _, content in fresh.up.queue if isinstance(content, memoryview)]
+    assert [*fresh.gateway.feed(*late, *hello)] == []
+    assert (fresh.gateway.passed_over, fresh.gateway.state) == (1, State.OPENING)
 
 
 def test_close_reaches_the_other_end_and_both_can_begin_again(ends: Ends) -> None:
@@ -198,7 +229,7 @@ def test_message_above_the_limit(ends: Ends) -> None:
         ends.node.send(bytes(limit + 1))
     ends.node.send(bytes(limit))
     _, gateway = ends.settle()
-    assert gateway == [Received(bytes(limit))]
+    assert gateway == [Received([bytes(limit)])]
 
 
 def test_nothing_is_sent_on_a_closed_channel(ends: Ends) -> None:

@@ -215,17 +215,16 @@ async def test_while_provisioning_there_are_no_secure_channels() -> None:
             await link.node.connect(4)
 
 
-async def test_peer_of_the_older_kind_is_named() -> None:
+async def test_peer_of_the_older_kind_is_refused_where_only_ours_are_wanted() -> None:
     reader, writer, _, peer = await stream_pair()
-    connection = Connection(
-        reader, writer, LinkSettings(role="gateway", ports=Ports(), provisioning=True), {}, peer="old"
-    )
+    settings = LinkSettings(role="gateway", ports=Ports(), profile="v5", provisioning=True)
+    connection = Connection(reader, writer, settings, {}, peer="old")
     peer.write(encode_frame(3, b"\x02\x00\x00\x00\x5a\x00"))
 
     async def never(_: Connection) -> None:
         raise AssertionError
 
-    with pytest.raises(NotSupportedError, match=r"old began with channel 3 .*profile legacy"):
+    with pytest.raises(NotSupportedError, match="old began with channel 3"):
         await connection.run(never)
     peer.close()
 

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aoscore.mp.filechunker.chunker import PIECE_BYTES, Chunker
+from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore.mp.filechunker.chunker import PIECE_BYTES, Chunker, PieceEncoder
 
 
 @given(st.integers(0, 3 * PIECE_BYTES), st.integers(0, 1 << 40), st.lists(st.integers(0, 9000), max_size=12))
@@ -25,8 +26,13 @@ def test_pieces_join_to_the_whole(skip: int, offset: int, sizes: list[int]) -> N
         at += len(piece)
 
 
-def test_a_piece_fits_a_tls_record() -> None:
-    from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+@given(st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1), st.binary(min_size=1, max_size=200))
+def test_encoded_pieces_are_what_protobuf_reads(request_id: int, offset: int, data: bytes) -> None:
+    head, rest = PieceEncoder(request_id).encode(offset, memoryview(data))
+    content = pb.DownloadContent(request_id=request_id, offset=offset, data=data, state=pb.IN_PROGRESS)
+    assert pb.ProxyIncomingMessages.FromString(head + rest) == pb.ProxyIncomingMessages(download_content=content)
 
+
+def test_a_piece_fits_a_tls_record() -> None:
     content = pb.DownloadContent(request_id=2**64 - 1, offset=2**64 - 1, data=bytes(PIECE_BYTES), state=pb.COMPLETED)
     assert len(pb.ProxyIncomingMessages(download_content=content).SerializeToString()) <= 16_380

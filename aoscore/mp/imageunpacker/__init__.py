@@ -1,0 +1,1 @@
+"""Images of services for peers of the older kind."""

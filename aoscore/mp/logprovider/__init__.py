@@ -1,0 +1,1 @@
+"""Archives of logs that come as text."""
