@@ -1,6 +1,7 @@
 # make demo: a whole Unit with its cloud, on this machine.   make test: everything that CI checks.
 # make qemu: a Unit of two guests, from disk images to a service that survives a power cut without its cloud.
-# Both set up what they need, as root on Debian 12/13 or Ubuntu 24.04. `make help` lists the rest.
+# make field: a whole Unit under power cuts, lost links, full disks and more; a table of cases.
+# All set up what they need, as root on Debian 12/13 or Ubuntu 24.04. `make help` lists the rest.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
 
-.PHONY: help demo demo-down qemu guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
+.PHONY: help field demo demo-down qemu guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -70,11 +71,15 @@ layer-size: setup
 pins: packages
 	$(PYTHON) tests/pins.py --jobs $(JOBS)
 
-# Whole Units: the demo, and beds of systemd-nspawn.
+# Whole Units of two nodes with all that happens to them in the field, in guests and in systemd-nspawn.
+field: setup $(TOOLS)/.done
+	$(BIN)/pytest tests/system -q
+
+# The same in two parts: the demo and beds of systemd-nspawn, and
 system: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/system -q -m "not vm"
 
-# Units of QEMU guests.
+# units of QEMU guests.
 vm: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/system -q -m vm
 

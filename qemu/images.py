@@ -40,11 +40,16 @@ _OF_VOLUMES = ("lvm2-monitor.service", "lvm2-lvmpolld.socket", "dm-event.socket"
 
 
 def guest_nodes(
-    root_ca: str, *, interface: str = "eth0", cloud_ip: str = CLOUD_IP, with_mp: bool = False
+    root_ca: str,
+    *,
+    interface: str = "eth0",
+    cloud_ip: str = CLOUD_IP,
+    with_mp: bool = False,
+    keys: Literal["softhsm", "file"] = "file",
 ) -> dict[str, Node]:
     """The two Nodes of a Unit by host name. `interface` leads to the Unit's network, `root_ca` is PEM text.
 
-    `with_mp`: the Secondary Node reaches the Main Node through the link of two MPs.
+    `with_mp`: the Secondary Node reaches the Main Node through the link of two MPs. `keys`: where private keys are.
     """
     mp = ("mp",) if with_mp else ()
 
@@ -57,7 +62,7 @@ def guest_nodes(
             gateway=gateway,
             dhcp=False,
             provisioning_peers=(cloud_ip,),
-            keys="file",
+            keys=keys,
             data_disk=False,
             nfs=False,
             runtimes=("container",),

@@ -148,7 +148,7 @@ class Config(_Section, frozen=True, kw_only=True):
     """dnsmasq for CM to run; empty: it is a service of the system, told by signal about new names."""
     network_pools: tuple[str, ...] = DEFAULT_POOLS
     """Where the networks of instances are taken from, /16 each."""
-    cloud_ping_period: Duration = Duration(30)
+    cloud_ping_period: Duration = Duration(8)
     """How often CM checks that the cloud link is alive; 0 = never."""
 
     def __post_init__(self) -> None:

@@ -40,6 +40,11 @@ class UnitNodeInfo(msgspec.Struct, frozen=True):
         """Whether instances can be run there now."""
         return self.has_sm_link and self.info.state is NodeState.PROVISIONED
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing may run there, and its SM can be told so (iam.md §6)."""
+        return self.has_sm_link and self.info.state is NodeState.PAUSED
+
 
 class _Record(msgspec.Struct):
     iam: NodeInfo | None = None

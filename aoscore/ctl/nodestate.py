@@ -90,7 +90,9 @@ def deprovision(place: Place, run: Run = run_program) -> None:
         raise
     place.marker.touch()
     time.sleep(ANSWER_PAUSE_S)
-    run(["systemctl", "stop", "aos.target"])
+    # The target's own stop does not wait for its units: IAM would be started again before it has ended.
+    units = run(["systemctl", "show", "--property=ConsistsOf", "--value", "aos.target"]).decode().split()
+    run(["systemctl", "stop", "aos.target", *sorted(units)])
     wipe(place, run)
     # OP-TEE's supplicant remembers what it had open.
     run(["systemctl", "reboot"] if _OPTEE in place.key_dirs else ["systemctl", "start", "aos.target"])

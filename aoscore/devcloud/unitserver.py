@@ -18,6 +18,8 @@ from aoscore.devcloud.peer import abort, apply_request_faults, peer_certificate
 _log = logging.getLogger(__name__)
 
 _SEND_TIMEOUT_S = 30.0
+# A Unit that has not answered a ping half of this later is offline.
+_PING_PERIOD_S = 10.0
 
 
 class UnitServer:
@@ -88,7 +90,7 @@ class UnitServer:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme != "Bearer" or self._core.link_token_owner(token) != system_id:
             raise web.HTTPUnauthorized(text="bearer token is unknown or expired")
-        websocket = web.WebSocketResponse(compress=False, max_msg_size=0, timeout=2)
+        websocket = web.WebSocketResponse(compress=False, max_msg_size=0, timeout=2, heartbeat=_PING_PERIOD_S)
         await websocket.prepare(request)
         self._open.add(websocket)
         session = self._core.session(system_id)

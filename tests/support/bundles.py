@@ -1,5 +1,6 @@
 """Deployable items for tests, made of busybox: a folder that aos-signer or `aos-devcloud upload` can pack."""
 
+import json
 import shutil
 from pathlib import Path
 from textwrap import dedent, indent
@@ -29,8 +30,12 @@ def make_item(
     version: str = "1.0.0",
     start: str = "echo web service starts; exec httpd -f -vv -p 8080 -h /www",
     configuration: str = "",
+    labels: tuple[str, ...] = (),
 ) -> Path:
-    """A bundle project below `folder`; `configuration` are further YAML lines of the item's configuration."""
+    """A bundle project below `folder`; `configuration` are further YAML lines of the item's configuration.
+
+    `labels`: it runs only where a node has all of them.
+    """
     make_rootfs(folder / codename / "rootfs", start)
     more = indent(dedent(configuration), " " * 6)
     (folder / "config.yaml").write_text(f"""\
@@ -61,6 +66,7 @@ items:
       instances:
         minInstances: 1
         priority: 10
+        labels: {json.dumps(labels)}
       baseLayerIsNodeRootfs: false
       hostname: {codename}
       exposedPorts:

@@ -7,6 +7,7 @@ cloud 10.0.0.1 ── bridge ─┬─ host0 main 10.0.0.100
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from aoscore.ctl.host import run, wait
 from aoscore.ctl.machine import Machine, remove_cgroups
@@ -49,9 +50,17 @@ class NspawnUnit(Bed):
 
     nodes: dict[str, NspawnNode]
 
-    def __init__(self, directory: Path, names: tuple[str, ...] = ("main",), *, with_mp: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        names: tuple[str, ...] = ("main",),
+        *,
+        with_mp: bool = False,
+        keys: Literal["softhsm", "file"] = "file",
+    ) -> None:
         super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_IP)
         self._with_mp = with_mp
+        self._keys = keys
         # Control groups are the host's.
         self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in names}
         self.nodes = {name: NspawnNode(name, f"{name}{os.getpid()}", self.machine) for name in names}
@@ -60,7 +69,7 @@ class NspawnUnit(Bed):
         """Boot; returns when the cloud answers and systemd runs in all nodes."""
         lower = lower_layers()
         root_ca = self.cloud.root_file().read_text()
-        nodes = guest_nodes(root_ca, interface="host0", cloud_ip=CLOUD_IP, with_mp=self._with_mp)
+        nodes = guest_nodes(root_ca, interface="host0", cloud_ip=CLOUD_IP, with_mp=self._with_mp, keys=self._keys)
         programs = []
         for name, node in self.nodes.items():
             top = self.directory / "nodes" / name

@@ -69,3 +69,31 @@ def _show(unit: Bed) -> None:
         except AosError as error:
             journal = f"no journal: {error}"
         print(f"--- journal of {name}\n{journal}", file=sys.stderr)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each case, in the order of the runs: what it is about, how it ended, and how long it took."""
+    results: dict[str, str] = {}
+    times_s: dict[str, float] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            # The beginning and end of a test are its own only where they go wrong.
+            if report.when == "call" or outcome != "passed":
+                results[report.nodeid] = outcome
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                times_s[report.nodeid] = times_s.get(report.nodeid, 0.0) + report.duration
+    if not results:
+        return
+    terminalreporter.section("cases")
+    width = max(map(len, map(_case, results)))
+    for nodeid, outcome in sorted(results.items()):
+        terminalreporter.line(f"{_case(nodeid):{width}}  {outcome:7}  {times_s[nodeid]:5.0f} s")
+    terminalreporter.line(f"{'all':{width}}  {len(results):7}  {sum(times_s.values()):5.0f} s")
+
+
+def _case(nodeid: str) -> str:
+    path, _, name = nodeid.partition("::")
+    group = Path(path).stem.removeprefix("test_").replace("_", " ")
+    return f"{group}: {name.removeprefix('test_').replace('_', ' ')}"

@@ -64,7 +64,7 @@ class LinkSettings(msgspec.Struct, frozen=True, kw_only=True):
     discovery_url: str
     override_discovery_url: str = ""
     response_timeout_s: float = 10.0
-    ping_period_s: float = 30.0
+    ping_period_s: float = 8.0
     reconnect_first_s: float = RECONNECT_FIRST_S
     reconnect_limit_s: float = RECONNECT_LIMIT_S
 

@@ -568,7 +568,9 @@ class Launcher:
             driver = self._drivers[node_id] = NodeDriver(
                 node_id,
                 self._sms.update_instances,
-                is_usable=lambda: any(node.is_usable for node in self._nodes.nodes() if node.node_id == node_id),
+                is_usable=lambda: any(
+                    node.is_usable or node.is_paused for node in self._nodes.nodes() if node.node_id == node_id
+                ),
                 changed=lambda: self._publish_node(node_id),
                 confirmed=self._confirmed.get(node_id),
                 save_confirmed=self._store.save_confirmed,
@@ -591,6 +593,8 @@ class Launcher:
         """What a node shall run, and what it shall be left alone with."""
         infos: list[InstanceInfo] = []
         leave: set[InstanceIdent] = set()
+        if any(node.is_paused for node in self._nodes.nodes() if node.node_id == node_id):
+            return infos, leave
         for record in self._on_node.get(node_id, ()):
             info = self._infos.get(record.ident)
             if info is None:

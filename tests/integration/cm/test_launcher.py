@@ -277,6 +277,20 @@ async def test_paused_node_gets_nothing(tmp_path: Path) -> None:
             assert first.updates == []
 
 
+async def test_paused_node_stops_what_no_other_can_run(tmp_path: Path) -> None:
+    async with node_half(tmp_path, node_ids=("n1",)) as half:
+        sm = TestSm("n1")
+        async with connected(half, sm):
+            await half.launcher.run_instances([request("a")])
+            assert await half.settled() == {"a#0": "active@n1"}
+            half.iam.set_node("n1", state=NodeState.PAUSED)
+            await half.launcher.run_instances([request("a")])
+            await soon(lambda: sm.updates and len(sm.updates[-1].stop_instances) == 1)
+            half.iam.set_node("n1", state=NodeState.PROVISIONED)
+            await half.until({"a#0": "active@n1"})
+            assert started(sm) == ["a#0", "a#0"]
+
+
 async def test_instance_without_place_is_placed_when_a_node_can(half: NodeHalf) -> None:
     half.images.configs["a"] = oci.ItemConfig(resources=(oci.ResourceRef("gpu"),))
     sm = TestSm("n1")

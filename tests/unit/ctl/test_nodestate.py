@@ -31,6 +31,8 @@ class Runs:
         self, args: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None
     ) -> bytes:
         self.commands.append(" ".join(args))
+        if args[:2] == ["systemctl", "show"]:
+            return b"aos-sm.service aos-iam.service\n"
         return b"active" if args[-1] == self.active else b""
 
 
@@ -80,7 +82,9 @@ def test_deprovision_wipes_and_starts_anew(place: nodestate.Place) -> None:
     place.marker.touch()
     nodestate.deprovision(place, runs)
     assert runs.commands == [
-        "systemctl stop aos.target",
+        "systemctl show --property=ConsistsOf --value aos.target",
+        # By name: only then their ends are waited for.
+        "systemctl stop aos.target aos-iam.service aos-sm.service",
         "/opt/aos/setupdisk.sh delete",
         "sync",
         "systemctl start aos.target",

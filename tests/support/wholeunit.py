@@ -1,0 +1,150 @@
+"""A Unit of two nodes as it is used in the field: one service tied to each node, and questions about both nodes."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from aoscore.ctl.target import Node
+from qemu.bed import Bed, BedNode
+from qemu.images import DOMAIN
+from tests.support.bundles import make_item
+
+# The service that runs on each node, by the node's label in the unit config.
+SERVICES = {"main": "front", "secondary": "back"}
+_SPEAKS = "echo {codename} {version} starts; exec httpd -f -p 8080 -h /www"
+# What tells a database of SQLite whose file is whole, asked with nothing but Python's own library.
+_CHECK_DATABASES = """
+import sqlite3, sys
+for path in sys.argv[1:]:
+    with sqlite3.connect(path) as database:
+        [(answer,)] = database.execute("PRAGMA integrity_check")
+        print(path, answer)
+"""
+# Every blob below the directories has the name of its SHA-256.
+_CHECK_BLOBS = """
+import hashlib, pathlib, re, sys
+for top in sys.argv[1:]:
+    for path in pathlib.Path(top).rglob("*"):
+        if path.is_file() and re.fullmatch("[0-9a-f]{64}", path.name):
+            digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+            print(path, "ok" if digest == path.name else "is " + digest)
+"""
+
+
+def node_ids(unit: Bed) -> dict[str, str]:
+    """Node id by name of the node."""
+    return {name: node.run("cat", "/etc/machine-id").strip() for name, node in unit.nodes.items()}
+
+
+def provision_both(unit: Bed) -> None:
+    """Provision both nodes with the real aos-prov."""
+    secondary = unit.nodes["secondary"]
+    secondary.run("systemctl", "unmask", "aos-iam-prov")
+    secondary.run("systemctl", "start", "--no-block", "aos-iam-prov")
+    unit.provision(nodes=2)
+
+
+def label_nodes(unit: Bed, version: str = "1.0.0") -> None:
+    """Give each node a label with its name, and no share of it to what only may be asked for."""
+    nodes = [
+        {
+            "nodeGroupSubject": {"codename": Node(kind=kind, dhcp=False).node_type},
+            "labels": [name],
+            "resourceRatios": {"cpu": 0, "ram": 0},
+        }
+        for name, kind in (("main", "main"), ("secondary", "secondary"))
+    ]
+    unit.ask("unit_config", config={"formatVersion": "7", "version": version, "nodes": nodes})
+    wanted = {"version": version, "state": "installed"}
+    unit.wait(lambda: wanted in unit.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed")
+
+
+def upload_service(unit: Bed, node: str, version: str = "1.0.0", start: str = _SPEAKS, configuration: str = "") -> str:
+    """Give the cloud a version of the service of a node; its code name."""
+    codename = SERVICES[node]
+    unit.upload(
+        make_item(
+            unit.directory / "items" / f"{codename}-{version}",
+            user=unit.cloud.user("sp"),
+            domain=DOMAIN,
+            codename=codename,
+            version=version,
+            start=start.format(codename=codename, version=version),
+            configuration=configuration,
+            labels=(node,),
+        )
+    )
+    return codename
+
+
+def run_services(unit: Bed) -> None:
+    """Deploy the service of each node; returns when all are active."""
+    for node in SERVICES:
+        unit.call("assign", item=upload_service(unit, node), target=unit.system_id)
+    wait_active(unit)
+
+
+def wait_active(unit: Bed, version: str = "", timeout_s: float = 120) -> None:
+    """Until the cloud sees an active instance on each node, of one version if given."""
+
+    def done() -> bool:
+        found = instances(unit)
+        return set(found) == set(SERVICES) and all(
+            one["state"] == "active" and version in ("", one["version"]) for one in found.values()
+        )
+
+    try:
+        unit.wait(done, timeout_s, f"services {version} on both nodes to be active")
+    except Exception as error:
+        error.add_note(json.dumps(unit.ask("unit")["status"], indent=1))
+        raise
+
+
+def instances(unit: Bed) -> dict[str, dict[str, Any]]:
+    """The instance on each node, by name of the node, as the cloud knows it: state and version."""
+    names = {identifier: name for name, identifier in node_ids(unit).items()}
+    return {
+        names[one["node"]["codename"]]: {**one, "version": group["version"]}
+        for group in unit.ask("unit")["status"].get("instances", [])
+        for one in group["instances"]
+        if one.get("node")
+    }
+
+
+def check_whole(unit: Bed) -> None:
+    """No broken database and no half blob on any node."""
+    for name, node in unit.nodes.items():
+        databases = node.run("find", "/var/aos", "-name", "*.db").split()
+        found = node.run("python3", "-c", _CHECK_DATABASES, *databases).splitlines()
+        assert found and all(line.endswith(" ok") for line in found), f"databases of {name}: {found}"
+        blobs = node.run("python3", "-c", _CHECK_BLOBS, "/var/aos/workdirs").splitlines()
+        assert all(line.endswith(" ok") for line in blobs), f"blobs of {name}: {blobs}"
+
+
+def containers(unit: Bed) -> dict[str, dict[str, int]]:
+    """Running containers with the process ids of their first processes, by name of the node."""
+    return {name: unit.container_pids(name) for name in unit.nodes}
+
+
+def main_pid(node: BedNode, unit_name: str) -> str:
+    """Process id of a systemd unit's main process."""
+    return node.run("systemctl", "show", "--value", "--property=MainPID", unit_name).strip()
+
+
+@contextlib.contextmanager
+def silence(node: BedNode, address: str) -> Iterator[None]:
+    """For the block, nothing goes between a node and an address; nobody is told, as when a cable is pulled."""
+    rules = f"""\
+table inet silence {{
+    chain out {{ type filter hook output priority -300; policy accept; ip daddr {address} counter drop; }}
+    chain in {{ type filter hook input priority -300; policy accept; ip saddr {address} counter drop; }}
+    chain on {{ type filter hook forward priority -300; policy accept;
+                ip daddr {address} counter drop; ip saddr {address} counter drop; }}
+}}
+"""
+    node.run("sh", "-c", f"echo '{rules}' | nft -f -")
+    try:
+        yield
+    finally:
+        node.run("nft", "delete", "table", "inet", "silence")
