@@ -179,8 +179,8 @@ def dnsmasq_arguments(settings: DnsSettings) -> list[str]:
         "--except-interface=lo",
         "--expand-hosts",
         # Plain names are ours alone: asked for another kind of address, "none" is the answer, not a refusal that makes
-        # some resolvers give up the name.
-        "--local=//",
+        # some resolvers give up the name. Unlike --local=// this holds without any other server too.
+        "--domain-needed",
         "--all-servers",
         "--strict-order",
     ]

@@ -17,6 +17,7 @@ from tests.support.running import running
 ADDRESS = "10.0.0.100"
 RUN = Path("/run")
 """dnsmasq gives up root and must still reach its files, which it could not in a directory of the test framework."""
+A, AAAA = 1, 28
 DNSMASQ = shutil.which("dnsmasq") or ""
 
 needs_dnsmasq = pytest.mark.skipif(not DNSMASQ, reason="dnsmasq is not installed")
@@ -29,10 +30,10 @@ def address() -> None:
         subprocess.run(["ip", *command.split()], check=True)
 
 
-async def resolve(name: str) -> list[str]:
-    """Ask the server for the addresses of a name; none when it knows none or is away."""
+async def ask(name: str, kind: int) -> bytes | None:
+    """The server's answer about the records of a kind (RFC 1035 §3.2.2) of a name; None when it is away."""
     question = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
-    query = struct.pack(">HHHHHH", 1, 0x0100, 1, 0, 0, 0) + question + b"\0" + struct.pack(">HH", 1, 1)
+    query = struct.pack(">HHHHHH", 1, 0x0100, 1, 0, 0, 0) + question + b"\0" + struct.pack(">HH", kind, 1)
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.setblocking(False)
@@ -40,9 +41,16 @@ async def resolve(name: str) -> list[str]:
         try:
             async with asyncio.timeout(0.5):
                 await loop.sock_sendall(client, query)
-                answer = await loop.sock_recv(client, 512)
+                return await loop.sock_recv(client, 512)
         except (TimeoutError, ConnectionError):
-            return []
+            return None
+
+
+async def resolve(name: str) -> list[str]:
+    """Ask the server for the addresses of a name; none when it knows none or is away."""
+    answer = await ask(name, A)
+    if answer is None:
+        return []
     count = struct.unpack(">H", answer[6:8])[0]
     return [socket.inet_ntoa(answer[len(answer) - 16 * n - 4 :][:4]) for n in range(count)]
 
@@ -78,6 +86,22 @@ async def test_own_dnsmasq_follows_the_names_and_is_kept_running() -> None:
         pid = int(_read(RUN / "dnsmasq" / "pid"))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.net
+@needs_dnsmasq
+@pytest.mark.usefixtures("address")
+async def test_no_address_of_another_kind_is_an_answer_also_when_there_is_no_other_server() -> None:
+    """A refusal makes some resolvers give up the name."""
+    subprocess.run(["mount", "--bind", "/dev/null", "/etc/resolv.conf"], check=True)
+    server = DnsServer(settings(DNSMASQ), retry=lambda: Backoff(0.1, 0.2))
+    async with running(server):
+        server.write("172.17.0.3\tweb\n")
+        await resolves_to("web", "172.17.0.3")
+        answer = await ask("web", AAAA)
+        assert answer is not None
+        code, answers = answer[3] & 0xF, struct.unpack(">H", answer[6:8])[0]
+        assert (code, answers) == (0, 0)
 
 
 @pytest.mark.net
