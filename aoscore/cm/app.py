@@ -276,8 +276,9 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     alerts = Alerts(
         link, AlertStore(database), send_period_s=config.alerts.send_period, main_node_id=nodes.main_node_id
     )
+    is_lost = database.recovered is not None
     if database.recovered is not None:
-        alerts.add_core_alert(f"database was damaged and begun anew, the old one is {database.recovered.name}")
+        alerts.add_core_alert(f"database was damaged, the old one is {database.recovered.name}")
     storage = StorageState(
         StateStore(database),
         link,
@@ -351,7 +352,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
             check_env_vars_period_s=config.launcher.check_override_env_vars_period,
         ),
         alert=alerts.add_core_alert,
-        hold=database.recovered is not None,
+        hold=is_lost,
     )
     monitoring = Monitoring(
         link, nodes=nodes.changed, instances=launcher.changed, send_period_s=config.monitoring.send_period
@@ -385,6 +386,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         reporter=reporter,
         gate=gate,
         alert=alerts.add_core_alert,
+        is_lost=is_lost,
     )
     scheduler = UpdateScheduler(gate, updates, images, unit_config)
     certificates = Certificates(

@@ -1,7 +1,7 @@
 """SQLite by apsw: one connection, one worker thread, explicit transactions, migrations, a broken file set aside.
 
 Rules of database.md §5 and §6: WAL with full sync, a step and its version number in one transaction, quick_check at
-open. Files stay readable for AosCore 9.1.
+open, two generations of copies. Files stay readable for AosCore 9.1.
 """
 
 import contextlib
@@ -17,12 +17,14 @@ import apsw
 
 from aoscore.common.aio import Worker
 from aoscore.common.errors import AlreadyExistsError, FailedError, InvalidArgumentError, NoSpaceError
+from aoscore.common.files import fsync_dir
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
+_FILES = ("", "-wal", "-shm")
 _SCRIPT = re.compile(r"(\d+)_update\.(up|down)\.sql")
 _TRANSACTION_WORDS = re.compile(
     r"^\s*(BEGIN( TRANSACTION)?|COMMIT|END TRANSACTION)\s*;\s*$", re.IGNORECASE | re.MULTILINE
@@ -60,8 +62,9 @@ class Schema:
 class Database:
     """One SQLite file. Use as an async context manager.
 
-    `recovered` is the path of the broken file that was set aside at open, None normally: the owner then rebuilds what
-    it can from elsewhere.
+    `recovered` is the path of the broken file that was set aside at open, None normally: what there is now is the
+    newest of its copies that is whole (`keep_copy`), else an empty database, and the owner rebuilds what it can from
+    elsewhere. It stays set over restarts until he has done so (`forget_recovery`).
     """
 
     def __init__(self, path: Path, schema: Schema) -> None:
@@ -101,6 +104,47 @@ class Database:
         """Rows of a query."""
         return await self.read(lambda connection: list(connection.execute(sql, values)))
 
+    async def keep_copy(self) -> None:
+        """Keep a copy of all of it beside the file, in case that one breaks; the copy before is kept, too.
+
+        For moments at which everything in it fits together. Raises FailedError, NoSpaceError.
+        """
+        await self._worker.run(self._call, self._copy, False)
+
+    async def forget_recovery(self) -> None:
+        """What was lost with the broken file is made good."""
+        await self.execute("DROP TABLE IF EXISTS aoscore_recovered")
+        self.recovered = None
+
+    @property
+    def _copies(self) -> tuple[Path, Path]:
+        """Newest first."""
+        newest, older = (self._path.with_name(f"{self._path.name}.copy{number}") for number in (1, 2))
+        return newest, older
+
+    def _copy(self, connection: apsw.Connection) -> None:
+        newest, older = self._copies
+        fresh = newest.with_name(f".{newest.name}.new")
+        fresh.unlink(missing_ok=True)
+        try:
+            fresh.touch(mode=0o600)
+            target = apsw.Connection(str(fresh))
+            try:
+                with target.backup("main", connection, "main") as backup:
+                    backup.step()
+                # One file, complete without another one beside it.
+                target.execute("PRAGMA journal_mode=DELETE")
+            finally:
+                target.close()
+            with contextlib.suppress(FileNotFoundError):
+                newest.rename(older)
+            fresh.rename(newest)
+            fsync_dir(newest.parent)
+        except OSError as error:
+            raise FailedError(f"database {self._path.name} can't be copied: {error.strerror}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
     def _call(self, function: Callable[[apsw.Connection], T], write: bool) -> T:
         connection = self._connection
         if connection is None:
@@ -123,9 +167,40 @@ class Database:
             self._connection = self._prepare()
         except (apsw.NotADBError, apsw.CorruptError) as error:
             self.recovered = self._set_aside()
-            _log.error("Database is damaged, begun anew: file=%s, kept=%s, error=%s", self._path, self.recovered, error)
-            self._connection = self._prepare()
+            _log.error("Database is damaged: file=%s, kept=%s, error=%s", self._path, self.recovered, error)
+            self._connection = self._prepare_copy() or self._prepare()
+            with transaction(self._connection):
+                self._connection.execute("CREATE TABLE IF NOT EXISTS aoscore_recovered (file TEXT)")
+                self._connection.execute("INSERT INTO aoscore_recovered VALUES (?)", (self.recovered.name,))
+        else:
+            self.recovered = self._earlier_recovery(self._connection)
         self._path.chmod(0o600)
+
+    def _earlier_recovery(self, connection: apsw.Connection) -> Path | None:
+        if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'aoscore_recovered'")):
+            return None
+        rows = list(connection.execute("SELECT file FROM aoscore_recovered ORDER BY rowid DESC"))
+        return self._path.with_name(str(rows[0][0])) if rows else None
+
+    def _prepare_copy(self) -> apsw.Connection | None:
+        """The newest copy that is whole, as the database."""
+        for copy in self._copies:
+            try:
+                shutil.copyfile(copy, self._path)
+                connection = self._prepare()
+            except FileNotFoundError:
+                continue
+            except (apsw.NotADBError, apsw.CorruptError, OSError) as error:
+                _log.error("Copy of the database can't be used: file=%s, error=%s", copy, error)
+                self._remove_files()
+                continue
+            _log.warning("A copy of the database is in use: file=%s", copy)
+            return connection
+        return None
+
+    def _remove_files(self) -> None:
+        for suffix in _FILES:
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def _prepare(self) -> apsw.Connection:
         connection = apsw.Connection(str(self._path))
@@ -147,7 +222,7 @@ class Database:
     def _set_aside(self) -> Path:
         kept = self._path.with_name(f"{self._path.name}.broken-{datetime.now(UTC):%Y%m%dT%H%M%S}")
         self._path.rename(kept)
-        for suffix in ("-wal", "-shm"):
+        for suffix in _FILES[1:]:
             with contextlib.suppress(FileNotFoundError):
                 self._path.with_name(self._path.name + suffix).rename(kept.with_name(kept.name + suffix))
         return kept
@@ -210,7 +285,7 @@ def set_foreign_aside(path: Path, merged: Path | None) -> None:
         return
     suffix = f".foreign-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     _log.warning("Database of another generation set aside: file=%s, suffix=%s", path, suffix)
-    for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")), *([merged] if merged else [])):
+    for name in (*(path.with_name(path.name + end) for end in _FILES), *([merged] if merged else [])):
         with contextlib.suppress(FileNotFoundError):
             name.rename(name.with_name(name.name + suffix))
 

@@ -148,9 +148,13 @@ class UpdateManager:
         reporter: Reporter,
         gate: UpdateGate,
         alert: Callable[[str], None],
+        is_lost: bool = False,
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 60.0),
     ) -> None:
-        """`backoff` makes the pauses between attempts of one step."""
+        """`backoff` makes the pauses between attempts of one step.
+
+        `is_lost`: the database was damaged. What the cloud wants is then done anew even if it seems to be done.
+        """
         self._store = store
         self._settings = settings
         self._images = images
@@ -162,6 +166,7 @@ class UpdateManager:
         self._reporter = reporter
         self._gate = gate
         self._alert = alert
+        self._is_lost = is_lost
         self._backoff = backoff
         self._phase = Phase.NONE
         self._desired: DesiredStatus | None = None
@@ -256,7 +261,7 @@ class UpdateManager:
                 await self._reporter.send_full()
             return
         if self._phase is Phase.NONE:
-            reasons = self._reasons(desired)
+            reasons = [*self._reasons(desired), *(["the database was lost"] if self._is_lost else [])]
             if not reasons:
                 _log.info("The Unit is as desired")
                 return
@@ -285,6 +290,9 @@ class UpdateManager:
         await self._store.save(desired, Phase.DOWNLOADING)
         self._desired, self._phase = desired, Phase.DOWNLOADING
         self._refused = self._retry_at = None
+        if self._is_lost:
+            await self._store.forget_loss()
+            self._is_lost = False
         self._run += 1
         self.progress.publish(self._phase)
         self._changed.set()
@@ -364,6 +372,8 @@ class UpdateManager:
                     self._retry_at = asyncio.get_running_loop().time() + self._retry_pause.next()
                 with log_and_continue(_log, "Can't send unit status"):
                     await self._reporter.send_full()
+                with log_and_continue(_log, "Can't keep a copy of the database"):
+                    await self._store.keep_copy()
 
     async def _save_phase(self, phase: Phase) -> None:
         await self._store.save_phase(phase)

@@ -54,6 +54,14 @@ class UpdateStore:
         """Stores the phase."""
         await self._write("UPDATE updatemanager SET updateState = ?", (phase.value,))
 
+    async def keep_copy(self) -> None:
+        """Keeps a copy of the whole database: an update has ended, all of it fits together."""
+        await self._database.keep_copy()
+
+    async def forget_loss(self) -> None:
+        """Another database has taken the place of the damaged one."""
+        await self._database.forget_recovery()
+
     async def _write(self, statement: str, values: tuple[str, ...]) -> None:
         def change(connection: apsw.Connection) -> None:
             connection.execute(statement, values)

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -140,3 +141,80 @@ async def test_kill_during_writes_never_leaves_half_a_transaction(tmp_path: Path
         assert all(a == b for a, b in rows)
         assert last in {a for a, _ in rows}, "what was reported as done is there"
         path.unlink()
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(b"this is no database, it is a text" * 1000)
+
+
+async def names(db: Database) -> list[str]:
+    return [str(name) for (name,) in await db.select("SELECT name FROM things ORDER BY name")]
+
+
+async def test_the_newest_copy_that_is_whole_takes_the_place_of_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    async with Database(path, Schema(create=CREATE)) as db:
+        for name in ("a", "b", "c"):
+            await db.execute("INSERT INTO things VALUES (?, 1)", (name,))
+            await db.keep_copy()
+        await db.execute("INSERT INTO things VALUES ('d', 1)")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"x.db", "x.db.copy1", "x.db.copy2"}
+    assert {entry.stat().st_mode & 0o777 for entry in tmp_path.iterdir()} == {0o600}
+    damage(path)
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert db.recovered is not None
+        assert await names(db) == ["a", "b", "c"]
+    damage(path)
+    damage(path.with_name("x.db.copy1"))
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert await names(db) == ["a", "b"]
+    damage(path)
+    damage(path.with_name("x.db.copy2"))
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert db.recovered is not None
+        assert await names(db) == []
+
+
+async def test_a_recovery_is_known_until_it_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    damage(path)
+    for _ in range(2):
+        async with Database(path, Schema(create=CREATE)) as db:
+            assert db.recovered is not None and db.recovered.exists()
+    async with Database(path, Schema(create=CREATE)) as db:
+        await db.forget_recovery()
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert db.recovered is None
+
+
+async def test_a_copy_is_migrated_like_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    async with Database(path, Schema(create=CREATE)) as db:
+        await db.execute("INSERT INTO things VALUES ('a', 1)")
+        await db.keep_copy()
+    damage(path)
+    newer = Schema(create=[*CREATE, "CREATE TABLE IF NOT EXISTS others (name TEXT)"])
+    async with Database(path, newer) as db:
+        assert await names(db) == ["a"]
+        assert await db.select("SELECT * FROM others") == []
+
+
+async def test_a_copy_that_can_not_be_made_leaves_the_ones_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.db"
+    async with Database(path, Schema(create=CREATE)) as db:
+        await db.execute("INSERT INTO things VALUES ('a', 1)")
+        await db.keep_copy()
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "touch", full)
+            with pytest.raises(FailedError, match=r"x\.db can't be copied: No space"):
+                await db.keep_copy()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"x.db", "x.db.copy1"}
+    damage(path)
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert await names(db) == ["a"]
