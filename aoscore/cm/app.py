@@ -49,7 +49,7 @@ from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.store import LauncherStore
 from aoscore.cm.logs import LogForwarder
 from aoscore.cm.logupload import LogUploads
-from aoscore.cm.monitoring import Monitoring
+from aoscore.cm.monitoring import Monitoring, MonitoringStore
 from aoscore.cm.networkmanager.dns import DnsServer, DnsSettings
 from aoscore.cm.networkmanager.manager import NetworkManager
 from aoscore.cm.networkmanager.routes import read_routes
@@ -69,7 +69,7 @@ from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.blobstore import BlobStore
 from aoscore.common.daemon import EXIT_OK, Option, Program, run_daemon
-from aoscore.common.db import Database
+from aoscore.common.db import Database, files_of
 from aoscore.common.download import Downloader
 from aoscore.common.errors import AosError
 from aoscore.common.files import DirectoryLock, remove_tree
@@ -355,7 +355,12 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         hold=is_lost,
     )
     monitoring = Monitoring(
-        link, nodes=nodes.changed, instances=launcher.changed, send_period_s=config.monitoring.send_period
+        link,
+        MonitoringStore(database),
+        nodes=nodes.changed,
+        instances=launcher.changed,
+        send_period_s=config.monitoring.send_period,
+        alert=alerts.add_core_alert,
     )
     reporter = StatusReporter(
         link,
@@ -437,9 +442,8 @@ def reset(config: Config, options: argparse.Namespace) -> int | None:
     if not options.reset:
         return None
     with DirectoryLock(config.working_dir):
-        database = config.database_file
         for path in (
-            *(database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm")),
+            *files_of(config.database_file),
             config.image_manager.install_path,
             config.image_manager.download_path,
             config.unit_config_file,

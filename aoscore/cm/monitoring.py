@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 from typing import Generic, Protocol, TypeVar
 
 from aoscore.cm.communication import messages
+from aoscore.cm.communication.envelope import from_json, to_json
 from aoscore.cm.communication.messages import Identity, instance_members
 from aoscore.cm.launcher.model import UnitInstanceStatus
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.common.aio import Broadcast, log_and_continue
+from aoscore.common.db import Database
 from aoscore.common.log import kv
 from aoscore.common.types import InstanceIdent, InstanceState, MonitoringData, NodeMonitoring, NodeState
 
@@ -124,6 +126,30 @@ def _sample(data: MonitoringData, now: datetime) -> messages.Sample:
     )
 
 
+class MonitoringStore:
+    """What waited for a connection when CM was stopped, table aoscore_monitoring.
+
+    Written at an orderly stop only: samples are not worth a write each, day after day.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def save(self, message: messages.MonitoringData) -> None:
+        """Keeps it."""
+        text = to_json(message).decode()
+        await self._database.execute("INSERT INTO aoscore_monitoring (message) VALUES (?)", (text,))
+
+    async def take(self) -> list[messages.MonitoringData]:
+        """What there is, which is forgotten; what cannot be read is passed over."""
+        found = []
+        rows = await self._database.execute("DELETE FROM aoscore_monitoring RETURNING message")
+        for (text,) in rows:
+            with log_and_continue(_log, "Can't read stored monitoring data"):
+                found.append(from_json(messages.MonitoringData, text, "stored monitoring data")[0])
+        return found
+
+
 class Monitoring:
     """Sends what was collected every `send_period_s` while the cloud is connected, as a service.
 
@@ -133,18 +159,25 @@ class Monitoring:
     def __init__(
         self,
         link: CloudLink,
+        store: MonitoringStore,
         *,
         nodes: Broadcast[UnitNodeInfo],
         instances: Broadcast[list[UnitInstanceStatus]],
         send_period_s: float,
+        alert: Callable[[str], None],
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """`alert` is told how much was lost."""
         self._link = link
+        self._store = store
+        self._alert = alert
         self._nodes = nodes
         self._instances = instances
         self._send_period_s = send_period_s
         self._now = now
         self._cache = MonitoringCache()
+        self._left: list[messages.MonitoringData] = []
+        """What the last process could not send."""
 
     def on_sample(self, node_id: str, sample: NodeMonitoring) -> None:
         """An SM sent a sample."""
@@ -152,12 +185,23 @@ class Monitoring:
 
     async def run(self, started: Callable[[], None]) -> None:
         """Collect states and send periodically."""
-        with self._nodes.subscribe() as nodes, self._instances.subscribe() as instances:
-            started()
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow_nodes(nodes))
-                tasks.create_task(self._follow_instances(instances))
-                tasks.create_task(self._send_periodically())
+        self._left = await self._store.take()
+        try:
+            with self._nodes.subscribe() as nodes, self._instances.subscribe() as instances:
+                started()
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._follow_nodes(nodes))
+                    tasks.create_task(self._follow_instances(instances))
+                    tasks.create_task(self._send_periodically())
+        finally:
+            with log_and_continue(_log, "Can't store monitoring data"):
+                await self._keep()
+
+    async def _keep(self) -> None:
+        message, _ = self._cache.take()
+        # The newest message of the stop before, and ours: no more than two may wait.
+        for one in [*self._left[-1:], *([message] if message is not None else [])]:
+            await self._store.save(one)
 
     async def _follow_nodes(self, changes: asyncio.Queue[UnitNodeInfo]) -> None:
         while True:
@@ -178,8 +222,12 @@ class Monitoring:
                     await self._send()
 
     async def _send(self) -> None:
+        while self._left:
+            await self._link.send(self._left[0])
+            del self._left[0]
         message, dropped = self._cache.take()
         if dropped:
             _log.warning(kv("Monitoring data were dropped while waiting for the cloud", count=dropped))
+            self._alert(f"{dropped} entries of monitoring data were dropped while waiting for the cloud")
         if message is not None:
             await self._link.send(message)

@@ -5,6 +5,7 @@ open, two generations of copies. Files stay readable for AosCore 9.1.
 """
 
 import contextlib
+import glob
 import logging
 import re
 import shutil
@@ -274,6 +275,11 @@ class Database:
                 connection.execute(_TRANSACTION_WORDS.sub("", (directory / name).read_text()))
                 return
         raise FailedError(f"database {self._path.name}: migration script {name} is missing")
+
+
+def files_of(path: Path) -> list[Path]:
+    """All that may belong to the database at `path`: the file, what SQLite keeps beside it, copies, damaged ones."""
+    return [path, *path.parent.glob(f"{glob.escape(path.name)}[-.]*")]
 
 
 def set_foreign_aside(path: Path, merged: Path | None) -> None:

@@ -19,7 +19,7 @@ from aoscore.cm.launcher.launcher import Launcher, LauncherSettings
 from aoscore.cm.launcher.model import RunRequest, UnitInstanceStatus
 from aoscore.cm.launcher.nodedriver import DriverSettings
 from aoscore.cm.launcher.store import LauncherStore
-from aoscore.cm.monitoring import Monitoring
+from aoscore.cm.monitoring import Monitoring, MonitoringStore
 from aoscore.cm.networkmanager.dns import DnsServer, DnsSettings
 from aoscore.cm.networkmanager.manager import NetworkManager
 from aoscore.cm.networkmanager.store import NetworkStore
@@ -189,7 +189,12 @@ class NodeHalf:
             hold=hold,
         )
         self.monitoring = Monitoring(
-            self.cloud, nodes=self.nodes.changed, instances=self.launcher.changed, send_period_s=0.1
+            self.cloud,
+            MonitoringStore(db),
+            nodes=self.nodes.changed,
+            instances=self.launcher.changed,
+            send_period_s=0.1,
+            alert=self.alerts.add_core_alert,
         )
 
     def services(self) -> list[Service]:

@@ -173,6 +173,30 @@ async def test_a_bad_blob_installs_nothing_and_loses_nothing(bed: UnitBed, spoil
     assert not (bed.directory / "work" / "install" / "blobs" / "sha256" / layer.removeprefix("sha256:")).exists()
 
 
+async def test_a_damaged_database_gives_way_to_its_copy_and_services_run_on(bed: UnitBed) -> None:
+    await bed.start()
+    await deploy_first(bed)
+    work = bed.directory / "work"
+    await bed.until((work / "cm.db.copy1").exists)
+    assert await bed.stop() == 0
+    (work / "cm.db").write_bytes(b"noise" * 10_000)
+    told = len(bed.sm.received)
+    for _ in range(2):
+        await bed.start()
+        await bed.cloud.connected()
+        await bed.kill()
+    await bed.start()
+    alert = (await bed.cloud.next("alerts"))["data"]["items"][0]
+    assert "database was damaged" in alert["message"]
+    await bed.full_status(lambda status: shown_items(status) == {"a 1.0.0": "installed"})
+    assert not [frame for frame in bed.sm.received[told:] if frame.HasField("update_instances")]
+    await bed.cloud.send_frame(bed.wish(("a", "1.0.0", A1)))
+    await bed.until(lambda: not bed.rows("SELECT 1 FROM sqlite_master WHERE name = 'aoscore_recovered'"))
+    await bed.until(lambda: bed.phase == "none")
+    assert bed.running == {"a": "1.0.0"}
+    assert not [frame for frame in bed.sm.received[told:] if frame.update_instances.stop_instances]
+
+
 async def test_nonsense_from_the_cloud(bed: UnitBed) -> None:
     await bed.start()
     await deploy_first(bed)

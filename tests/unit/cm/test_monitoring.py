@@ -1,14 +1,20 @@
 """Monitoring data for the cloud."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
 
 from aoscore.cm.communication.messages import MonitoringData
+from aoscore.cm.database import OWN_TABLES
 from aoscore.cm.launcher.model import UnitInstanceStatus
-from aoscore.cm.monitoring import RING_SIZE, Monitoring, MonitoringCache
+from aoscore.cm.monitoring import RING_SIZE, Monitoring, MonitoringCache, MonitoringStore
 from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.common import types
 from aoscore.common.aio import Broadcast
+from aoscore.common.db import Database, Schema
 from aoscore.common.types import (
     InstanceIdent,
     InstanceMonitoring,
@@ -17,7 +23,7 @@ from aoscore.common.types import (
     NodeMonitoring,
     NodeState,
 )
-from tests.support.running import running
+from tests.support.running import running, until
 from tests.unit.cm.fakes import FakeLink, unit_node
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -72,21 +78,73 @@ def test_newest_samples_are_kept_and_losses_counted() -> None:
     assert dropped == 6
 
 
-async def test_sends_only_while_connected() -> None:
-    link = FakeLink()
-    link.connected = False
-    nodes: Broadcast[UnitNodeInfo] = Broadcast("nodes")
-    instances: Broadcast[list[UnitInstanceStatus]] = Broadcast("instances")
-    monitoring = Monitoring(link, nodes=nodes, instances=instances, send_period_s=0.01)
+class Bench:
+    """Processes of one CM, one after the other."""
+
+    def __init__(self, database: Database) -> None:
+        self.link = FakeLink()
+        self.link.connected = False
+        self.store = MonitoringStore(database)
+        self.nodes: Broadcast[UnitNodeInfo] = Broadcast("nodes")
+        self.instances: Broadcast[list[UnitInstanceStatus]] = Broadcast("instances")
+        self.alerts: list[str] = []
+
+    def process(self) -> Monitoring:
+        return Monitoring(
+            self.link,
+            self.store,
+            nodes=self.nodes,
+            instances=self.instances,
+            send_period_s=0.01,
+            alert=self.alerts.append,
+        )
+
+    def sent_seconds(self) -> list[list[int]]:
+        """Times of the node's samples in each message."""
+        messages = [message for message in self.link.sent if isinstance(message, MonitoringData)]
+        return [[item.timestamp.second for node in message.nodes for item in node.items] for message in messages]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with Database(tmp_path / "cm.db", Schema(create=OWN_TABLES)) as database:
+        yield Bench(database)
+
+
+async def test_sends_only_while_connected(bench: Bench) -> None:
+    link, monitoring = bench.link, bench.process()
     async with running(monitoring):
         monitoring.on_sample("n", sample(0))
-        nodes.publish(unit_node("n"))
-        instances.publish([UnitInstanceStatus(InstanceStatus(IDENT, "1.0.0", InstanceState.ACTIVE), "n")])
+        bench.nodes.publish(unit_node("n"))
+        bench.instances.publish([UnitInstanceStatus(InstanceStatus(IDENT, "1.0.0", InstanceState.ACTIVE), "n")])
         await asyncio.sleep(0.05)
         assert link.sent == []
         link.connected = True
-        await asyncio.sleep(0.05)
+        await until(lambda: link.sent)
         (message,) = link.sent
         assert isinstance(message, MonitoringData)
         assert (len(message.nodes[0].node_states), len(message.nodes[0].items)) == (1, 1)
         assert (len(message.instances[0].item_states), len(message.instances[0].items)) == (1, 1)
+    assert await bench.store.take() == []
+
+
+async def test_what_waits_when_cm_is_stopped_is_sent_by_the_next_one_and_the_oldest_goes(bench: Bench) -> None:
+    for second in range(3):
+        monitoring = bench.process()
+        async with running(monitoring):
+            monitoring.on_sample("n", sample(second))
+    bench.link.connected = True
+    async with running(bench.process()):
+        await until(lambda: len(bench.link.sent) == 2)
+    assert bench.sent_seconds() == [[1], [2]]
+    assert await bench.store.take() == []
+
+
+async def test_losses_are_told(bench: Bench) -> None:
+    monitoring = bench.process()
+    async with running(monitoring):
+        for second in range(RING_SIZE + 2):
+            monitoring.on_sample("n", sample(second))
+        bench.link.connected = True
+        await until(lambda: bench.link.sent)
+    assert bench.alerts == ["4 entries of monitoring data were dropped while waiting for the cloud"]
