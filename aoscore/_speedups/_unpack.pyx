@@ -1338,7 +1338,7 @@ def unpack_layer(
             )
             if blob_size_bytes is not None and unpacker.feed.blob_bytes != blob_size_bytes:
                 raise unpack_error(Code.BLOB_SIZE, None, None)
-            if sync:
+            if sync:  # once: see the plain twin
                 with nogil:
                     result = syncfs(root_fd)
                     if result != 0:

@@ -72,12 +72,12 @@ class Digest:
         return twin
 
 
-def hash_file(file: int | str | os.PathLike[str], algorithm: str = "sha256") -> str:
+def hash_file(file: int | str | bytes | os.PathLike[str], algorithm: str = "sha256") -> str:
     """Digest ("sha256:<hex>") of a whole file, given by path or descriptor (whose position stays)."""
     return hash_file_all(file, (algorithm,))[0]
 
 
-def hash_file_all(file: int | str | os.PathLike[str], algorithms: Sequence[str]) -> tuple[str, ...]:
+def hash_file_all(file: int | str | bytes | os.PathLike[str], algorithms: Sequence[str]) -> tuple[str, ...]:
     """Several digests of a file, read once."""
     digests = [Digest(algorithm) for algorithm in algorithms]
     fd = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)

@@ -48,7 +48,7 @@ def check_transfer(path: Path, expected: str) -> None:
     Raises ChecksumError, or InvalidArgumentError when `expected` is no such value.
     """
     wanted = _hash_value(expected)
-    for algorithm in ("sha3_256", "sha256"):
+    for algorithm in ("sha3-256", "sha256"):
         if file_digest(path, algorithm).partition(":")[2] == wanted:
             return
     raise ChecksumError(f"downloaded file {path.name} does not have the announced checksum")

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,8 +13,9 @@ import h11
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
-from aoscore.common.aio import Backoff, Worker, log_and_continue, raise_if_abandoned
-from aoscore.common.blobstore import check_digest
+from aoscore._speedups.chunker import Digest
+from aoscore.common.aio import Backoff, Worker, log_and_continue
+from aoscore.common.blobstore import add_file, check_digest
 from aoscore.common.errors import (
     AosError,
     CanceledError,
@@ -246,26 +246,24 @@ class _Part:
 
     def __init__(self, store: NodeStore, digest: str) -> None:
         self._store = store
-        self._hash = hashlib.sha256()
-        self._file = store.part(digest).open("a+b")
-        self._file.seek(0)
-        while data := self._file.read(_WRITE_BYTES):
-            self._hash.update(data)
-            raise_if_abandoned()
-        self.written = self._file.tell()
+        self._digest = Digest()
+        self._file = store.part(digest).open("a+b", buffering=0)
+        add_file(self._digest, self._file.fileno())
 
     @property
     def digest(self) -> str:
         """Of all that was written."""
-        return f"sha256:{self._hash.hexdigest()}"
+        return self._digest.text()
+
+    @property
+    def written(self) -> int:
+        """How many bytes that is."""
+        return self._digest.size_bytes
 
     def write(self, pieces: list[bytes]) -> None:
         data = b"".join(pieces)
         self._store.make_room(len(data))
-        self._file.write(data)
-        self._file.flush()
-        self._hash.update(data)
-        self.written += len(data)
+        self._digest.write(self._file.fileno(), data)
 
     def close(self) -> None:
         self._file.close()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from aoscore._speedups.chunker import hash_file
 from aoscore._speedups.unpack import Code, Compression, Owners, UnpackError, UnpackResult, unpack_layer
 from aoscore.common import linux
 from aoscore.common.blobstore import BlobStore, check_digest
@@ -26,7 +27,6 @@ from aoscore.common.files import fsync_dir, remove_tree, write_atomic
 
 _LINK = re.compile(r"sha256:[0-9a-f]{64}")
 _LINK_BYTES = 71
-_READ_BYTES = 1024 * 1024
 _GZIP_TAIL_BYTES = 4
 _GZIP_BEST_RATIO = 1032
 """Nothing packs better than that with deflate (RFC 1951), so who says so lies."""
@@ -310,8 +310,4 @@ def _files_by_path(root: bytes, follow_links: bool) -> Iterator[bytes]:
 
 
 def _file_hash(path: bytes) -> str:
-    hasher = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - bytes path
-        while chunk := file.read(_READ_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+    return hash_file(path).removeprefix("sha256:")

@@ -337,6 +337,31 @@ def test_owners(unpack: Unpack, tmp_path: Path) -> None:
     assert refused(unpack, member(b"new/near", gid=5) + END, gid_shift=-5).code is Code.OWNER
 
 
+@pytest.mark.parametrize("mask", [0o000, 0o027, 0o777])
+def test_owners_and_modes_whatever_new_files_get(unpack: Unpack, tmp_path: Path, mask: int) -> None:
+    """A file is only changed where it is not right as it was made: by this mask, in a directory of a group."""
+    out = tmp_path / "out"
+    out.mkdir()
+    os.chown(out, 0, 77)
+    out.chmod(0o2777)
+    modes = (0o000, 0o400, 0o644, 0o666, 0o777, 0o1777, 0o2755, 0o4755, 0o7777)
+    owners = ((0, 0), (0, 77), (77, 0), (77, 77))
+    data = b"".join(
+        member(b"%o-%d-%d" % (mode, *owner), b"x", mode=mode, uid=owner[0], gid=owner[1])
+        for mode in modes
+        for owner in owners
+    )
+    before = os.umask(mask)
+    try:
+        unpack(data + END)
+    finally:
+        os.umask(before)
+    seen = tree(out)
+    for mode in modes:
+        for owner in owners:
+            assert seen[f"{mode:o}-{owner[0]}-{owner[1]}"][:3] == (oct(0o100000 | mode), *owner)
+
+
 def test_extended_attributes(unpack: Unpack, tmp_path: Path) -> None:
     capability = bytes.fromhex("0100000200200000000000000000000000000000")
     names = {

@@ -6,7 +6,6 @@ The first is there from the factory: it is then called by the runtime's type and
 
 import abc
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from aoscore._speedups.chunker import Digest, copy_file
 from aoscore.common.aio import Broadcast, Worker
 from aoscore.common.config import from_json, to_json
 from aoscore.common.errors import (
@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 _VERSION = re.compile(r'VERSION\s*=\s*"([^"]*)"')
 _MAX_VERSION_FILE_BYTES = 4096
-_COPY_BYTES = 1024 * 1024
 
 
 class System(Protocol):
@@ -326,14 +325,11 @@ def save(path: Path, document: msgspec.Struct) -> None:
 def copy_payload(payload: Payload, target: Path) -> None:
     """Copy a component's payload, whole and durable when it returns. Raises ChecksumError for a damaged one."""
     partial = target.with_name(f".{target.name}.tmp")
-    hasher = hashlib.sha256()
-    with payload.path.open("rb") as source, partial.open("wb") as copy:
-        while chunk := source.read(_COPY_BYTES):
-            hasher.update(chunk)
-            copy.write(chunk)
-        copy.flush()
+    digest = Digest()
+    with payload.path.open("rb", buffering=0) as source, partial.open("wb", buffering=0) as copy:
+        copy_file(source.fileno(), copy.fileno(), digest)
         os.fsync(copy.fileno())
-    if f"sha256:{hasher.hexdigest()}" != payload.digest:
+    if digest.text() != payload.digest:
         partial.unlink()
         raise ChecksumError(f"payload {payload.digest} is damaged in the store")
     partial.rename(target)

@@ -1,7 +1,6 @@
 """The two boot partitions: who they are, what is on them, writing and copying them. Everything here blocks."""
 
 import gzip
-import hashlib
 import os
 import stat
 import uuid
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from aoscore._speedups.chunker import Digest, hash_file
 from aoscore.common import linux
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NoSpaceError, NotFoundError
 from aoscore.sm.imagemanager.model import Payload
@@ -73,8 +73,7 @@ def write_image(payload: Payload, device: Path) -> None:
     with payload.path.open("rb") as file:
         if file.read(2) != _GZIP_MAGIC:
             raise InvalidArgumentError(f"payload {payload.digest} is no gzip file")
-        file.seek(0)
-        if f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" != payload.digest:
+        if hash_file(file.fileno()) != payload.digest:
             raise ChecksumError(f"payload {payload.digest} is damaged in the store")
     try:
         with gzip.open(payload.path) as image:
@@ -96,7 +95,7 @@ def _blocks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
 
 def _replace(device: Path, blocks: Iterable[bytes], *, what: str) -> None:
     """Write blocks from the beginning of a device, only those that differ: flash wears."""
-    hasher = hashlib.sha256()
+    wanted, written = Digest(), Digest()
     is_block_device = stat.S_ISBLK(device.stat().st_mode)
     # O_EXCL of a block device: not while it is mounted.
     fd = os.open(device, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if is_block_device else 0))
@@ -106,19 +105,17 @@ def _replace(device: Path, blocks: Iterable[bytes], *, what: str) -> None:
         for block in blocks:
             if at + len(block) > size:
                 raise NoSpaceError(f"{what} is larger than partition {device} of {size} bytes")
-            hasher.update(block)
+            wanted.update(block)
             if os.pread(fd, len(block), at) != block:
                 _write_all(fd, block, at)
             at += len(block)
         os.fsync(fd)
         # What comes from the cache proves nothing.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        written = hashlib.sha256()
-        for start in range(0, at, _BLOCK_BYTES):
-            written.update(os.pread(fd, min(_BLOCK_BYTES, at - start), start))
+        written.update_from_file(fd, 0, at)
     finally:
         os.close(fd)
-    if written.digest() != hasher.digest():
+    if written.text() != wanted.text():
         raise ChecksumError(f"partition {device} does not hold what was written to it")
 
 
