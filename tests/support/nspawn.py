@@ -4,11 +4,10 @@ cloud 10.0.0.1 ── bridge ─┬─ host0 main 10.0.0.100
                           └─ host0 secondary 10.0.0.101
 """
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
-
-import msgspec
 
 from aoscore.ctl.host import run, wait
 from aoscore.ctl.machine import Machine, remove_cgroups
@@ -94,12 +93,12 @@ class NspawnUnit(Bed):
             top = self.directory / "nodes" / name
             for part in ("upper", "work", "root"):
                 (top / part).mkdir(parents=True)
-            of_xen = ()
+            of_xen: tuple[str, ...] = ()
             if self._xen is None:
                 write_node(nodes[name], top / "upper", CLOUD_IP)
             else:
                 other = DOMAINS["secondary" if name == "main" else "main"]
-                in_xen = msgspec.structs.replace(nodes[name], transport="vchan", vchan_domain=other)
+                in_xen = dataclasses.replace(nodes[name], transport="vchan", vchan_domain=other)
                 write_node(in_xen, top / "upper", CLOUD_IP)
                 _write_domain(top / "upper", DOMAINS[name])
                 of_xen = (f"--bind={self._xen.lend()}:{_XEN_DIR}",)
