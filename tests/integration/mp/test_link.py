@@ -59,7 +59,9 @@ async def sm_on(bed: MpBed, sm: TestSm | None = None) -> AsyncIterator[TestSm]:
             registered = asyncio.create_task(
                 bed.cm.wait(
                     # Any of them: a stream that broke after its first message is not the one.
-                    lambda cm: any(len(one.frames) >= 2 and not one.ended.is_set() for one in cm.connections[before:]),
+                    lambda cm, before=before: any(
+                        len(one.frames) >= 2 and not one.ended.is_set() for one in cm.connections[before:]
+                    ),
                     30,
                 )
             )
