@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from aoscore.common.files import remove_tree
 from aoscore.ctl.host import run
 from qemu.cache import kept, run_builder
 
@@ -38,6 +39,7 @@ _RUN = (
 )
 # Builds the extensions; a guest does not have it.
 _BUILD = ("python3-dev", "gcc", "libc6-dev", "libisal-dev", "libssl-dev", "libzstd-dev", "zlib1g-dev")
+_XEN = "libxen-dev"
 # Debian's package takes the place of the one that would have to be compiled.
 _FROM_DEBIAN = ("systemd-python",)
 _COMPONENTS = ("cm", "sm", "iam", "mp")
@@ -45,20 +47,23 @@ _SOURCES = ("aoscore", "proto", "pyproject.toml", "setup.py", "LICENSE")
 _BUILD_TIMEOUT_S = 1800.0
 
 
-def lower_layers() -> list[Path]:
-    """Directories to overlay, uppermost first. Builds what is not there yet."""
+def lower_layers(*, with_vchan: bool = False) -> list[Path]:
+    """Directories to overlay, uppermost first. Builds what is not there yet. `with_vchan`: MP has its vchan module."""
     tree = kept("tree", [_SUITE, *_RUN, *_BUILD], _build_tree)
     runtime = kept("runtime", [tree.name], lambda target: _build_runtime(target, tree))
     pyproject = (ROOT / "pyproject.toml").read_text()
     wheels = kept("wheels", [_PYTHON, pyproject], _download_wheels)
     sources = _source_files()
     contents = [hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in sources]
+    # What libxenvchan is made of is found when aoscore is built, and lies beside it.
+    xen = [kept("xen", [_SUITE, _XEN], _extract_xen)] if with_vchan else []
+    lower = [*xen, tree]
     product = kept(
         "aoscore",
-        [tree.name, wheels.name, *contents, *sources],
-        lambda target: _build_aoscore(target, tree, wheels, sources),
+        [*(layer.name for layer in lower), wheels.name, *contents, *sources],
+        lambda target: _build_aoscore(target, lower, wheels, sources),
     )
-    return [product, runtime, tree]
+    return [product, *xen, runtime, tree]
 
 
 def kernel(layers: list[Path]) -> tuple[Path, Path]:
@@ -89,6 +94,14 @@ def _build_tree(target: Path) -> None:
     run_builder(command, _BUILD_TIMEOUT_S)
 
 
+def _extract_xen(target: Path) -> None:
+    command = ["mmdebstrap", "--variant=extract", f"--include={_XEN}", _SUITE, str(target)]
+    run_builder(command, _BUILD_TIMEOUT_S)
+    for entry in target.iterdir():
+        if entry.name != "usr":
+            remove_tree(entry)
+
+
 def _build_runtime(target: Path, tree: Path) -> None:
     """What has to be hidden from the tree, to have it without compilers."""
     _in_overlay(target, [tree], f"apt-get -qq purge --autoremove -y {' '.join(_BUILD)}", {})
@@ -106,7 +119,7 @@ def _download_wheels(target: Path) -> None:
     run([*download, target / "build", *options, "setuptools", "wheel", "cython>=3.0", "grpcio-tools"], _BUILD_TIMEOUT_S)
 
 
-def _build_aoscore(target: Path, tree: Path, wheels: Path, sources: list[str]) -> None:
+def _build_aoscore(target: Path, lower: list[Path], wheels: Path, sources: list[str]) -> None:
     """Build the wheel inside the guest's tree and install it to /opt/aoscore; only that remains in the layer."""
     source = target.with_name(f"{target.name}.source")
     try:
@@ -124,7 +137,7 @@ def _build_aoscore(target: Path, tree: Path, wheels: Path, sources: list[str]) -
                 'aoscore[{",".join(_COMPONENTS)}]'
             rm -rf /tmp/build /tmp/wheel /root/.cache
         """
-        _in_overlay(target, [tree], script, {"wheels": wheels, "source": source})
+        _in_overlay(target, lower, script, {"wheels": wheels, "source": source})
     finally:
         shutil.rmtree(source, ignore_errors=True)
 

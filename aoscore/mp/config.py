@@ -162,7 +162,9 @@ class Config(_Section, frozen=True):
         vchan, transport = self.vchan, self.transport
         if transport.peers or not (vchan.xs_rx_path or transport.type == "vchan"):
             return transport.peers
-        return (PeerConfig(vchan.domain, vchan.xs_rx_path, vchan.xs_tx_path),)
+        # The Zephyr application finds its rings in the first page only (vchan.md §2).
+        ring_bytes = 0 if self.profile == "legacy" else _RING_BYTES
+        return (PeerConfig(vchan.domain, vchan.xs_rx_path, vchan.xs_tx_path, ring_bytes),)
 
     @property
     def images_dir(self) -> Path:

@@ -328,11 +328,14 @@ class LegacyGateway:
     async def _answer_clock(self, connection: Connection) -> None:
         while True:
             stream = await connection.accept(self._cm_open)
-            with contextlib.suppress(ChannelClosedError):
+            try:
                 while True:
-                    message = await stream.receive()
-                    answer = answer_to_clock(message)
+                    answer = answer_to_clock(await stream.receive())
                     if answer is not None:
                         await stream.send(answer)
                     else:
                         _log.warning(kv("Only the clock is on the open channel, dropped", peer=connection.peer))
+            except ChannelClosedError as error:
+                _log.debug(kv("Clock channel is off", peer=connection.peer, reason=error))
+            except WrongStateError as error:
+                connection.shut(str(error))

@@ -40,6 +40,7 @@ AOSCORE_SETTINGS = "\
     discovery_url=AOS_SERVICE_DISCOVERY_URL \
     transport=AOS_TRANSPORT \
     vchan_domain=AOS_VCHAN_DOMAIN \
+    vchan_path=AOS_VCHAN_PATH \
     log_level=AOS_LOG_LEVEL \
     environment=AOS_ENVIRONMENT \
 "

@@ -274,7 +274,7 @@ class MpBed:
         one.kill()
         await one.wait()
         if self.xen is not None:
-            self.xen.bury(one.process.pid)
+            self.xen.bury(DOMAINS["gateway" if one is self.gateway else "node"], one.process.pid)
 
     @contextlib.asynccontextmanager
     async def run_node(self, *, provisioning: bool = False, **changes: Any) -> AsyncIterator[Child]:

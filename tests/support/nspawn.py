@@ -4,6 +4,7 @@ cloud 10.0.0.1 ── bridge ─┬─ host0 main 10.0.0.100
                           └─ host0 secondary 10.0.0.101
 """
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -15,10 +16,27 @@ from aoscore.ctl.sandbox import Program
 from qemu.bed import BRIDGE, MAIN_IP, Bed
 from qemu.images import DOMAIN, TOOLS, guest_nodes, write_node
 from qemu.layers import lower_layers
+from tests.support.fakexen import FakeXen
 
 CLOUD_IP = "10.0.0.1"
 _BOOT_NODE = Path(__file__).with_name("boot-node.sh")
 _BOOT_S = 120.0
+
+
+DOMAINS = {"main": 1, "secondary": 2}
+"""Of the played Xen."""
+_XEN_DIR = "/xen"
+
+
+def _write_domain(root: Path, domain: int) -> None:
+    """MP finds the played Xen's libraries and devices."""
+    for unit in ("aos-mp", "aos-mp-provisioning"):
+        place = root / "etc" / "systemd" / "system" / f"{unit}.service.d"
+        place.mkdir(parents=True)
+        (place / "xen.conf").write_text(
+            f"[Service]\nEnvironment=LD_LIBRARY_PATH={_XEN_DIR}/lib FAKEXEN_DIR={_XEN_DIR} FAKEXEN_DOMAIN={domain}\n"
+            f"ReadWritePaths={_XEN_DIR}\n"
+        )
 
 
 class NspawnNode:
@@ -57,17 +75,20 @@ class NspawnUnit(Bed):
         *,
         with_mp: bool = False,
         keys: Literal["softhsm", "file"] = "file",
+        xen: FakeXen | None = None,
     ) -> None:
+        """`with_mp`: the Secondary Node reaches the Main Node through MP; with `xen` by vchan of that machine."""
         super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_IP)
         self._with_mp = with_mp
         self._keys = keys
+        self._xen = xen
         # Control groups are the host's.
         self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in names}
         self.nodes = {name: NspawnNode(name, f"{name}{os.getpid()}", self.machine) for name in names}
 
     def start(self) -> None:
         """Boot; returns when the cloud answers and systemd runs in all nodes."""
-        lower = lower_layers()
+        lower = lower_layers(with_vchan=self._xen is not None)
         root_ca = self.cloud.root_file().read_text()
         nodes = guest_nodes(root_ca, interface="host0", cloud_ip=CLOUD_IP, with_mp=self._with_mp, keys=self._keys)
         programs = []
@@ -75,9 +96,17 @@ class NspawnUnit(Bed):
             top = self.directory / "nodes" / name
             for part in ("upper", "work", "root"):
                 (top / part).mkdir(parents=True)
-            write_node(nodes[name], top / "upper", CLOUD_IP)
+            of_xen: tuple[str, ...] = ()
+            if self._xen is None:
+                write_node(nodes[name], top / "upper", CLOUD_IP)
+            else:
+                other = DOMAINS["secondary" if name == "main" else "main"]
+                in_xen = dataclasses.replace(nodes[name], transport="vchan", vchan_domain=other)
+                write_node(in_xen, top / "upper", CLOUD_IP)
+                _write_domain(top / "upper", DOMAINS[name])
+                of_xen = (f"--bind={self._xen.lend()}:{_XEN_DIR}",)
             layers = ":".join(map(str, lower))
-            boot = (str(_BOOT_NODE), node.machine_name, str(top), BRIDGE, layers, self.cgroups[name])
+            boot = (str(_BOOT_NODE), node.machine_name, str(top), BRIDGE, layers, self.cgroups[name], *of_xen)
             programs.append(Program(name, boot, notifies=False))
         self._start_machine(CLOUD_IP, programs=programs, cgroups=tuple(self.cgroups.values()))
         for node in self.nodes.values():

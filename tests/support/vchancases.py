@@ -4,6 +4,7 @@ Runs with the environment of `tests.support.fakexen`, in domain 1. A case that f
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -12,12 +13,18 @@ from typing import Any
 from aoscore._speedups._vchan import MAX_PATH_BYTES, Vchan, xenstore_list, xenstore_read
 from aoscore.common.aio import Backoff, Worker
 from aoscore.common.errors import FailedError
+from aoscore.mp.communication.connection import Connection, LinkSettings
 from aoscore.mp.communication.connector import Connector
+from aoscore.mp.communication.frames import FrameDecoder, encode_frame, encode_message
+from aoscore.mp.communication.ports import Ports
 from aoscore.mp.communication.vchans import Peer, VchanLink
+from aoscore.mp.legacy import LegacyGateway
 from tests.support.running import running, until
 
 OURS = 1
 RING = 65536
+CLOCK = encode_frame(3, encode_message(b"\x5a\x00"))
+"""A question for the time, of a node of the older kind."""
 CASES: dict[str, Callable[[Worker], Coroutine[Any, Any, None]]] = {}
 
 
@@ -174,6 +181,89 @@ async def guest_by_name_or_key(worker: Worker) -> None:
             assert text in str(error)
         else:
             raise AssertionError(domain)
+
+
+@case
+async def a_million_small_frames(worker: Worker) -> None:
+    """In both directions at once, every one as it was sent."""
+    count, together = 1_000_000, 1000
+    (gateway, gateway_streams), (node, node_streams) = await ends(worker)
+
+    async def write(writer: asyncio.StreamWriter) -> None:
+        for first in range(0, count, together):
+            writer.write(
+                b"".join(encode_frame(3, number.to_bytes(4, "big")) for number in range(first, first + together))
+            )
+            await writer.drain()
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        decoder = FrameDecoder()
+        number = 0
+        while number < count:
+            for frame in decoder.feed(await reader.read(65536)):
+                assert frame == (3, number.to_bytes(4, "big"), True), number
+                number += 1
+
+    await asyncio.gather(
+        *(work for reader, writer in (gateway_streams, node_streams) for work in (write(writer), read(reader)))
+    )
+    await node.__aexit__(None, None, None)
+    await gateway.__aexit__(None, None, None)
+
+
+@case
+async def stale_bytes_at_attach(worker: Worker) -> None:
+    """A node died in the middle of a frame and attaches to the same rings again, as the Zephyr application does."""
+    made = 0
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        nonlocal made
+        made += 1
+        settings = LinkSettings(role="gateway", ports=Ports(), provisioning=True)
+        legacy = LegacyGateway(settings.ports.cm_open, [])
+
+        async def serve(connection: Connection) -> None:
+            await asyncio.gather(*legacy.services(connection))
+
+        await Connection(reader, writer, settings, {}, peer=peer).run(serve)
+
+    def attach() -> tuple[Vchan, Vchan]:
+        rx, tx = (Vchan.connect(OURS, f"/local/domain/{OURS}/data/{name}") for name in ("rx", "tx"))
+        return rx, tx
+
+    async def attached() -> tuple[Vchan, Vchan]:
+        """As soon as there is something to attach to that lives."""
+        while True:
+            with contextlib.suppress(OSError):
+                rx, tx = attach()
+                if rx.has_peer and tx.has_peer:
+                    return rx, tx
+                rx.close()
+                tx.close()
+            await asyncio.sleep(0.1)
+
+    gateway = Connector("zephyr", link("gateway", worker, ring=0).connected, handler, backoff=Backoff(0.05, 0.1))
+    async with running(gateway):
+        first = await attached()
+        await until(lambda: made == 1)
+        first[0].write(memoryview(encode_frame(4, bytes(900)))[:300])
+        # It never says that it is gone. The new one finds the old rings, and begins in the middle of that frame.
+        second = attach()
+        second[0].write(memoryview(CLOCK))
+        async with asyncio.timeout(30):
+            await until(lambda: second[0].is_over, 30)
+            third = await attached()
+        await until(lambda: made == 2)
+        third[0].write(memoryview(CLOCK))
+        answer = b""
+        async with asyncio.timeout(20):
+            while len(answer) < 40:
+                answer += third[1].read(4096) or b""
+                await asyncio.sleep(0.02)
+        (frame,) = FrameDecoder().feed(answer)
+        assert frame.port == 3 and frame.is_intact
+    for ring in (*first, *second, *third):
+        ring.close()
 
 
 async def _main(name: str) -> None:

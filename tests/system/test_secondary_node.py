@@ -1,4 +1,4 @@
-"""A Secondary Node that reaches the Main Node through one TCP port and nothing else (bed C)."""
+"""A Secondary Node that reaches the Main Node through one TCP port and nothing else, or through vchan alone (bed C)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +8,14 @@ import pytest
 from qemu.bed import MAIN_IP
 from qemu.images import DOMAIN
 from tests.support.bundles import make_item
-from tests.support.nspawn import NspawnNode, NspawnUnit
+from tests.support.fakexen import FakeXen
+from tests.support.nspawn import DOMAINS, NspawnNode, NspawnUnit
 from tests.system.conftest import running
 
 pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
 
-# A table of the test's own, before those of aoscore: of the Unit's network only the link of MP is left.
+# A table of the test's own, before those of aoscore: of the Unit's network only the link of MP is left. With vchan that
+# is none of it, and the port is nobody's.
 _ONLY_THE_LINK = f"""\
 table inet only_the_link {{
     chain out {{
@@ -38,9 +40,20 @@ table inet only_the_link {{
 _SEAT = '[{"name": "seat", "sharedCount": 1, "hosts": [{"ip": "10.9.9.9", "hostName": "seat"}]}]'
 
 
+@pytest.fixture(params=["tcp", "vchan"])
+def xen(request: pytest.FixtureRequest) -> Iterator[FakeXen | None]:
+    """The played Xen, where the link is vchan."""
+    if request.param == "tcp":
+        yield None
+        return
+    machine = FakeXen()
+    yield machine
+    machine.remove()
+
+
 @pytest.fixture
-def unit(tmp_path: Path) -> Iterator[NspawnUnit]:
-    with running(NspawnUnit(tmp_path, ("main", "secondary"), with_mp=True)) as unit:
+def unit(tmp_path: Path, xen: FakeXen | None) -> Iterator[NspawnUnit]:
+    with running(NspawnUnit(tmp_path, ("main", "secondary"), with_mp=True, xen=xen)) as unit:
         yield unit
 
 
@@ -55,7 +68,7 @@ def node_ids(unit: NspawnUnit) -> dict[str, str]:
     return {name: node.run("cat", "/etc/machine-id").strip() for name, node in unit.nodes.items()}
 
 
-def test_provisioned_deployed_and_watched_through_one_port(unit: NspawnUnit) -> None:
+def test_provisioned_deployed_and_watched_through_the_link(unit: NspawnUnit, xen: FakeXen | None) -> None:
     secondary = unit.nodes["secondary"]
     isolate(secondary)
     for node in unit.nodes.values():
@@ -94,6 +107,9 @@ def test_provisioned_deployed_and_watched_through_one_port(unit: NspawnUnit) -> 
     unit.wait(lambda: is_seen("alerts"), 60, "an alert of the Secondary Node")
     assert unit.ask("violations") == []
 
+    ports = secondary.run("ss", "-Htn", "dst", f"{MAIN_IP}:30001").strip()
+    assert bool(ports) == (xen is None), "the link is not the one that was wanted"
+
     # Either MP is killed; what runs goes on, and both nodes are seen again.
     containers = {name: unit.container_pids(name) for name in unit.nodes}
 
@@ -102,9 +118,12 @@ def test_provisioned_deployed_and_watched_through_one_port(unit: NspawnUnit) -> 
             "Registered at the Main Node: call=RegisterSM"
         )
 
-    for node in unit.nodes.values():
+    for name, node in unit.nodes.items():
         before = links()
+        pid = int(node.run("systemctl", "show", "-P", "MainPID", "aos-mp"))
         node.run("systemctl", "kill", "--signal=KILL", "aos-mp")
+        if xen is not None:
+            xen.bury(DOMAINS[name], pid)
         unit.wait(lambda before=before: links() > before, 120, "SM of the Secondary Node to be registered again")
     unit.wait(lambda: unit.instance_states() == ["active"] * 2, 120, "both instances to be seen active again")
     assert {name: unit.container_pids(name) for name in unit.nodes} == containers

@@ -175,8 +175,8 @@ def mp(node: Node) -> dict[str, Any]:
         "cmConfig": {"cmServerUrl": f"{node.main_host}:8093", "openPort": 3, "securePort": 4},
         "vchan": {
             "domain": node.vchan_domain,
-            "xsRxPath": "tmp/vchan/aos/rx",
-            "xsTxPath": "tmp/vchan/aos/tx",
+            "xsRxPath": f"{node.vchan_path}/rx",
+            "xsTxPath": f"{node.vchan_path}/tx",
             "iamCertStorage": "iam",
             "smCertStorage": "sm",
         },

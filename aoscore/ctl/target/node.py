@@ -109,6 +109,9 @@ class Node:
     transport: Literal["auto", "socket", "vchan"] = "auto"
     """How MP reaches the other node."""
     vchan_domain: int = 0
+    vchan_path: str = "data/vchan/aos"
+    """Place of the link in xenstore, in the gateway's home. The Zephyr application looks at tmp/vchan/aos; guests of
+    the usual toolstack may write below data/ only."""
     xen: bool = False
     """Runs in a guest of Xen: reboots by way of the control domain."""
 

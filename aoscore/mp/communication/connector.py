@@ -17,8 +17,9 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[
 
 FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 30.0
-# A link that was up for so long was a good one: the next attempt comes soon again.
-_GOOD_LINK_S = 30.0
+# A link that was up for so long was a good one: the next attempt comes soon again. Longer than a peer is given that
+# does not introduce itself, so that such a one does not count.
+_GOOD_LINK_S = 10.0
 
 
 class Connector:

@@ -45,27 +45,35 @@ def bed(request: pytest.FixtureRequest, tmp_path: Path) -> MpBed:
 
 @contextlib.asynccontextmanager
 async def sm_on(bed: MpBed, sm: TestSm | None = None) -> AsyncIterator[TestSm]:
-    """The node's SM, registered at CM; tries until it is, as an SM does."""
+    """The node's SM, registered at CM; tries until it is, as an SM does.
+
+    The limit is longer than the longest pause between two attempts of a node to reach its gateway: after several
+    in vain, while a machine under load starts a process, it waits for half a minute.
+    """
     sm = sm or TestSm(NODE_ID)
-    before = len(bed.cm.connections)
-    end = asyncio.get_running_loop().time() + 40
+    end = asyncio.get_running_loop().time() + 90
     while True:
+        before = len(bed.cm.connections)
         async with sm.connected(bed.sm_port, bed.identity("second-sm")):
             ended = asyncio.create_task(sm.ended.wait())
             registered = asyncio.create_task(
                 bed.cm.wait(
                     # Any of them: a stream that broke after its first message is not the one.
-                    lambda cm: any(len(one.frames) >= 2 and not one.ended.is_set() for one in cm.connections[before:]),
+                    lambda cm, before=before: any(
+                        len(one.frames) >= 2 and not one.ended.is_set() for one in cm.connections[before:]
+                    ),
                     30,
                 )
             )
             await asyncio.wait({ended, registered}, return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
-            if registered.done():
+            # A stream that has ended on this side may not have ended at CM yet.
+            if not sm.ended.is_set():
+                ended.cancel()
                 await registered
                 yield sm
                 return
             registered.cancel()
+            await asyncio.gather(registered, return_exceptions=True)
         assert asyncio.get_running_loop().time() < end, bed.logs()
         await asyncio.sleep(0.2)
 

@@ -92,7 +92,7 @@ async def test_item_is_deployed_over_vchan_also_after_a_kill(tmp_path: Path, iam
 
             process.kill()
             await process.wait()
-            xen.bury(process.process.pid)
+            xen.bury(DOMAINS["node"], process.process.pid)
             await until(lambda: f"SM disconnected: nodeID={NODE_ID}" in bed.log())
             await bed.cloud.send_frame(bed.wish())
             await stack.enter_async_context(

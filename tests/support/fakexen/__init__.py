@@ -60,6 +60,11 @@ class FakeXen:
             "FAKEXEN_DOMAIN": str(domain),
         }
 
+    def lend(self) -> Path:
+        """The folder with all of it, libraries included: for machines that see it under another name."""
+        shutil.copytree(_libraries(), self._root / "lib", dirs_exist_ok=True)
+        return self._root
+
     def write(self, path: str, value: str) -> None:
         """Write an absolute key of xenstore, as the toolstack does."""
         place = self._root / "store" / path.lstrip("/")
@@ -71,9 +76,9 @@ class FakeXen:
         place = self._root / "store" / path.lstrip("/")
         return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
 
-    def bury(self, pid: int) -> None:
+    def bury(self, domain: int, pid: int) -> None:
         """Do for a process that was killed what the kernel does: clear its signs of life, tell the other ends."""
-        for note in self._root.glob(f"notify-{pid}-*"):
+        for note in self._root.glob(f"notify-{domain}-{pid}-*"):
             ref, offset, port = map(int, note.read_text().split())
             with (self._root / f"page-{ref}").open("r+b") as page:
                 page.seek(offset)
@@ -88,4 +93,4 @@ class FakeXen:
         owner = (self._root / f"port-{peer}").read_text().split()[0]
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
             sender.setblocking(False)
-            sender.sendto(struct.pack("<I", int(peer)), owner)
+            sender.sendto(struct.pack("<I", int(peer)), str(self._root / Path(owner).name))

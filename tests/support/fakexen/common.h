@@ -2,7 +2,7 @@
  *
  *   page-REF            a granted page
  *   port-PORT           an event channel: the socket of its owner and the number of the port at the other end, 0: none yet
- *   notify-PID-REF      what the kernel does when process PID ends: clear the byte at OFFSET of the page, signal PORT
+ *   notify-DOMAIN-PID-REF  what the kernel does when process PID ends: clear the byte at OFFSET of the page, signal PORT
  *   store/PATH          a key of xenstore
  */
 #define _GNU_SOURCE
@@ -26,6 +26,12 @@ static inline const char *domain(void)
 {
     const char *number = getenv("FAKEXEN_DOMAIN");
     return number ? number : "0";
+}
+
+/* A kind of files of this process. Domains may number their processes each for itself. */
+static inline void process_kind(char *kind, size_t size, const char *name)
+{
+    snprintf(kind, size, "%s-%s-%d", name, domain(), (int)getpid());
 }
 
 /* A path below the folder, in memory of the caller's. */

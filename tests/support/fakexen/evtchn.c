@@ -23,7 +23,7 @@ static int look_up(uint32_t port, char *owner, uint32_t *peer)
 static int note(uint32_t port, const char *owner, uint32_t peer)
 {
     char path[256], next[256], kind[32];
-    snprintf(kind, sizeof kind, "next-%d", (int)getpid());
+    process_kind(kind, sizeof kind, "next");
     FILE *file = fopen(in_folder(next, sizeof next, kind, port), "we");
     if (!file)
         return -1;
@@ -47,7 +47,7 @@ handle *xenevtchn_open(void *logger, unsigned flags)
     handle *one = calloc(1, sizeof *one);
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     char kind[32];
-    snprintf(kind, sizeof kind, "events-%d", (int)getpid());
+    process_kind(kind, sizeof kind, "events");
     in_folder(address.sun_path, sizeof address.sun_path, kind, __sync_add_and_fetch(&counter, 1));
     strcpy(one->path, address.sun_path);
     one->socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);

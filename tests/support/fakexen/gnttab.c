@@ -28,7 +28,7 @@ static void *map(unsigned count, const uint32_t *refs)
 static void remember(handle *one, uint32_t ref, uint32_t offset, uint32_t port)
 {
     char kind[32];
-    snprintf(kind, sizeof kind, "notify-%d", (int)getpid());
+    process_kind(kind, sizeof kind, "notify");
     int file = open(in_folder(one->notify, sizeof one->notify, kind, ref), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (file < 0)
         abort();

@@ -136,6 +136,8 @@ def test_what_is_refused(tmp_path: Path, key: str, value: Any, text: str) -> Non
 def test_peers_of_vchan(tmp_path: Path) -> None:
     (only,) = read(tmp_path, GATEWAY | {"vchan": {"domain": 3, "xsRxPath": "r", "xsTxPath": "t"}}).peers
     assert (only.domain, only.xs_rx_path, only.xs_tx_path, only.ring_size) == (3, "r", "t", 65536)
+    (old,) = read(tmp_path, GATEWAY | {"profile": "legacy", "vchan": {"xsRxPath": "r", "xsTxPath": "t"}}).peers
+    assert old.ring_size == 0
     second = {"domain": 4, "xsRxPath": "r4", "xsTxPath": "t4", "ringSize": 0}
     config = read(tmp_path, changed(GATEWAY, "transport", {"type": "vchan", "peers": [VCHAN, second]}))
     assert [peer.domain for peer in config.peers] == ["name:second", 4]

@@ -111,6 +111,9 @@ def test_secondary_node_with_and_without_mp() -> None:
     assert config(by_mp, "mp")["transport"] == {"type": "auto", "connect": "main:30001"}
     gateway = config(Node(components=("cm", "sm", "iam", "mp")), "mp")
     assert gateway["role"] == "gateway" and gateway["transport"]["listen"] == "0.0.0.0:30001"
+    # Where guests of Xen's toolstack may write, and where the Zephyr application looks.
+    assert gateway["vchan"]["xsRxPath"] == "data/vchan/aos/rx"
+    assert config(Node(kind="secondary", vchan_path="tmp/vchan/aos"), "mp")["vchan"]["xsTxPath"] == "tmp/vchan/aos/tx"
 
 
 def test_component_runtimes_have_the_product_prefix() -> None:
