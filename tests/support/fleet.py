@@ -130,7 +130,7 @@ class SimulatedRuntime:
             self.instances[info.ident] = info
         self.changed.publish(self._status(info, InstanceState.ACTIVE))
 
-    async def stop_instance(self, ident: InstanceIdent) -> None:
+    async def stop_instance(self, ident: InstanceIdent, *, restart: bool = False) -> None:
         if info := self.instances.pop(ident, None):
             self.changed.publish(self._status(info, InstanceState.INACTIVE))
 

@@ -92,7 +92,7 @@ class ProcessRuntime:
         path.write_bytes(to_json(Record(process.pid, info, content)))
         self.changed.publish(self._status(info, InstanceState.ACTIVE))
 
-    async def stop_instance(self, ident: InstanceIdent) -> None:
+    async def stop_instance(self, ident: InstanceIdent, *, restart: bool = False) -> None:
         path = self._path(ident)
         if not path.exists():
             return

@@ -100,6 +100,8 @@ class Launcher:
         self._changes: dict[InstanceIdent, InstanceInfo | None] = {}
         self._expired: set[InstanceIdent] = set()
         self._up: dict[InstanceIdent, Runtime] = {}
+        self._kept: dict[InstanceIdent, Runtime] = {}
+        """Stopped for a restart that has not come yet: something of them is there still."""
         self._started: set[InstanceIdent] = set()
         self._renewed: set[InstanceIdent] = set()
         self._ttls_s: dict[ItemKey, float] = {}
@@ -179,6 +181,7 @@ class Launcher:
                     started()
                     await self._reconcile(tasks, reports)
             finally:
+                self._up |= self._kept
                 await self._stop_all(
                     sorted(
                         (ident for ident in self._up if ident.type is ItemType.SERVICE),
@@ -259,7 +262,7 @@ class Launcher:
     async def _take(self, steps: Plan) -> bool:
         """Do one kind of steps; whether there was something to do."""
         if steps.stop:
-            await self._stop_all(steps.stop)
+            await self._stop_all(steps.stop, restart=self._is_restarted)
         elif steps.apply:
             await self._apply(steps.apply)
         elif steps.start:
@@ -330,14 +333,25 @@ class Launcher:
         self._ttls_s[key] = image.item_config.offline_ttl if image.item_config else 0.0
         return image
 
-    async def _stop_all(self, idents: Sequence[InstanceIdent]) -> None:
+    async def _stop_all(
+        self, idents: Sequence[InstanceIdent], *, restart: Callable[[InstanceIdent], bool] = lambda _: False
+    ) -> None:
         """In ascending priority: one that others need ends after them."""
         for _, level in itertools.groupby(idents, self._priority):
-            await _together(self._stop(ident) for ident in level)
+            await _together(self._stop(ident, restart=restart(ident)) for ident in level)
 
-    async def _stop(self, ident: InstanceIdent) -> None:
+    def _is_restarted(self, ident: InstanceIdent) -> bool:
+        """Whether what is stopped now is to run again where it ran."""
+        before = self._instances.get(ident)
+        after = self._changes.get(ident, before)
+        if before is None or after is None or ident in self._expired:
+            return False
+        return (after.runtime_id, after.owner_id) == (before.runtime_id, before.owner_id)
+
+    async def _stop(self, ident: InstanceIdent, *, restart: bool) -> None:
+        runtime = self._up[ident]
         try:
-            await self._up[ident].stop_instance(ident)
+            await runtime.stop_instance(ident, restart=restart)
         except Exception as error:
             pause_s = self._retries.failed(ident, self._clock())
             _log.error(kv("Can't stop instance", instance=ident, error=error, retry_in_s=round(pause_s)))
@@ -346,6 +360,8 @@ class Launcher:
         else:
             self._retries.forget([ident])
             del self._up[ident]
+            if restart:
+                self._kept[ident] = runtime
             self._started.discard(ident)
             self._renewed.discard(ident)
 
@@ -371,6 +387,8 @@ class Launcher:
             if ident in self._changes and self._changes[ident] == info:
                 del self._changes[ident]
             if info is None:
+                # The release of its network has removed what was kept.
+                self._kept.pop(ident, None)
                 self._instances.pop(ident, None)
                 if ident not in self._changes:
                     self._statuses.pop(ident, None)
@@ -399,6 +417,7 @@ class Launcher:
                 raise image
             # From here on there may be something to stop, whatever happens.
             self._up[info.ident] = runtime
+            self._kept.pop(info.ident, None)
             await runtime.start_instance(info, image)
         except Exception as error:
             pause_s = self._retries.failed(info.ident, self._clock())

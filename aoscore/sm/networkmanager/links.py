@@ -156,8 +156,11 @@ class Links:
         address = Address(ip, parse_subnet(network.subnet).prefixlen)
         done = self.ensure_namespace(instance_id)
         with _netlink_errors(f"network of instance {instance_id}"):
-            bridge = self._need(network.bridge).index
-            link = None if done else self._host.link(name)
+            bridge = _index(network.bridge)
+            if bridge is None:
+                raise RuntimeFailure(f"bridge {network.bridge} was made and is gone")
+            is_new = bool(done)
+            link = None if is_new else self._host.link(name)
             if link is not None and link.parent != linux.in_own_thread(_index_inside, namespace):
                 self._host.do(netlink.delete_link(link.index))
                 link = None
@@ -177,7 +180,8 @@ class Links:
                 done += self._enslave(link, bridge)
                 self._host.do(netlink.change_link(link.index, hairpin=True))
                 _ensure_rate(self._host, link, config.download_speed_kbit)
-            done += linux.in_own_thread(_configure_inside, namespace, address, network.ip, config.upload_speed_kbit)
+            configure = _configure_new if is_new else _configure_inside
+            done += linux.in_own_thread(configure, namespace, address, network.ip, config.upload_speed_kbit)
         return done
 
     def ensure_namespace(self, instance_id: str) -> list[str]:
@@ -376,6 +380,20 @@ def _index_inside(namespace: Path) -> int | None:
     """In a thread of its own."""
     linux.setns(namespace, linux.CLONE_NEWNET)
     return _index(INSIDE)
+
+
+def _configure_new(namespace: Path, address: Address, gateway: str, upload_kbit: int) -> list[str]:
+    """`_configure_inside` for a namespace that has just been made: nothing has to be looked for in it."""
+    linux.setns(namespace, linux.CLONE_NEWNET)
+    index = socket.if_nametoindex(INSIDE)
+    with Route() as route:
+        route.do(
+            netlink.new_address(index, address),
+            netlink.change_link(index, up=True),
+            netlink.new_default_route(gateway),
+            *_rate(index, upload_kbit),
+        )
+    return ["address", f"{INSIDE} up", "default route"]
 
 
 def _configure_inside(namespace: Path, address: Address, gateway: str, upload_kbit: int) -> list[str]:

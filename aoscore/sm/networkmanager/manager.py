@@ -61,7 +61,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TRAFFIC_PERIOD_S = 60.0
-# Changes in one round: enough to share what is done once, few enough that the first need not wait for the last.
+# Changes in one round: enough to share what is done once, few enough that the first need not wait for the last. The
+# first round is small, since nothing else goes on until it has ended.
+_FIRST_ROUND = 8
 _ROUND = 32
 _IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
@@ -231,6 +233,9 @@ class NetworkManager:
 
         Raises AosError; then nothing is up, and an allocation stays stored for the next attempt.
         """
+        before = self._instances.get(instance_id)
+        if before is not None and before.host_if_name and (before.network_id, before.config) != (network_id, config):
+            await self.detach(instance_id)
         try:
             await self._submit(_Change(instance_id, check_network_id(network_id), config))
         except asyncio.CancelledError:
@@ -262,14 +267,16 @@ class NetworkManager:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while changes := self._next_round():
+            limit = _FIRST_ROUND
+            while changes := self._next_round(limit):
                 async with self._links_lock:
                     await self._make(changes)
+                limit = _ROUND
 
-    def _next_round(self) -> list["_Change"]:
+    def _next_round(self, limit: int) -> list["_Change"]:
         """At most one change of an instance, in the order in which they came."""
         taken: dict[str, _Change] = {}
-        while self._waiting and len(taken) < _ROUND and self._waiting[0].instance_id not in taken:
+        while self._waiting and len(taken) < limit and self._waiting[0].instance_id not in taken:
             change = self._waiting.popleft()
             if not change.done.done():
                 taken[change.instance_id] = change

@@ -26,6 +26,8 @@ _CODE = struct.Struct("=i")
 _BUFFER_BYTES = 1 << 17
 _BATCH_BYTES = 32 * 1024
 _PACKAGE = "pyroute2"
+# Making a message takes longer than sending it, and inside their namespaces instances differ in their address alone.
+_KEPT_MESSAGES = 64
 
 # Messages and their flags.
 _ERROR, _DONE = 2, 3
@@ -222,6 +224,7 @@ def _new_link(attributes: Attributes, flags: int = 0) -> Message:
     return Message(_NEW_LINK, _REQUEST | _CREATE | _EXCLUSIVE, body)
 
 
+@functools.lru_cache(_KEPT_MESSAGES)
 def change_link(
     index: int = 0,
     *,
@@ -282,6 +285,7 @@ def _address(index: int, address: Address, attributes: Attributes) -> bytes:
     return _body(_classes().address, fields, attributes)
 
 
+@functools.lru_cache(_KEPT_MESSAGES)
 def new_default_route(gateway: str) -> Message:
     """A default route in the main table."""
     fields = {"family": socket.AF_INET, "table": _MAIN_TABLE, "proto": _PROTOCOL_BOOT, "type": _UNICAST}

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -157,6 +158,26 @@ async def test_a_host_name_is_given_once(tmp_path: Path) -> None:
         await networks.detach(instance_id(first))
         await networks.attach(instance_id(second), "owner", NetworkConfig(second, hostname="web"))
         await networks.detach(instance_id(second))
+
+
+async def test_other_wishes_begin_anew_and_the_same_ones_touch_nothing(tmp_path: Path) -> None:
+    """A new version of a service takes over its network, unless it wants another one."""
+
+    def link() -> int:
+        return socket.if_nametoindex(veth_name(name(0)))
+
+    async with manager(tmp_path, FakeCm()) as networks:
+        wishes = NetworkConfig(ident(0), hostname="svc", download_speed_kbit=1000)
+        await networks.attach(name(0), "owner", wishes)
+        first = link()
+        await networks.attach(name(0), "owner", wishes)
+        assert link() == first
+        attached = await networks.attach(name(0), "owner", NetworkConfig(ident(0), hostname="other"))
+        assert link() != first and "other" in attached.hosts
+        queues = subprocess.run(["tc", "qdisc", "show", "dev", veth_name(name(0))], capture_output=True, check=True)
+        assert b"tbf" not in queues.stdout
+        assert inside(0, "ping", "-c1", "-W1", "172.31.1.1").returncode == 0
+        await networks.detach(name(0))
 
 
 async def test_bandwidth(tmp_path: Path) -> None:

@@ -130,8 +130,12 @@ class Runtime(Protocol):
         """
         ...
 
-    async def stop_instance(self, ident: InstanceIdent) -> None:
-        """End it gracefully, then by force, and clean up. An unknown instance is success."""
+    async def stop_instance(self, ident: InstanceIdent, *, restart: bool = False) -> None:
+        """End it gracefully, then by force, and clean up. An unknown instance is success.
+
+        With `restart` it is to be started again by the same runtime, with other parameters: what would only be made
+        anew may stay. Should that start never come, it is stopped again without.
+        """
         ...
 
     def sample_targets(self) -> list[SampleTarget]:

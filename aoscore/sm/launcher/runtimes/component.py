@@ -206,7 +206,7 @@ class ComponentRuntime(abc.ABC):
                 self._publish(component, InstanceState.FAILED, str(error))
                 raise
 
-    async def stop_instance(self, ident: InstanceIdent) -> None:
+    async def stop_instance(self, ident: InstanceIdent, *, restart: bool = False) -> None:
         """CM does not want it any more: an update is withdrawn, what is installed goes on running."""
         async with self._lock:
             if self._rejected is not None and self._rejected.component.ident == ident:

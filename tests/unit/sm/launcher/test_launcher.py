@@ -59,6 +59,7 @@ class FakeRuntime:
         self.reboots = 0
         self.instances: dict[InstanceIdent, InstanceInfo] = {info.ident: info for info in survivors}
         self.calls: list[str] = []
+        self.stops: list[tuple[str, bool]] = []
         self.start_errors: dict[str, AosError] = {}
         self.stop_errors: dict[str, AosError] = {}
         self.delay_s = 0.0
@@ -93,8 +94,9 @@ class FakeRuntime:
         self.instances[info.ident] = info
         self.changed.publish(self.status(info, InstanceState.ACTIVE))
 
-    async def stop_instance(self, ident: InstanceIdent) -> None:
+    async def stop_instance(self, ident: InstanceIdent, *, restart: bool = False) -> None:
         self.calls.append(f"stop {ident.item_id}")
+        self.stops.append((ident.item_id, restart))
         self.parallel += 1
         self.most_parallel = max(self.most_parallel, self.parallel)
         await asyncio.sleep(self.delay_s)
@@ -534,6 +536,35 @@ async def test_full_disk_is_a_clear_status_and_heals(bed: Bed, monkeypatch: pyte
         monkeypatch.setattr(FullDisk, "full", False)
         await until(lambda: bed.runtime.instances == {A.ident: A2})
     assert await bed.stored() == ({A.ident: A2}, {})
+
+
+async def test_runtime_is_told_who_is_started_again(bed: Bed) -> None:
+    """So that it can leave alone what would be made anew."""
+    other_owner = msgspec.structs.replace(info("a", "3.0.0"), owner_id="other")
+    async with bed.launcher() as launcher:
+        await update(launcher, A, B)
+        await update(launcher, A2, stop=(B,))
+        assert sorted(bed.runtime.stops) == [("a", True), ("b", False)]
+        await update(launcher, other_owner)
+        assert bed.runtime.stops[2:] == [("a", False)]
+    assert bed.runtime.stops[3:] == [("a", False)]
+
+
+async def test_what_was_stopped_for_a_restart_that_did_not_come_is_stopped_at_the_end(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed.store_type = FullDisk
+    bed.pause_s = 60.0
+    async with bed.launcher() as launcher:
+        await update(launcher, A)
+        bed.images.gate = asyncio.Event()
+        await launcher.update([A2], [])
+        await until(lambda: "install a 2.0.0" in bed.images.calls)
+        monkeypatch.setattr(FullDisk, "full", True)
+        bed.images.gate.set()
+        await until(lambda: launcher.statuses().statuses[0].state is InstanceState.FAILED)
+        assert bed.runtime.stops == [("a", True)]
+    assert bed.runtime.stops == [("a", True), ("a", False)]
 
 
 async def test_reboot_waits_for_the_end_of_an_update(bed: Bed) -> None:

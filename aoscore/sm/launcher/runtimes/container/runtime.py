@@ -207,7 +207,7 @@ class ContainerRuntime:
                 self.changed.publish(container.status())
                 return
             if container is not None:
-                await self._stop(container)
+                await self._stop(container, restart=True)
             self.changed.publish(instance_status(info, InstanceState.ACTIVATING))
             item = image.item_config or ItemConfig()
             try:
@@ -225,15 +225,15 @@ class ContainerRuntime:
             self._keep(container)
             await container.settled.wait()
 
-    async def stop_instance(self, ident: InstanceIdent) -> None:
-        """See Runtime.stop_instance."""
+    async def stop_instance(self, ident: InstanceIdent, *, restart: bool = False) -> None:
+        """See Runtime.stop_instance. The network stays for a restart."""
         name = instance_id(ident)
         async with self._lock(name):
             container = self._containers.get(name)
             if container is not None:
-                await self._stop(container)
+                await self._stop(container, restart=restart)
             else:
-                await self._clean(name, None)
+                await self._clean(name, None, keep_network=restart)
 
     def sample_targets(self) -> list[SampleTarget]:
         """Containers that can be measured."""
@@ -283,13 +283,13 @@ class ContainerRuntime:
         self._containers[container.id] = container
         container.watch = self._tasks.create_task(container.supervise(), name=f"watch {container.id}")
 
-    async def _stop(self, container: Container) -> None:
+    async def _stop(self, container: Container, *, restart: bool) -> None:
         if container.watch is not None:
             container.watch.cancel()
             await asyncio.wait({container.watch})
         try:
             await self._end_processes(container)
-            await self._clean(container.id, container.record)
+            await self._clean(container.id, container.record, keep_network=restart)
         except Exception as error:
             # It stays known, so that a repeated stop tries again.
             container.report(InstanceState.FAILED, to_error_info(error))
@@ -313,11 +313,12 @@ class ContainerRuntime:
             for pid in listeners:
                 tasks.create_task(terminate(pid, float(self._config.stop_timeout_s), number))
 
-    async def _clean(self, name: str, record: BundleRecord | None) -> None:
+    async def _clean(self, name: str, record: BundleRecord | None, *, keep_network: bool = False) -> None:
         """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""
         bundle = self._bundle(name)
         await self._delete_leftover(bundle)
-        await self._networks.detach(name)
+        if not keep_network:
+            await self._networks.detach(name)
         if record is not None and record.registered:
             with log_and_continue(_log, f"Can't take back the secret of instance {name}"):
                 await self._permissions.unregister_instance(record.info.ident)
