@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import unquote
@@ -80,11 +81,19 @@ async def peer_name(address: str, context: ssl.SSLContext) -> str:
     The chain is checked by `context`, the name is not: gRPC insists on one, so it gets a name that is in the
     certificate (design, "TLS names").
     """
+    return _name_in(await _shown_certificate(address, context), address)
+
+
+async def _shown_certificate(address: str, context: ssl.SSLContext) -> dict[str, Any]:
     host, port = split_address(address)
     context.check_hostname = False
     async with open_connection(host, port, context, timeout_s=_HANDSHAKE_TIMEOUT_S) as (_, writer):
         transport: ssl.SSLObject = writer.get_extra_info("ssl_object")
-        names = names_of_peer(transport.getpeercert() or {})
+        return dict(transport.getpeercert() or {})
+
+
+def _name_in(certificate: dict[str, Any], address: str) -> str:
+    names = names_of_peer(certificate)
     if not names:
         raise FailedError(f"the certificate of {address} names nobody")
     return names[0]
@@ -106,11 +115,15 @@ async def open_tls_channel(address: str, tls: TlsRoots) -> grpc.aio.Channel:
     """A channel to whoever proves at `address` to be of our Unit. Raises the errors of `peer_name`."""
     if isinstance(tls, TlsIdentity) and tls.on_token:
         return await _open_relayed_channel(address, tls)
-    name = await peer_name(address, tls.ssl_client_context(check_hostname=False))
-    return open_channel(address, tls.grpc_client_credentials(), name=name)
+    shown = await _shown_certificate(address, tls.ssl_client_context(check_hostname=False))
+    begins_s, ends_s = (ssl.cert_time_to_seconds(str(shown[key])) for key in ("notBefore", "notAfter"))
+    if not begins_s <= time.time() <= ends_s:
+        # gRPC's own TLS insists on the time.
+        return await _open_relayed_channel(address, tls)
+    return open_channel(address, tls.grpc_client_credentials(), name=_name_in(shown, address))
 
 
-async def _open_relayed_channel(address: str, tls: TlsIdentity) -> grpc.aio.Channel:
+async def _open_relayed_channel(address: str, tls: TlsRoots) -> grpc.aio.Channel:
     # Import on use: a Unit whose keys are files never needs it.
     from aoscore.common.relay import TlsBack
 

@@ -1,7 +1,9 @@
 """TLS of all links, by certificate and key URLs of IAM, for grpcio and for stdlib ssl.
 
 Peers are identified by their certificate, not by a DNS name (design, "TLS names"): the chain must end at the Unit's
-root. TLS 1.2 is the floor.
+root. TLS 1.2 is the floor. Inside the Unit times of certificates are not checked: a node that boots without a clock has
+to start its services, and certificates that ended while there was no cloud have to work until it renews them. (gRPC's
+own TLS can't do that: between keys in files, times count.) IAM says when one ends; the cloud's are checked in full.
 
 A key on a token is used through OpenSSL's provider `pkcs11`, which the OpenSSL configuration of the machine must
 activate. The gRPC library can't do that (it has a TLS of its own), so there gRPC goes through `common.relay`.
@@ -34,6 +36,8 @@ _TOKEN_LIMIT_S = 20.0
 # OpenSSL, its pkcs11 provider and SoftHSM together are not safe for threads: of handshakes at the same time some fail
 # with a bad signature (2 % of them with OpenSSL 3.5, provider 1.0, SoftHSM 2.6). Hence one at a time in a process.
 TOKEN_LOCK = threading.Lock()
+# X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which Python has no name for.
+_NO_CHECK_TIME = 0x200000
 # A certificate that could not be used is tried again after that time, seconds.
 _RETRY_S = 10.0
 
@@ -60,13 +64,15 @@ class TlsRoots(msgspec.Struct, frozen=True):
         return grpc.ssl_channel_credentials(read_roots(self.ca_file))
 
     def ssl_client_context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
-        """TLS as a client of stdlib ssl; the chain is always checked."""
+        """TLS as a client of stdlib ssl; the chain is always checked. Without `check_hostname`: inside the Unit."""
         return self._client_context(ssl.SSLContext, check_hostname=check_hostname)
 
     def _client_context(self, kind: type[ssl.SSLContext], *, check_hostname: bool) -> ssl.SSLContext:
         context = kind(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = check_hostname
+        if not check_hostname:
+            context.verify_flags |= _NO_CHECK_TIME
         try:
             context.load_verify_locations(self.ca_file)
         except FileNotFoundError:
@@ -101,7 +107,7 @@ class TlsIdentity(TlsRoots, frozen=True):
         return grpc.ssl_channel_credentials(read_roots(self.ca_file), key, chain)
 
     def ssl_client_context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
-        """Mutual TLS as a client of stdlib ssl; the chain is always checked."""
+        """Mutual TLS as a client of stdlib ssl, see `TlsRoots`."""
         kind = TokenContext if self.on_token else ssl.SSLContext
         context = self._client_context(kind, check_hostname=check_hostname)
         self._load_into(context)
@@ -113,6 +119,7 @@ class TlsIdentity(TlsRoots, frozen=True):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if require_client:
             context.verify_mode = ssl.CERT_REQUIRED
+            context.verify_flags |= _NO_CHECK_TIME
             context.load_verify_locations(self.ca_file)
         self._load_into(context)
         return context

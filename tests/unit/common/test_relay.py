@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,28 @@ async def test_who_gets_in(ca: TestCa, tmp_path: Path) -> None:
         assert (await ask_once(address, client)).type == "CN=client"
     async with running(one := make_server(lambda: serving, require_client=False)):
         assert (await ask_once(f"127.0.0.1:{one.port}", TlsRoots(client.ca_file))).type == ""
+
+
+@pytest.mark.parametrize("begin_days", [-100, 100])
+async def test_inside_the_unit_times_of_certificates_do_not_count(ca: TestCa, tmp_path: Path, begin_days: int) -> None:
+    """Expired while there was no cloud, or a node without a clock: who is of our Unit gets in all the same."""
+    begin = datetime.now(UTC) + timedelta(days=begin_days)
+
+    def identity(name: str) -> TlsIdentity:
+        urls = ca.issue(name, (name,), not_before=begin, lifetime=timedelta(days=30)).write(tmp_path, name)
+        return relayed(TlsIdentity(ca.write_root(tmp_path), *urls))
+
+    serving, client = identity("server"), identity("client")
+    async with running(one := make_server(lambda: serving)):
+        assert (await ask_once(f"127.0.0.1:{one.port}", client)).type == "CN=client"
+    async with running(one := make_server(lambda: serving, require_client=False)):
+        address = f"127.0.0.1:{one.port}"
+        assert (await ask_once(address, TlsRoots(client.ca_file))).type == ""
+        # The cloud's certificate is another matter.
+        with pytest.raises(ssl.SSLCertVerificationError, match="expired|not yet valid"):
+            await asyncio.open_connection(
+                "127.0.0.1", one.port, ssl=client.ssl_client_context(), server_hostname="server"
+            )
 
 
 async def test_renewal_cuts_nobody_off(ca: TestCa, tmp_path: Path) -> None:
