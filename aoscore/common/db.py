@@ -126,8 +126,8 @@ class Database:
     def _copy(self, connection: apsw.Connection) -> None:
         newest, older = self._copies
         fresh = newest.with_name(f".{newest.name}.new")
-        fresh.unlink(missing_ok=True)
         try:
+            fresh.unlink(missing_ok=True)
             fresh.touch(mode=0o600)
             target = apsw.Connection(str(fresh))
             try:
@@ -142,9 +142,8 @@ class Database:
             fresh.rename(newest)
             fsync_dir(newest.parent)
         except OSError as error:
-            raise FailedError(f"database {self._path.name} can't be copied: {error.strerror}") from error
-        finally:
             fresh.unlink(missing_ok=True)
+            raise FailedError(f"database {self._path.name} can't be copied: {error.strerror}") from error
 
     def _call(self, function: Callable[[apsw.Connection], T], write: bool) -> T:
         connection = self._connection

@@ -96,6 +96,7 @@ class Launcher:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._report_due = False
+        self._copy_due = False
         self._instances: dict[InstanceIdent, InstanceInfo] = {}
         self._changes: dict[InstanceIdent, InstanceInfo | None] = {}
         self._expired: set[InstanceIdent] = set()
@@ -234,6 +235,10 @@ class Launcher:
             if self._report_due and not self._installing:
                 self._report_due = False
                 self.changed.publish(self.statuses())
+            if self._copy_due and not self._changes:
+                self._copy_due = False
+                with log_and_continue(_log, "Can't keep a copy of the database"):
+                    await self._store.keep_copy()
             if not self._installing:
                 self._idle.set()
             await self._sleep()
@@ -381,6 +386,7 @@ class Launcher:
                 if info is not None:
                     self._report(_status(info, InstanceState.FAILED, to_error_info(error)))
             return
+        self._copy_due = True
         self._retries.forget(changes)
         for ident, info in changes.items():
             # CM may have changed its mind while we waited: then the newer change stays.

@@ -97,6 +97,10 @@ class LauncherStore:
 
         await self._database.write(write)
 
+    async def keep_copy(self) -> None:
+        """Keep a copy of the whole database: what CM wanted has been done, and nothing else is to be done."""
+        await self._database.keep_copy()
+
     async def add_expired(self, idents: Iterable[InstanceIdent]) -> None:
         """Remember that these were stopped because the Unit was offline too long."""
         keys = [_key(ident) for ident in idents]

@@ -9,12 +9,13 @@ import pytest
 
 from aoscore.sm.launcher.runtimes.base import instance_id
 from tests.support.processes import Record, is_alive, records
+from tests.support.running import until
 from tests.support.smbed import SmBed, child
 
 pytestmark = pytest.mark.net
 
 # The update below takes a few steps less; what comes after its last one is a kill when all is done.
-STEPS = 50
+STEPS = 55
 STEPS_PER_TEST = 5
 
 
@@ -36,6 +37,8 @@ async def run_update(bed: SmBed, kill_at: str) -> None:
         await bed.cm.connected(1)
         bed.cm.update(*old)
         await bed.cm.wait(lambda cm: [state for _, state in cm.states().values()] == ["active"] * 3)
+        # Its last step of the first update.
+        await until((bed.root / "sm" / "servicemanager.db.copy1").exists)
         kept = alive(bed)["kept"].pid
         bed.cm.update(*new, stop=(old[1],))
         end = {"updated": ("2.0.0", "active"), "added": ("1.0.0", "active"), "kept": ("1.0.0", "active")}

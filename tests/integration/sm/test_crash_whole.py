@@ -61,6 +61,8 @@ class Crash:
             await self.cm.connected(1)
             self.cm.update(*self.old)
             await self.cm.wait(lambda cm: [state for _, state in cm.states().values()] == ["active"] * 3, 60)
+            # Its last step of the first update.
+            await until((self.bed.root / "sm/servicemanager.db.copy1").exists)
             kept = self.containers()[instance_id(self.old[2].ident)]
             self.cm.update(*self.new, stop=(self.old[1],))
             done = asyncio.create_task(self.cm.wait(lambda cm: cm.states() == END, 60))

@@ -85,6 +85,20 @@ async def test_cold_start_without_cm(unit: SmUnit) -> None:
         await until(lambda: len(pids("first")) == 1)
 
 
+async def test_cold_start_without_cm_from_the_copy_of_a_damaged_database(unit: SmUnit) -> None:
+    database = unit.bed.root / "sm" / "servicemanager.db"
+    async with unit.sm():
+        await unit.cm.connected(1)
+        unit.cm.update(unit.service("first"), unit.service("second"))
+        await unit.cm.wait(lambda cm: cm.states() == dict.fromkeys(("first", "second"), ("1.0.0", "active")))
+        await until(database.with_name(f"{database.name}.copy1").exists)
+    database.write_bytes(b"noise" * 10_000)
+    unit.cm.port = 1  # where nobody listens
+    async with unit.sm():
+        await until(lambda: len(pids("first")) == len(pids("second")) == 1)
+    assert list(database.parent.glob(f"{database.name}.broken-*"))
+
+
 async def test_killed_while_starting_leaves_one_container_of_each(unit: SmUnit) -> None:
     services = [unit.service(f"svc{number}") for number in range(4)]
     expected = {info.ident.item_id: ("1.0.0", "active") for info in services}
