@@ -1,12 +1,13 @@
 """The container runtime on real crun and conmon: start, limits, restart, stop, logs, adoption after kill -9."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from aoscore.common.types import EnvVar, InstanceState, InstanceStatus
 from aoscore.sm import cgroups
 from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
+from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.networkmanager.model import netns_path
 from aoscore.sm.processes import is_alive
@@ -273,7 +275,24 @@ async def test_resources_reach_the_container(tmp_path: Path) -> None:
     assert "44" in text.splitlines()[2].split() and "1,   5" in text
 
 
-async def test_failed_start_says_why_and_leaves_nothing(host: ContainerRuntime, tmp_path: Path) -> None:
+class InheritedOutput:
+    """As the journal has it: the container writes to what conmon was started with, so conmon can carry no words."""
+
+    @contextlib.contextmanager
+    def prepare(self, instance_id: str) -> Iterator[ConmonOutput]:
+        with Path(os.devnull).open("wb") as null:
+            yield ConmonOutput(("--log-path", "passthrough"), null.fileno(), null.fileno())
+
+    def tend(self, instance_id: str, bundle: Path) -> None:
+        pass
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+async def test_failed_start_says_why_and_leaves_nothing(
+    host: ContainerRuntime, tmp_path: Path, inherited: bool
+) -> None:
+    if inherited:
+        host._tools = msgspec.structs.replace(host._tools, output=InheritedOutput())
     broken = msgspec.structs.replace(image(tmp_path, ""), image_config=image(tmp_path, "").image_config)
     process = msgspec.structs.replace(broken.image_config.config, entrypoint=("/no/such/program",))
     broken = msgspec.structs.replace(broken, image_config=msgspec.structs.replace(broken.image_config, config=process))
@@ -283,6 +302,21 @@ async def test_failed_start_says_why_and_leaves_nothing(host: ContainerRuntime, 
         failed = await state(statuses, InstanceState.FAILED)
     assert failed.error is not None and "/no/such/program" in failed.error.message
     assert list((tmp_path / "runtime").iterdir()) == [] and not netns_path(instance_id(instance().ident)).exists()
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+async def test_the_reason_of_crun_is_told_wherever_output_goes(tmp_path: Path, inherited: bool) -> None:
+    layout = cgroups.probe()
+    if layout.version == 2:
+        pytest.skip("a controller can't be taken away from control groups of version 2")
+    made = runtime(tmp_path)
+    if inherited:
+        made._tools = msgspec.structs.replace(made._tools, output=InheritedOutput())
+    subprocess.run(["umount", layout.controllers["pids"]], check=True)
+    async with running(made):
+        await made.adopt([])
+        with pytest.raises(AosError, match=r"can't create container .*pids\.max"):
+            await made.start_instance(instance(), image(tmp_path, FOREVER, quotas=Quotas(pids_limit=20)))
 
 
 async def test_secret_is_given_and_taken_back(host: ContainerRuntime, tmp_path: Path) -> None:
