@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from aoscore.common.config import Duration
 from aoscore.common.errors import AosError, NotFoundError
-from aoscore.common.oci import Quotas, ResourceRef
-from aoscore.common.types import EnvVar, InstanceState, InstanceStatus
+from aoscore.common.oci import Quotas, ResourceRef, RunParameters
+from aoscore.common.types import EnvVar, InstanceFilter, InstanceInfo, InstanceState, InstanceStatus
 from aoscore.sm import cgroups
 from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
@@ -325,9 +326,83 @@ async def test_secret_is_given_and_taken_back(host: ContainerRuntime, tmp_path: 
     info = instance()
     await host.start_instance(info, image(tmp_path, f"echo $AOS_SECRET; {FOREVER}", permissions={"vis": {"*": "rw"}}))
     await until(lambda: "started" in output(tmp_path, info))
-    assert output(tmp_path, info).startswith("secret-1") and secrets.registered == [info.ident]
+    assert output(tmp_path, info).startswith("secret-1") and list(secrets.registered) == [info.ident]
     await host.stop_instance(info.ident)
-    assert secrets.registered == []
+    assert secrets.registered == {}
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_secret_that_iam_has_forgotten_is_replaced(tmp_path: Path, adopted: bool) -> None:
+    """As IAM of AosCore 9.1 does at each restart; one that still knows it disturbs nobody (D23)."""
+    info, other = instance(0), instance(1)
+    host = runtime(tmp_path)
+    async with running(host):
+        await host.adopt([])
+        script = f"trap 'exit 0' TERM; echo $AOS_SECRET; {GRACEFUL}"
+        await host.start_instance(info, image(tmp_path, script, permissions={"vis": {"*": "rw"}}))
+        await host.start_instance(other, image(tmp_path, FOREVER))
+        if not adopted:
+            await check_secret(host, info, tmp_path)
+    if adopted:
+        host = runtime(tmp_path)
+        secrets = host._permissions
+        assert isinstance(secrets, containers.Secrets)
+        # Its process has lived on: so it still gives the same.
+        await secrets.register_instance(info.ident, {})
+        async with running(host):
+            await host.adopt([info, other])
+            await check_secret(host, info, tmp_path)
+
+
+async def check_secret(host: ContainerRuntime, info: InstanceInfo, directory: Path) -> None:
+    secrets = host._permissions
+    assert isinstance(secrets, containers.Secrets)
+    pids = {target.ident.instance: target.pid for target in host.sample_targets()}
+    secrets.iam_returned.publish("test")
+    await until(lambda: secrets.asked >= 2)
+    with host.changed.subscribe() as statuses:
+        secrets.registered.clear()
+        secrets.iam_returned.publish("test")
+        # Nothing failed: the next status is that of the new start.
+        assert (await statuses.get()).state is InstanceState.ACTIVATING
+        assert (await statuses.get()).state is InstanceState.ACTIVE
+    after = {target.ident.instance: target.pid for target in host.sample_targets()}
+    assert after[1] == pids[1] and after[0] != pids[0]
+    lines = output(directory, info).splitlines()
+    assert [line for line in lines if line.startswith("secret")] == ["secret-1", "secret-2"]
+    assert host._tools.history.find(InstanceFilter(instance=0))[instance_id(info.ident)].runs == ()
+    for ident in (info.ident, instance(1).ident):
+        await host.stop_instance(ident)
+
+
+async def test_restarts_are_counted_over_the_end_of_the_process(tmp_path: Path) -> None:
+    """A service that ends again and again is not started faster because SM is (D34)."""
+    parameters = RunParameters(start_interval=Duration(60), restart_interval=Duration(0.1))
+    ending = image(tmp_path, "sleep 2; exit 3", run_parameters=parameters)
+
+    def restarts(status: InstanceStatus) -> int:
+        assert status.error is not None
+        return int(status.error.message.split()[-2]) if "restarts" in status.error.message else 0
+
+    async with running(host := runtime(tmp_path, settle_time_s=Duration(0.1))):
+        await host.adopt([])
+        with host.changed.subscribe() as statuses:
+            await host.start_instance(instance(), ending)
+            while (first := restarts(await state(statuses, InstanceState.FAILED))) < 2:
+                pass
+            await state(statuses, InstanceState.ACTIVE)
+    # It runs, and is adopted.
+    async with running(host := runtime(tmp_path, settle_time_s=Duration(0.1))):
+        with host.changed.subscribe() as statuses:
+            assert len(await host.adopt([instance()])) == 1
+            assert restarts(await state(statuses, InstanceState.FAILED)) == first + 1
+    # It has ended, and is started.
+    async with running(host := runtime(tmp_path, settle_time_s=Duration(0.1))):
+        with host.changed.subscribe() as statuses:
+            assert await host.adopt([instance()]) == []
+            await host.start_instance(instance(), ending)
+            assert restarts(await state(statuses, InstanceState.FAILED)) == first + 2
+        await host.stop_instance(instance().ident)
 
 
 async def test_log_file_keeps_its_limit_and_its_newest_lines(tmp_path: Path) -> None:

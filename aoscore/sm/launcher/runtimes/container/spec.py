@@ -22,6 +22,7 @@ from aoscore.sm.resourcemanager.resources import MountConfig as Mount
 # What the spec needs, not the newest: crun refuses specs newer than itself (1.8 in Debian 12 knows 1.0).
 OCI_VERSION = "1.0.2"
 CPU_PERIOD_US = 100_000
+SECRET = "AOS_SECRET"  # noqa: S105 - the variable's name
 _MIN_CPU_QUOTA_US = 1000
 _DEFAULT_NOFILE = 1024
 # Among all that the kernel can choose from when memory is short, a service is better than the software of the node.
@@ -175,7 +176,7 @@ def _environment(source: SpecInput) -> list[str]:
     put((f"AOS_INSTANCE_INDEX={ident.instance}", f"AOS_INSTANCE_ID={instance_id(ident)}"))
     put(source.image.config.env)
     if source.secret:
-        put((f"AOS_SECRET={source.secret}",))
+        put((f"{SECRET}={source.secret}",))
     for resource in source.resources:
         put(resource.env)
     refused = {status.name for status in override_statuses(source.info.env_vars) if status.error}
