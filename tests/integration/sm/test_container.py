@@ -131,6 +131,18 @@ async def test_deaf_service_is_killed_at_once_and_stubborn_one_after_the_timeout
     assert 2.9 < time.monotonic() - began < 5
 
 
+async def test_item_says_how_long_its_end_may_take(tmp_path: Path) -> None:
+    host = runtime(tmp_path, stop_timeout_s=Duration(60))
+    async with running(host):
+        await host.adopt([])
+        parameters = RunParameters(stop_timeout=Duration(0.5))
+        stubborn = "trap '' HUP; trap 'echo no' TERM; " + FOREVER
+        await host.start_instance(instance(), image(tmp_path, stubborn, run_parameters=parameters))
+        began = time.monotonic()
+        await host.stop_instance(instance().ident)
+        assert 0.4 < time.monotonic() - began < 30
+
+
 async def test_end_is_reported_with_exit_code_and_restarted(host: ContainerRuntime, tmp_path: Path) -> None:
     info = instance()
     script = "if [ -e /storage/x ]; then while true; do sleep 1; done; fi; touch /storage/x; exit 7"

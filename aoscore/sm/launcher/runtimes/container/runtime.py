@@ -364,13 +364,14 @@ class ContainerRuntime:
         listens, waiting would be in vain.
         """
         number = container.record.stop_signal
+        timeout_s = float(container.record.run_parameters.stop_timeout or self._config.stop_timeout_s)
         listeners = [container.pid] if catches(container.pid, number) else []
         if not listeners:
             pids = self._layout.processes(self._engine.cgroup(container.id))
             listeners = [pid for pid in pids if catches(pid, number)]
         async with asyncio.TaskGroup() as tasks:
             for pid in listeners:
-                tasks.create_task(terminate(pid, float(self._config.stop_timeout_s), number))
+                tasks.create_task(terminate(pid, timeout_s, number))
 
     async def _clean(self, name: str, record: BundleRecord | None, *, keep_network: bool = False) -> None:
         """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""

@@ -88,7 +88,7 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
             "args": args,
             "env": _environment(source),
             "cwd": process.working_dir or "/",
-            "capabilities": {kind: list(source.capabilities) for kind in ("bounding", "effective", "permitted")},
+            "capabilities": {kind: _capabilities(source) for kind in ("bounding", "effective", "permitted")},
             "rlimits": _rlimits(quotas),
             "noNewPrivileges": True,
             "oomScoreAdj": _OOM_SCORE,
@@ -152,6 +152,10 @@ def cpu_quota_us(limit_dmips: int, cpu: CpuCapacity) -> int:
     if cpu.max_dmips <= 0:
         raise InvalidArgumentError("a CPU limit needs the node's DMIPS figure, which is not known")
     return max(limit_dmips * CPU_PERIOD_US * max(cpu.cores, 1) // cpu.max_dmips, _MIN_CPU_QUOTA_US)
+
+
+def _capabilities(source: SpecInput) -> list[str]:
+    return [name for name in source.capabilities if name not in source.item.drop_capabilities]
 
 
 def _check_name(name: str) -> None:
