@@ -19,8 +19,9 @@ from aoscore.common.errors import AlreadyExistsError, AosError
 from aoscore.common.types import FirewallRule, InstanceIdent
 from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.networkmanager import nft
-from aoscore.sm.networkmanager.model import NetworkConfig, Ports, netns_path, veth_name
-from aoscore.sm.networkmanager.traffic import TABLE, Counted, StoredTraffic, Totals, Traffic
+from aoscore.sm.networkmanager.ipv6 import Ipv6
+from aoscore.sm.networkmanager.model import NetworkConfig, Ports, bridge_name, netns_path, veth_name
+from aoscore.sm.networkmanager.traffic import PRIVATE, TABLE, Counted, StoredTraffic, Totals, Traffic
 from aoscore.sm.smclient.network import FirewallUpdate
 from tests.support.networks import FakeCm, ident, manager, name
 from tests.support.running import until
@@ -35,6 +36,7 @@ from tests.support.traffic import (
     measured,
     serving,
     serving_here,
+    started_inside,
 )
 
 pytestmark = pytest.mark.net
@@ -104,6 +106,45 @@ async def test_who_reaches_whom(tmp_path: Path, first: int) -> None:
             assert answering(2, *to_beta) == exposed | {"tcp:172.31.2.3:9102"}
         for number in configs:
             await networks.detach(name(number))
+
+
+async def test_ipv6_beside_ipv4(tmp_path: Path) -> None:
+    """The same rules, word for word (D41)."""
+    Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+    ipv6 = Ipv6("fd12:3456:789a::/96", PRIVATE)
+    cm = FakeCm()
+    cm.rules[ident(0)] = (FirewallRule("172.31.2.3", "9100", "tcp", "172.31.1.2"),)
+    owners = ("alpha", "beta", "alpha")
+    serve = "import socket, sys, time; kept = [socket.create_server(('', int(port)), family=socket.AF_INET6)"
+    serve += " for port in sys.argv[1:]]; print('up', flush=True); time.sleep(1000)"
+
+    def reached(source: int, target: str, *ports: int) -> list[int]:
+        ask = (sys.executable, "-c", CONNECT, ipv6.address(target))
+        return [port for port in ports if inside(source, *ask, str(port)).returncode == 0]
+
+    async with manager(tmp_path, cm, ipv6=ipv6, host_ports=()) as networks:
+        for number, owner in enumerate(owners):
+            ports = ("9000",) if number == 1 else ()
+            config = NetworkConfig(ident(number), hostname=f"svc{number}", exposed_ports=ports)
+            attached = await networks.attach(name(number), owner, config)
+        assert "fd12:3456:789a::ac1f:104\talpha" in attached.hosts
+        with started_inside(1, serve, "9000", "9100", "9200"), started_inside(0, serve, "9000"):
+            assert reached(0, "172.31.2.3", 9000, 9100, 9200) == [9000, 9100]
+            assert reached(2, "172.31.2.3", 9000, 9100, 9200) == [9000]
+            assert reached(1, "172.31.1.2", 9000) == []
+            assert reached(2, "172.31.1.2", 9000) == [9000], "instances of one owner talk freely"
+            with socket.create_server(("", 9300), family=socket.AF_INET6):
+                assert reached(0, "172.31.1.1", 9300) == [], "ports of the node are closed by IPv6 too"
+        await until(lambda: ipv6.address("172.31.1.4") in Path("/run/aos/dns/alpha/hosts").read_text())
+        listed = subprocess.run(["nft", "list", "table", "inet", TABLE.name], capture_output=True, check=True).stdout
+        assert listed.count(b"fd12:3456:789a::ac1f:102 : ") == 2, "both directions are counted"
+    async with manager(tmp_path, cm) as networks:
+        bridge = Path("/proc/sys/net/ipv6/conf") / bridge_name("alpha")
+        assert (bridge / "disable_ipv6").read_text() == "1\n"
+        assert reached(2, "172.31.1.1", 53) == []
+        for number in range(3):
+            await networks.detach(name(number))
+    assert link_names() == set()
 
 
 async def test_ports_of_the_node_are_open_only_where_it_says_so(tmp_path: Path) -> None:
