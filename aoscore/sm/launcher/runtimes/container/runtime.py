@@ -232,9 +232,14 @@ class ContainerRuntime:
                 return
             _log.warning(kv("IAM has forgotten the secret of an instance, it is started again", id=container.id))
             await self._stop_watching(container)
-            await self._end_processes(container)
-            # Only now: who finds it running takes its spec for what it has.
-            await self._worker.run(container.bundle.replace_secret, secret)
+            try:
+                await self._end_processes(container)
+                # Only now: who finds it running takes its spec for what it has.
+                await self._worker.run(container.bundle.replace_secret, secret)
+            except Exception:
+                # With the old one, rather than not at all.
+                self._keep(container, ended=True)
+                raise
             self._keep(container, ended=True)
 
     # What the launcher asks for
