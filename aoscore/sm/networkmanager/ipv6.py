@@ -16,6 +16,8 @@ _LENGTH = 96
 _SUFFIX = "6"
 # Where nothing is counted: the twin of "private" is not the private IPv4 networks behind our prefix.
 _PRIVATE = tuple(prefix(subnet) for subnet in ("::1", "fc00::/7", "fe80::/10", "ff00::/8"))
+# Of what both have, and of chains.
+_NAMES = frozenset(("name", "table", "chain", "target", "hook", "counter"))
 _WORDS = {"icmp": "icmpv6", "ip": "ip6", "ipv4_addr": "ipv6_addr"}
 
 
@@ -69,16 +71,13 @@ class Ipv6:
         return value
 
     def _member(self, key: str, value: Any) -> Any:
-        """Maps and sets hold one kind of address: those of the other have names of their own."""
-        if key in ("map", "set", "element") and isinstance(value, dict) and "name" in value:
-            is_about_addresses = value.get("type") == "ipv4_addr" or key == "element"
-            return {**self._twin(value), **({"name": value["name"] + _SUFFIX} if is_about_addresses else {})}
-        # Names of what both have, and of chains.
-        return (
-            value
-            if key in ("name", "table", "chain", "target", "hook", "counter") and isinstance(value, str)
-            else self._twin(value)
-        )
+        if key in _NAMES and isinstance(value, str):
+            return value
+        twin = self._twin(value)
+        # Maps and sets hold one kind of address: those of the other have names of their own.
+        if key == "element" or (key in ("map", "set") and isinstance(value, dict) and value.get("type") == "ipv4_addr"):
+            twin["name"] += _SUFFIX
+        return twin
 
     def _word(self, text: str) -> str:
         if text.startswith("@"):

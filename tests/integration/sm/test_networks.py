@@ -18,9 +18,10 @@ import pytest
 from aoscore.common.errors import AlreadyExistsError, AosError
 from aoscore.common.types import FirewallRule, InstanceIdent
 from aoscore.sm.launcher.runtimes.base import instance_id
-from aoscore.sm.networkmanager import nft
+from aoscore.sm.networkmanager import netlink, nft
 from aoscore.sm.networkmanager.ipv6 import Ipv6
 from aoscore.sm.networkmanager.model import NetworkConfig, Ports, bridge_name, netns_path, veth_name
+from aoscore.sm.networkmanager.netlink import Message
 from aoscore.sm.networkmanager.traffic import PRIVATE, TABLE, Counted, StoredTraffic, Totals, Traffic
 from aoscore.sm.smclient.network import FirewallUpdate
 from tests.support.networks import FakeCm, ident, manager, name
@@ -186,6 +187,28 @@ async def test_rows_that_can_not_be_used_keep_nobody_else_down(
         for number in range(4):
             await networks.attach(name(number), "owner", NetworkConfig(ident(number)))
             await networks.detach(name(number))
+
+
+async def test_no_thread_is_left_in_a_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor after an error in one (D42): links would be made there from then on."""
+
+    def namespaces() -> set[str]:
+        return {(task / "ns" / "net").readlink().name for task in Path("/proc/self/task").iterdir()}
+
+    own = namespaces()
+    assert len(own) == 1
+    async with manager(tmp_path, FakeCm()) as networks:
+        await networks.attach(name(0), "owner", NetworkConfig(ident(0)))
+        assert namespaces() == own
+
+        def refuse(gateway: str) -> Message:
+            raise OSError(1, "refused")
+
+        monkeypatch.setattr(netlink, "new_default_route", refuse)
+        with pytest.raises(AosError, match="refused"):
+            await networks.attach(name(1), "owner", NetworkConfig(ident(1)))
+        assert namespaces() == own and not netns_path(name(1)).exists()
+        await networks.detach(name(0))
 
 
 async def test_a_host_name_is_given_once(tmp_path: Path) -> None:
