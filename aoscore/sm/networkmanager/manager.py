@@ -242,9 +242,6 @@ class NetworkManager:
 
         Raises AosError; then nothing is up, and an allocation stays stored for the next attempt.
         """
-        before = self._instances.get(instance_id)
-        if before is not None and before.host_if_name and (before.network_id, before.config) != (network_id, config):
-            await self.detach(instance_id)
         try:
             await self._submit(_Change(instance_id, check_network_id(network_id), config))
         except asyncio.CancelledError:

@@ -224,24 +224,34 @@ async def test_a_host_name_is_given_once(tmp_path: Path) -> None:
         await networks.detach(instance_id(second))
 
 
-async def test_other_wishes_begin_anew_and_the_same_ones_touch_nothing(tmp_path: Path) -> None:
-    """A new version of a service takes over its network, unless it wants another one."""
+async def test_other_wishes_change_the_network_in_place(tmp_path: Path) -> None:
+    """A new version of a service takes over the network of the one before."""
+    first, second = (InstanceIdent(item, "subject", 0) for item in ("one", "two"))
+    names = [instance_id(ident) for ident in (first, second)]
 
-    def link() -> int:
-        return socket.if_nametoindex(veth_name(name(0)))
+    def links() -> list[int]:
+        return [socket.if_nametoindex(veth_name(name)) for name in names]
+
+    def is_limited() -> bool:
+        shown = subprocess.run(["tc", "qdisc", "show", "dev", veth_name(names[0])], capture_output=True, check=True)
+        return b"tbf" in shown.stdout
 
     async with manager(tmp_path, FakeCm()) as networks:
-        wishes = NetworkConfig(ident(0), hostname="svc", download_speed_kbit=1000)
-        await networks.attach(name(0), "owner", wishes)
-        first = link()
-        await networks.attach(name(0), "owner", wishes)
-        assert link() == first
-        attached = await networks.attach(name(0), "owner", NetworkConfig(ident(0), hostname="other"))
-        assert link() != first and "other" in attached.hosts
-        queues = subprocess.run(["tc", "qdisc", "show", "dev", veth_name(name(0))], capture_output=True, check=True)
-        assert b"tbf" not in queues.stdout
-        assert inside(0, "ping", "-c1", "-W1", "172.31.1.1").returncode == 0
-        await networks.detach(name(0))
+        await networks.attach(names[0], "owner", NetworkConfig(first, hostname="a", download_speed_kbit=1000))
+        await networks.attach(names[1], "owner", NetworkConfig(second, hostname="b"))
+        before = links()
+        assert is_limited()
+        # They even swap their names.
+        attached, _ = await asyncio.gather(
+            networks.attach(names[0], "owner", NetworkConfig(first, hostname="b")),
+            networks.attach(names[1], "owner", NetworkConfig(second, hostname="a")),
+        )
+        assert links() == before and not is_limited()
+        assert " b" in attached.hosts
+        assert inside(names[0], "ping", "-c1", "-W1", "172.31.1.1").returncode == 0
+        for name in names:
+            await networks.detach(name)
+    assert link_names() == set()
 
 
 async def test_bandwidth(tmp_path: Path) -> None:
