@@ -59,9 +59,7 @@ def safe_join(root: Path, relative: str) -> Path:
     if not relative or relative.startswith("/") or "\0" in relative or ".." in Path(relative).parts:
         raise InvalidArgumentError(f"path {relative!r} is not inside {root}")
     joined = root / relative
-    # As text, which costs half of what paths do.
-    top, real = os.path.realpath(root), os.path.realpath(joined)
-    if os.path.commonpath((top, real)) != top:
+    if not joined.resolve().is_relative_to(root.resolve()):
         raise InvalidArgumentError(f"path {relative!r} leads out of {root}")
     return joined
 

@@ -36,6 +36,8 @@ class IamPublicClient:
     def __init__(self, address: str, ca_file: Path | None) -> None:
         roots = None if ca_file is None else TlsRoots(ca_file)
         self._channel = LazyChannel(address, lambda: roots)
+        self.returned: Broadcast[str] = Broadcast("returns of IAM")
+        """A watch works again after a break: IAM may have been restarted. The value says which watch."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,7 +65,9 @@ class IamPublicClient:
                 with rpc_errors(f"{what} from IAM at {self._channel.address}"):
                     call = getattr(stub(channel), method)(request)
                     if missed:
-                        for message in await present():
+                        messages = await present()
+                        self.returned.publish(what)
+                        for message in messages:
                             yield message
                     async for message in call:
                         backoff.reset()
@@ -170,6 +174,11 @@ class CertificateKeeper:
         self._ca_file = ca_file
         self._identity: TlsIdentity | None = None
         self.changed: Broadcast[TlsIdentity] = Broadcast(f"certificate {cert_type}")
+
+    @property
+    def iam_returned(self) -> Broadcast[str]:
+        """IAM answers again after a break; it may have been restarted."""
+        return self._iam.returned
 
     @property
     def identity(self) -> TlsIdentity:

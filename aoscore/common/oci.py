@@ -109,11 +109,15 @@ class RuntimeRef(_Document, frozen=True):
 
 
 class RunParameters(_Document, frozen=True):
-    """Start limits, as systemd's StartLimit and Restart settings."""
+    """Start limits, as systemd's StartLimit and Restart settings. 0 means the default.
+
+    Own key: `stop_timeout`, from the wish that it ends to its end by force.
+    """
 
     start_interval: Duration = Duration(0)
     start_burst: int = 0
     restart_interval: Duration = Duration(0)
+    stop_timeout: Duration = Duration(0)
 
 
 class Quotas(_Document, frozen=True):
@@ -149,7 +153,10 @@ class ResourceRef(_Document, frozen=True):
 
 
 class ItemConfig(_Document, frozen=True):
-    """Aos item configuration (sm.md §3.4)."""
+    """Aos item configuration (sm.md §3.4).
+
+    Own key: `drop_capabilities`, those that the service does without (``CAP_KILL``).
+    """
 
     created: str = ""
     author: str = ""
@@ -166,6 +173,7 @@ class ItemConfig(_Document, frozen=True):
     allowed_connections: dict[str, Mapping[str, object]] = {}
     resources: tuple[ResourceRef, ...] = ()
     permissions: dict[str, dict[str, str]] = {}
+    drop_capabilities: tuple[str, ...] = ()
     alert_rules: AlertRules | None = None
 
 

@@ -48,9 +48,11 @@ from aoscore.sm.logprovider.provider import LogProvider
 from aoscore.sm.logprovider.source import AllSources, FileSource, JournalSource, LogSource
 from aoscore.sm.monitoring.monitor import Monitoring
 from aoscore.sm.networkmanager.cni import DEFAULT, CniSettings, load_config_list
+from aoscore.sm.networkmanager.ipv6 import Ipv6
 from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.model import Ports, parse_ports
 from aoscore.sm.networkmanager.store import NetworkStore
+from aoscore.sm.networkmanager.traffic import PRIVATE
 from aoscore.sm.resourcemanager.devices import DeviceWatch
 from aoscore.sm.resourcemanager.nodeconfig import NodeConfigManager
 from aoscore.sm.resourcemanager.quotas import DiskQuotas
@@ -86,6 +88,7 @@ class Setup:
     cni: CniSettings | None
     """Set when CNI plugins connect the instances."""
     host_ports: tuple[Ports, ...] | None
+    ipv6: Ipv6 | None
 
 
 def load(path: Path) -> Setup:
@@ -111,7 +114,15 @@ def load(path: Path) -> Setup:
         host_ports = None if loaded.network.host_ports is None else tuple(map(parse_ports, loaded.network.host_ports))
     except InvalidArgumentError as error:
         raise ConfigError(f"{path}: 'network.hostPorts': {error}") from error
-    return Setup(loaded, tuple(runtimes), rules, _cni_settings(loaded.network), host_ports)
+    ipv6 = None
+    if loaded.network.ipv6_prefix is not None:
+        try:
+            ipv6 = Ipv6(loaded.network.ipv6_prefix, PRIVATE)
+        except InvalidArgumentError as error:
+            raise ConfigError(f"{path}: 'network.ipv6Prefix': {error}") from error
+        if loaded.network.backend == "cni":
+            raise ConfigError(f"{path}: 'network.ipv6Prefix' is not possible with CNI plugins")
+    return Setup(loaded, tuple(runtimes), rules, _cni_settings(loaded.network), host_ports, ipv6)
 
 
 def _cni_settings(network: config.NetworkConfig) -> CniSettings | None:
@@ -130,6 +141,7 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         cni=setup.cni,
         traffic_period=setup.config.network.traffic_period,
         host_ports=setup.host_ports,
+        ipv6=setup.ipv6,
     )
     disk_quotas = DiskQuotas()
     layout = await core.worker.run(cgroups.probe)

@@ -85,13 +85,16 @@ class NetworkConfig(_Section, frozen=True):
 
     `backend`: who connects instances with their bridge, SM itself or CNI plugins. `traffic_period`: after it, UTC, the
     traffic of instances counts anew. `host_ports`: ports of the node that instances reach beside its DNS server, such
-    as ``8088/tcp``; left out, they reach all of them, as with AosCore 9.1.
+    as ``8088/tcp``; left out, they reach all of them, as with AosCore 9.1. `ipv6_prefix`: instances have IPv6 too, by
+    addresses that are their IPv4 address behind this prefix of 96 bits, such as ``fd12:3456:789a::/96``, which must be
+    the same on all nodes of the Unit; left out, they have none.
     """
 
     backend: Literal["builtin", "cni"] = "builtin"
     cni: CniConfig = CniConfig()
     traffic_period: Period = "day"
     host_ports: tuple[str, ...] | None = None
+    ipv6_prefix: str | None = None
 
 
 class RuntimeConfig(_Section, frozen=True):

@@ -20,6 +20,8 @@ class PermissionsClient:
 
     def __init__(self, address: str, certificates: CertificateKeeper) -> None:
         self._channel = LazyChannel(address, lambda: certificates.identity)
+        self.iam_returned = certificates.iam_returned
+        """When secrets may have to be asked for anew: IAM of AosCore 9.1 forgets them with its process."""
 
     async def __aenter__(self) -> Self:
         return self

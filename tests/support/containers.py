@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from aoscore.common.aio import Broadcast
 from aoscore.common.oci import ImageConfig, ItemConfig, ProcessConfig, RunParameters
 from aoscore.common.types import (
     ArchInfo,
@@ -76,14 +77,20 @@ class Secrets:
     """Gives numbered secrets and remembers who has one."""
 
     def __init__(self) -> None:
-        self.registered: list[InstanceIdent] = []
+        self.iam_returned: Broadcast[str] = Broadcast("returns of IAM")
+        self.registered: dict[InstanceIdent, str] = {}
+        self.asked = 0
+        self._given = 0
 
     async def register_instance(self, ident: InstanceIdent, permissions: dict[str, dict[str, str]]) -> str:
-        self.registered.append(ident)
-        return f"secret-{len(self.registered)}"
+        self.asked += 1
+        if ident not in self.registered:
+            self._given += 1
+            self.registered[ident] = f"secret-{self._given}"
+        return self.registered[ident]
 
     async def unregister_instance(self, ident: InstanceIdent) -> None:
-        self.registered.remove(ident)
+        del self.registered[ident]
 
 
 def config(directory: Path, **changes: Any) -> ContainerConfig:

@@ -18,6 +18,7 @@ from aoscore.common.types import FirewallRule, InstanceIdent, InstanceNetwork, N
 from aoscore.sm.database import open_database
 from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.networkmanager.cni import CniSettings
+from aoscore.sm.networkmanager.ipv6 import Ipv6
 from aoscore.sm.networkmanager.manager import NetworkManager
 from aoscore.sm.networkmanager.model import NetworkConfig, Ports
 from aoscore.sm.networkmanager.store import NetworkStore
@@ -69,12 +70,18 @@ def name(number: int) -> str:
 
 @contextlib.asynccontextmanager
 async def manager(
-    directory: Path, cm: FakeCm, cni: CniSettings | None = None, host_ports: Sequence[Ports] | None = None
+    directory: Path,
+    cm: FakeCm,
+    cni: CniSettings | None = None,
+    host_ports: Sequence[Ports] | None = None,
+    ipv6: Ipv6 | None = None,
 ) -> AsyncIterator[NetworkManager]:
     """A running network manager with a database in `directory`."""
     database: Database = open_database(directory / "servicemanager.db", MIGRATIONS, directory / "merged")
     async with database:
-        made = NetworkManager(NetworkStore(database), cm, cni=cni, host_ports=host_ports, dns_dir=Path("/run/aos/dns"))
+        made = NetworkManager(
+            NetworkStore(database), cm, cni=cni, host_ports=host_ports, ipv6=ipv6, dns_dir=Path("/run/aos/dns")
+        )
         async with running(made):
             yield made
 

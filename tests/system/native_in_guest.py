@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from aoscore.common.aio import Broadcast
 from aoscore.common.oci import ImageConfig, ItemConfig, ProcessConfig, Quotas, RunParameters
 from aoscore.common.types import (
     ArchInfo,
@@ -58,6 +59,9 @@ class Networks:
 
 class Secrets:
     """One secret for everybody."""
+
+    def __init__(self) -> None:
+        self.iam_returned: Broadcast[str] = Broadcast("returns of IAM")
 
     async def register_instance(self, ident: InstanceIdent, permissions: dict[str, dict[str, str]]) -> str:
         return "very-secret"

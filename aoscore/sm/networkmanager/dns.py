@@ -37,6 +37,7 @@ class Records(msgspec.Struct, frozen=True):
     ip: str
     names: tuple[str, ...]
     dns_servers: tuple[str, ...]
+    ipv6: str = ""
 
 
 def hosts_text(network_id: str, records: Mapping[str, Records]) -> str:
@@ -44,7 +45,8 @@ def hosts_text(network_id: str, records: Mapping[str, Records]) -> str:
     lines = []
     for instance_id, record in sorted(records.items()):
         names = [variant for name in record.names for variant in (name, f"{name}.{network_id}")]
-        lines.append("\t".join([record.ip, *dict.fromkeys(names)]) + f" # {instance_id}\n")
+        for address in filter(None, (record.ip, record.ipv6)):
+            lines.append("\t".join([address, *dict.fromkeys(names)]) + f" # {instance_id}\n")
     return "".join(lines)
 
 

@@ -27,6 +27,7 @@ from aoscore.common import linux
 from aoscore.common.errors import NotFoundError, NotSupportedError, RuntimeFailure
 from aoscore.sm.launcher.runtimes.base import is_instance_id
 from aoscore.sm.networkmanager import netlink
+from aoscore.sm.networkmanager.ipv6 import Ipv6
 from aoscore.sm.networkmanager.model import (
     NETNS_DIR,
     Network,
@@ -68,8 +69,10 @@ class Links:
     Methods that make or mend something return what they had to do, in words; an empty list means all was well.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ipv6: Ipv6 | None = None) -> None:
+        """`ipv6`: what gives instances an IPv6 address beside the other."""
         self._route: Route | None = None
+        self._ipv6 = ipv6
 
     def close(self) -> None:
         """Close the netlink socket."""
@@ -98,7 +101,7 @@ class Links:
                 done.append("bridge")
             elif link.kind != "bridge":
                 raise RuntimeFailure(f"link {network.bridge} is in the way, it is no bridge")
-            _refuse_ipv6(network.bridge)
+            _set_ipv6(network.bridge, self._ipv6 is not None)
             if link.alias != ALIAS or link.address != mac:
                 self._host.do(netlink.change_link(link.index, alias=ALIAS, address=mac))
             wanted = Address(network.ip, subnet.prefixlen)
@@ -106,7 +109,13 @@ class Links:
             if not link.is_up:
                 self._host.do(netlink.change_link(link.index, up=True))
                 done.append("bridge up")
+            if self._ipv6 is not None:
+                self._host.do(netlink.put_ipv6_address(link.index, self._twin(self._ipv6, wanted)))
         return done
+
+    @staticmethod
+    def _twin(ipv6: Ipv6, address: Address) -> Address:
+        return Address(ipv6.address(address.ip), ipv6.prefix_length(address.prefix_length))
 
     def ensure_vlan(self, network: Network) -> list[str]:
         """The VLAN that joins an owner's bridges of all nodes, on the link that has the default route.
@@ -182,6 +191,9 @@ class Links:
                 _ensure_rate(self._host, link, config.download_speed_kbit)
             configure = _configure_new if is_new else _configure_inside
             done += linux.in_own_thread(configure, namespace, address, network.ip, config.upload_speed_kbit)
+            if self._ipv6 is not None:
+                twin, gateway = self._twin(self._ipv6, address), self._ipv6.address(network.ip)
+                linux.in_own_thread(_configure_ipv6, namespace, twin, gateway)
         return done
 
     def ensure_namespace(self, instance_id: str) -> list[str]:
@@ -274,11 +286,11 @@ def _index(name: str) -> int | None:
         return None
 
 
-def _refuse_ipv6(name: str) -> None:
-    """Networks of instances are IPv4 (grpc.md): without this, host and instances would reach each other by link-local
-    addresses that no rule is about. A kernel without IPv6 has no such file."""
+def _set_ipv6(name: str, wanted: bool) -> None:
+    """Networks of instances are IPv4 (grpc.md): unless IPv6 is wanted, host and instances would reach each other by
+    link-local addresses that no rule is about. A kernel without IPv6 has no such file."""
     with contextlib.suppress(FileNotFoundError):
-        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("0" if wanted else "1")
 
 
 def _ours(links: Iterable[Link]) -> set[str]:
@@ -394,6 +406,14 @@ def _configure_new(namespace: Path, address: Address, gateway: str, upload_kbit:
             *_rate(index, upload_kbit),
         )
     return ["address", f"{INSIDE} up", "default route"]
+
+
+def _configure_ipv6(namespace: Path, address: Address, gateway: str) -> None:
+    """In a thread of its own; repeatable."""
+    linux.setns(namespace, linux.CLONE_NEWNET)
+    with Route() as route:
+        index = socket.if_nametoindex(INSIDE)
+        route.do(netlink.put_ipv6_address(index, address), netlink.put_ipv6_default_route(gateway))
 
 
 def _configure_inside(namespace: Path, address: Address, gateway: str, upload_kbit: int) -> list[str]:

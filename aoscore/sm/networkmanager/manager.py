@@ -34,6 +34,7 @@ from aoscore.sm.networkmanager.backend import Attachment, Backend, BuiltinBacken
 from aoscore.sm.networkmanager.cni import CniBackend, CniSettings
 from aoscore.sm.networkmanager.dns import DNS_DIR, DnsServer, Records, stop_unknown
 from aoscore.sm.networkmanager.firewall import instance_rules, ruleset
+from aoscore.sm.networkmanager.ipv6 import Ipv6
 from aoscore.sm.networkmanager.links import Links
 from aoscore.sm.networkmanager.model import (
     AttachedNetwork,
@@ -66,6 +67,7 @@ _TRAFFIC_PERIOD_S = 60.0
 _FIRST_ROUND = 8
 _ROUND = 32
 _IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+_IPV6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 
 
 class CmNetworks(Protocol):
@@ -101,20 +103,25 @@ class NetworkManager:
         cni: CniSettings | None = None,
         traffic_period: Period = "day",
         host_ports: Sequence[Ports] | None = None,
+        ipv6: Ipv6 | None = None,
         dns_dir: Path = DNS_DIR,
     ) -> None:
-        """With `cni` instances are connected by CNI plugins, otherwise by ourselves. `host_ports`: see `ruleset`."""
+        """With `cni` instances are connected by CNI plugins, otherwise by ourselves. `host_ports`: see `ruleset`.
+
+        `ipv6`: what gives instances IPv6 addresses too; not with `cni`.
+        """
         self._store = store
         self._cm = cm
         self._dns_dir = dns_dir
-        self._links = Links()
+        self._ipv6 = ipv6
+        self._links = Links(ipv6)
         # Netlink in one thread, since its socket is not to be shared; files in another.
         self._netlink = Worker("netlink")
         self._files = Worker("network-files")
         self._backend: Backend = BuiltinBackend(self._links, self._netlink)
         if cni is not None:
             self._backend = CniBackend(self._links, self._netlink, self._files, cni)
-        self._traffic = Traffic(store, traffic_period)
+        self._traffic = Traffic(store, traffic_period, ipv6)
         self._host_ports = host_ports
         self._networks: dict[str, Network] = {}
         self._instances: dict[str, StoredInstance] = {}
@@ -151,6 +158,8 @@ class NetworkManager:
         """Bring kernel and database together."""
         if await self._files.run(_IP_FORWARD.read_text) != "1\n":
             _log.warning("Instances reach nothing outside: set net.ipv4.ip_forward=1")
+        if self._ipv6 is not None and await self._files.run(_IPV6_FORWARD.read_text) != "1\n":
+            _log.warning("Instances reach nothing outside by IPv6: set net.ipv6.conf.all.forwarding=1")
         self._networks = {network.network_id: network for network in await self._store.load_networks()}
         for instance in await self._store.load_instances():
             network = self._networks.get(instance.network_id)
@@ -233,9 +242,6 @@ class NetworkManager:
 
         Raises AosError; then nothing is up, and an allocation stays stored for the next attempt.
         """
-        before = self._instances.get(instance_id)
-        if before is not None and before.host_if_name and (before.network_id, before.config) != (network_id, config):
-            await self.detach(instance_id)
         try:
             await self._submit(_Change(instance_id, check_network_id(network_id), config))
         except asyncio.CancelledError:
@@ -245,7 +251,9 @@ class NetworkManager:
         network, instance = self._networks[network_id], self._instances[instance_id]
         return AttachedNetwork(
             netns=netns_path(instance_id),
-            hosts=hosts_file(instance.allocated.ip, _own_names(config), network_id, config.hosts),
+            hosts=hosts_file(
+                instance.allocated.ip, _own_names(config), network_id, config.hosts, ipv6=self._twin(instance)
+            ),
             resolv_conf=resolv_conf(network.ip, instance.allocated.dns_servers),
         )
 
@@ -500,12 +508,17 @@ class NetworkManager:
                         if self._attached(name):
                             await self._join_nodes(self._networks[name])
 
+    def _twin(self, instance: StoredInstance) -> str:
+        """Its IPv6 address; empty when it has none."""
+        return self._ipv6.address(instance.allocated.ip) if self._ipv6 is not None else ""
+
     async def _update_dns(self, network_id: str) -> None:
         records = {
             instance.instance_id: Records(
                 instance.allocated.ip,
                 tuple(host_names(instance.config, network_id)),
                 instance.allocated.dns_servers,
+                self._twin(instance),
             )
             for instance in self._attached(network_id)
         }

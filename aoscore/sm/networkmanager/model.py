@@ -199,10 +199,11 @@ def parse_address(address: str) -> ipaddress.IPv4Address:
         raise InvalidArgumentError(f"{address!r} is no IPv4 address") from None
 
 
-def hosts_file(ip: str, names: Iterable[str], network_id: str, extra: Iterable[HostConfig]) -> str:
+def hosts_file(ip: str, names: Iterable[str], network_id: str, extra: Iterable[HostConfig], *, ipv6: str = "") -> str:
     """``/etc/hosts`` of an instance (sm-runtime.md §6.7)."""
     own = " ".join(dict.fromkeys((network_id, *names)))
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", f"{ip}\t{own}"]
+    lines += [f"{ipv6}\t{own}"] if ipv6 else []
     lines += [f"{host.ip}\t{host.hostname}" for host in extra]
     return "".join(f"{line}\n" for line in lines)
 

@@ -39,6 +39,7 @@ _REQUEST, _ACKNOWLEDGE, _DUMP, _REPLACE, _EXCLUSIVE, _CREATE = 0x1, 0x4, 0x300, 
 
 _UP = 1
 _HAIRPIN = 1
+_NO_DETECTION = 0x02  # IFA_F_NODAD
 _MAIN_TABLE, _PROTOCOL_BOOT, _UNICAST, _SCOPE_ANY = 254, 3, 1, 255
 _ROOT, _INGRESS, _FIRST_HANDLE, _INGRESS_HANDLE = 0xFFFFFFFF, 0xFFFFFFF1, 0x10000, 0xFFFF0000
 
@@ -62,7 +63,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """An IPv4 address of a link."""
+    """An address of a link."""
 
     ip: str
     prefix_length: int
@@ -273,6 +274,21 @@ def new_address(index: int, address: Address, broadcast: str = "") -> Message:
     if broadcast:
         attributes.append(("IFA_BROADCAST", broadcast))
     return Message(_NEW_ADDRESS, _REQUEST | _CREATE | _EXCLUSIVE, _address(index, address, attributes))
+
+
+def put_ipv6_address(index: int, address: Address) -> Message:
+    """See that a link has an IPv6 address; at once, since nobody else can have it."""
+    fields = {"family": socket.AF_INET6, "prefixlen": address.prefix_length, "index": index, "flags": _NO_DETECTION}
+    body = _body(_classes().address, fields, [("IFA_ADDRESS", address.ip)])
+    return Message(_NEW_ADDRESS, _REQUEST | _CREATE | _REPLACE, body)
+
+
+@functools.lru_cache(_KEPT_MESSAGES)
+def put_ipv6_default_route(gateway: str) -> Message:
+    """See that there is an IPv6 default route."""
+    fields = {"family": socket.AF_INET6, "table": _MAIN_TABLE, "proto": _PROTOCOL_BOOT, "type": _UNICAST}
+    body = _body(_classes().route, fields, [("RTA_GATEWAY", gateway)])
+    return Message(_NEW_ROUTE, _REQUEST | _CREATE | _REPLACE, body)
 
 
 def delete_address(index: int, address: Address) -> Message:

@@ -16,6 +16,7 @@ import msgspec
 from aoscore.common.log import kv
 from aoscore.sm.networkmanager import nft
 from aoscore.sm.networkmanager.firewall import clean_id
+from aoscore.sm.networkmanager.ipv6 import Ipv6
 from aoscore.sm.networkmanager.nft import Command, Expression, Table, ip, match, prefix
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _PERIODS = get_args(Period)
 _FIRST = (1, 1, 1, 0, 0)
 """Where each field of a moment begins, in the order of the periods."""
 _DIRECTIONS = ("in", "out")
-_PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12")
+PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12")
 # How often totals go to the database. The kernel has them in any case; this is for a reboot.
 _SAVE_PERIOD_S = 600.0
 
@@ -76,7 +77,9 @@ class Totals(msgspec.Struct, frozen=True):
 class Traffic:
     """The counters and their limits."""
 
-    def __init__(self, store: TrafficStore, period: Period = "day") -> None:
+    def __init__(self, store: TrafficStore, period: Period = "day", ipv6: Ipv6 | None = None) -> None:
+        """`ipv6`: what counts IPv6 too."""
+        self._ipv6 = ipv6
         self._store = store
         self._period = period
         self._stored: dict[str, StoredTraffic] = {}
@@ -96,7 +99,7 @@ class Traffic:
         last = max((total.time for total in self._stored.values()), default=now)
         # Counters that went on over the end of a period are of no use; the last save tells which one they are of.
         self._values = kernel if self._start_of_period(last) == self._since else {}
-        await nft.apply(table(self._counted.values(), {name: self._initial(name) for name in self._names()}))
+        await self._apply(table(self._counted.values(), {name: self._initial(name) for name in self._names()}))
         self._blocked = {"in": set(), "out": set()}
         await self.refresh(now)
 
@@ -115,7 +118,7 @@ class Traffic:
             commands += remove_commands(counted, blocked)
         for counted in new:
             commands += add_commands(counted, {name: self._initial(name) for name in _names(counted.name)})
-        await nft.apply(commands)
+        await self._apply(commands)
         for counted in gone:
             for addresses in self._blocked.values():
                 addresses.discard(counted.ip)
@@ -137,7 +140,7 @@ class Traffic:
         if is_new:
             self._since = self._start_of_period(now)
             _log.info(kv("New traffic period", since=self._since))
-            await nft.apply([TABLE.reset(name) for name in kernel])
+            await self._apply([TABLE.reset(name) for name in kernel])
             kernel = dict.fromkeys(kernel, 0)
             self._stored.clear()
             self._values.clear()
@@ -173,7 +176,7 @@ class Traffic:
         name = f"blocked_{direction}"
         changes = [TABLE.add_elements(name, sorted(over - was))] if over - was else []
         changes += [TABLE.delete_elements(name, sorted(was - over))] if was - over else []
-        await nft.apply(changes)
+        await self._apply(changes)
         self._blocked[direction] = over
 
     async def _save(self, names: Iterable[str], now: datetime) -> None:
@@ -198,6 +201,9 @@ class Traffic:
 
     def _names(self) -> list[str]:
         return [chain for name in (SYSTEM, *self._counted) for chain in _names(name)]
+
+    async def _apply(self, commands: Sequence[Command]) -> None:
+        await nft.apply(commands if self._ipv6 is None else self._ipv6.with_twins(commands))
 
 
 def start_of_period(time: datetime, period: Period) -> datetime:
@@ -254,4 +260,4 @@ def _counter(name: str, initial: Mapping[str, int]) -> Command:
 
 
 def _public(field: str) -> Expression:
-    return match(ip(field), {"set": [prefix(subnet) for subnet in _PRIVATE]}, "!=")
+    return match(ip(field), {"set": [prefix(subnet) for subnet in PRIVATE]}, "!=")

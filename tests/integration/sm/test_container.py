@@ -1,23 +1,26 @@
 """The container runtime on real crun and conmon: start, limits, restart, stop, logs, adoption after kill -9."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from aoscore.common.config import Duration
 from aoscore.common.errors import AosError, NotFoundError
-from aoscore.common.oci import Quotas, ResourceRef
-from aoscore.common.types import EnvVar, InstanceState, InstanceStatus
+from aoscore.common.oci import Quotas, ResourceRef, RunParameters
+from aoscore.common.types import EnvVar, InstanceFilter, InstanceInfo, InstanceState, InstanceStatus
 from aoscore.sm import cgroups
 from aoscore.sm.launcher.runtimes.base import instance_id
 from aoscore.sm.launcher.runtimes.container.config import DiskSpeed
+from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
 from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.networkmanager.model import netns_path
 from aoscore.sm.processes import is_alive
@@ -126,6 +129,18 @@ async def test_deaf_service_is_killed_at_once_and_stubborn_one_after_the_timeout
     began = time.monotonic()
     await host.stop_instance(instance(1).ident)
     assert 2.9 < time.monotonic() - began < 5
+
+
+async def test_item_says_how_long_its_end_may_take(tmp_path: Path) -> None:
+    host = runtime(tmp_path, stop_timeout_s=Duration(60))
+    async with running(host):
+        await host.adopt([])
+        parameters = RunParameters(stop_timeout=Duration(0.5))
+        stubborn = "trap '' HUP; trap 'echo no' TERM; " + FOREVER
+        await host.start_instance(instance(), image(tmp_path, stubborn, run_parameters=parameters))
+        began = time.monotonic()
+        await host.stop_instance(instance().ident)
+        assert 0.4 < time.monotonic() - began < 30
 
 
 async def test_end_is_reported_with_exit_code_and_restarted(host: ContainerRuntime, tmp_path: Path) -> None:
@@ -273,7 +288,24 @@ async def test_resources_reach_the_container(tmp_path: Path) -> None:
     assert "44" in text.splitlines()[2].split() and "1,   5" in text
 
 
-async def test_failed_start_says_why_and_leaves_nothing(host: ContainerRuntime, tmp_path: Path) -> None:
+class InheritedOutput:
+    """As the journal has it: the container writes to what conmon was started with, so conmon can carry no words."""
+
+    @contextlib.contextmanager
+    def prepare(self, instance_id: str) -> Iterator[ConmonOutput]:
+        with Path(os.devnull).open("wb") as null:
+            yield ConmonOutput(("--log-path", "passthrough"), null.fileno(), null.fileno())
+
+    def tend(self, instance_id: str, bundle: Path) -> None:
+        pass
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+async def test_failed_start_says_why_and_leaves_nothing(
+    host: ContainerRuntime, tmp_path: Path, inherited: bool
+) -> None:
+    if inherited:
+        host._tools = msgspec.structs.replace(host._tools, output=InheritedOutput())
     broken = msgspec.structs.replace(image(tmp_path, ""), image_config=image(tmp_path, "").image_config)
     process = msgspec.structs.replace(broken.image_config.config, entrypoint=("/no/such/program",))
     broken = msgspec.structs.replace(broken, image_config=msgspec.structs.replace(broken.image_config, config=process))
@@ -285,15 +317,104 @@ async def test_failed_start_says_why_and_leaves_nothing(host: ContainerRuntime, 
     assert list((tmp_path / "runtime").iterdir()) == [] and not netns_path(instance_id(instance().ident)).exists()
 
 
+@pytest.mark.parametrize("inherited", [False, True])
+async def test_the_reason_of_crun_is_told_wherever_output_goes(tmp_path: Path, inherited: bool) -> None:
+    layout = cgroups.probe()
+    if layout.version == 2:
+        pytest.skip("a controller can't be taken away from control groups of version 2")
+    made = runtime(tmp_path)
+    if inherited:
+        made._tools = msgspec.structs.replace(made._tools, output=InheritedOutput())
+    subprocess.run(["umount", layout.controllers["pids"]], check=True)
+    async with running(made):
+        await made.adopt([])
+        with pytest.raises(AosError, match=r"can't create container .*pids\.max"):
+            await made.start_instance(instance(), image(tmp_path, FOREVER, quotas=Quotas(pids_limit=20)))
+
+
 async def test_secret_is_given_and_taken_back(host: ContainerRuntime, tmp_path: Path) -> None:
     secrets = host._permissions
     assert isinstance(secrets, containers.Secrets)
     info = instance()
     await host.start_instance(info, image(tmp_path, f"echo $AOS_SECRET; {FOREVER}", permissions={"vis": {"*": "rw"}}))
     await until(lambda: "started" in output(tmp_path, info))
-    assert output(tmp_path, info).startswith("secret-1") and secrets.registered == [info.ident]
+    assert output(tmp_path, info).startswith("secret-1") and list(secrets.registered) == [info.ident]
     await host.stop_instance(info.ident)
-    assert secrets.registered == []
+    assert secrets.registered == {}
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_secret_that_iam_has_forgotten_is_replaced(tmp_path: Path, adopted: bool) -> None:
+    """As IAM of AosCore 9.1 does at each restart; one that still knows it disturbs nobody (D23)."""
+    info, other = instance(0), instance(1)
+    host = runtime(tmp_path)
+    async with running(host):
+        await host.adopt([])
+        script = f"trap 'exit 0' TERM; echo $AOS_SECRET; {GRACEFUL}"
+        await host.start_instance(info, image(tmp_path, script, permissions={"vis": {"*": "rw"}}))
+        await host.start_instance(other, image(tmp_path, FOREVER))
+        if not adopted:
+            await check_secret(host, info, tmp_path)
+    if adopted:
+        host = runtime(tmp_path)
+        secrets = host._permissions
+        assert isinstance(secrets, containers.Secrets)
+        # Its process has lived on: so it still gives the same.
+        await secrets.register_instance(info.ident, {})
+        async with running(host):
+            await host.adopt([info, other])
+            await check_secret(host, info, tmp_path)
+
+
+async def check_secret(host: ContainerRuntime, info: InstanceInfo, directory: Path) -> None:
+    secrets = host._permissions
+    assert isinstance(secrets, containers.Secrets)
+    pids = {target.ident.instance: target.pid for target in host.sample_targets()}
+    secrets.iam_returned.publish("test")
+    await until(lambda: secrets.asked >= 2)
+    with host.changed.subscribe() as statuses:
+        secrets.registered.clear()
+        secrets.iam_returned.publish("test")
+        # Nothing failed: the next status is that of the new start.
+        assert (await statuses.get()).state is InstanceState.ACTIVATING
+        assert (await statuses.get()).state is InstanceState.ACTIVE
+    after = {target.ident.instance: target.pid for target in host.sample_targets()}
+    assert after[1] == pids[1] and after[0] != pids[0]
+    lines = output(directory, info).splitlines()
+    assert [line for line in lines if line.startswith("secret")] == ["secret-1", "secret-2"]
+    assert host._tools.history.find(InstanceFilter(instance=0))[instance_id(info.ident)].runs == ()
+    for ident in (info.ident, instance(1).ident):
+        await host.stop_instance(ident)
+
+
+async def test_restarts_are_counted_over_the_end_of_the_process(tmp_path: Path) -> None:
+    """A service that ends again and again is not started faster because SM is (D34)."""
+    parameters = RunParameters(start_interval=Duration(60), restart_interval=Duration(0.1))
+    ending = image(tmp_path, "sleep 2; exit 3", run_parameters=parameters)
+
+    def restarts(status: InstanceStatus) -> int:
+        assert status.error is not None
+        return int(status.error.message.split()[-2]) if "restarts" in status.error.message else 0
+
+    async with running(host := runtime(tmp_path, settle_time_s=Duration(0.1))):
+        await host.adopt([])
+        with host.changed.subscribe() as statuses:
+            await host.start_instance(instance(), ending)
+            while (first := restarts(await state(statuses, InstanceState.FAILED))) < 2:
+                pass
+            await state(statuses, InstanceState.ACTIVE)
+    # It runs, and is adopted.
+    async with running(host := runtime(tmp_path, settle_time_s=Duration(0.1))):
+        with host.changed.subscribe() as statuses:
+            assert len(await host.adopt([instance()])) == 1
+            assert restarts(await state(statuses, InstanceState.FAILED)) == first + 1
+    # It has ended, and is started.
+    async with running(host := runtime(tmp_path, settle_time_s=Duration(0.1))):
+        with host.changed.subscribe() as statuses:
+            assert await host.adopt([instance()]) == []
+            await host.start_instance(instance(), ending)
+            assert restarts(await state(statuses, InstanceState.FAILED)) == first + 2
+        await host.stop_instance(instance().ident)
 
 
 async def test_log_file_keeps_its_limit_and_its_newest_lines(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 from aoscore.common.errors import AlreadyExistsError, AosError
 from aoscore.common.types import FirewallRule, InstanceIdent
 from aoscore.sm.launcher.runtimes.base import instance_id
-from aoscore.sm.networkmanager import nft
-from aoscore.sm.networkmanager.model import NetworkConfig, Ports, netns_path, veth_name
-from aoscore.sm.networkmanager.traffic import TABLE, Counted, StoredTraffic, Totals, Traffic
+from aoscore.sm.networkmanager import netlink, nft
+from aoscore.sm.networkmanager.ipv6 import Ipv6
+from aoscore.sm.networkmanager.model import NetworkConfig, Ports, bridge_name, netns_path, veth_name
+from aoscore.sm.networkmanager.netlink import Message
+from aoscore.sm.networkmanager.traffic import PRIVATE, TABLE, Counted, StoredTraffic, Totals, Traffic
 from aoscore.sm.smclient.network import FirewallUpdate
 from tests.support.networks import FakeCm, ident, manager, name
 from tests.support.running import until
@@ -35,6 +37,7 @@ from tests.support.traffic import (
     measured,
     serving,
     serving_here,
+    started_inside,
 )
 
 pytestmark = pytest.mark.net
@@ -106,6 +109,45 @@ async def test_who_reaches_whom(tmp_path: Path, first: int) -> None:
             await networks.detach(name(number))
 
 
+async def test_ipv6_beside_ipv4(tmp_path: Path) -> None:
+    """The same rules, word for word (D41)."""
+    Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+    ipv6 = Ipv6("fd12:3456:789a::/96", PRIVATE)
+    cm = FakeCm()
+    cm.rules[ident(0)] = (FirewallRule("172.31.2.3", "9100", "tcp", "172.31.1.2"),)
+    owners = ("alpha", "beta", "alpha")
+    serve = "import socket, sys, time; kept = [socket.create_server(('', int(port)), family=socket.AF_INET6)"
+    serve += " for port in sys.argv[1:]]; print('up', flush=True); time.sleep(1000)"
+
+    def reached(source: int, target: str, *ports: int) -> list[int]:
+        ask = (sys.executable, "-c", CONNECT, ipv6.address(target))
+        return [port for port in ports if inside(source, *ask, str(port)).returncode == 0]
+
+    async with manager(tmp_path, cm, ipv6=ipv6, host_ports=()) as networks:
+        for number, owner in enumerate(owners):
+            ports = ("9000",) if number == 1 else ()
+            config = NetworkConfig(ident(number), hostname=f"svc{number}", exposed_ports=ports)
+            attached = await networks.attach(name(number), owner, config)
+        assert "fd12:3456:789a::ac1f:104\talpha" in attached.hosts
+        with started_inside(1, serve, "9000", "9100", "9200"), started_inside(0, serve, "9000"):
+            assert reached(0, "172.31.2.3", 9000, 9100, 9200) == [9000, 9100]
+            assert reached(2, "172.31.2.3", 9000, 9100, 9200) == [9000]
+            assert reached(1, "172.31.1.2", 9000) == []
+            assert reached(2, "172.31.1.2", 9000) == [9000], "instances of one owner talk freely"
+            with socket.create_server(("", 9300), family=socket.AF_INET6):
+                assert reached(0, "172.31.1.1", 9300) == [], "ports of the node are closed by IPv6 too"
+        await until(lambda: ipv6.address("172.31.1.4") in Path("/run/aos/dns/alpha/hosts").read_text())
+        listed = subprocess.run(["nft", "list", "table", "inet", TABLE.name], capture_output=True, check=True).stdout
+        assert listed.count(b"fd12:3456:789a::ac1f:102 : ") == 2, "both directions are counted"
+    async with manager(tmp_path, cm) as networks:
+        bridge = Path("/proc/sys/net/ipv6/conf") / bridge_name("alpha")
+        assert (bridge / "disable_ipv6").read_text() == "1\n"
+        assert reached(2, "172.31.1.1", 53) == []
+        for number in range(3):
+            await networks.detach(name(number))
+    assert link_names() == set()
+
+
 async def test_ports_of_the_node_are_open_only_where_it_says_so(tmp_path: Path) -> None:
     config = NetworkConfig(ident(0))
     node = {f"{proto}:172.31.1.1:{port}" for proto in ("tcp", "udp") for port in (53, 9000, 9001)}
@@ -147,6 +189,28 @@ async def test_rows_that_can_not_be_used_keep_nobody_else_down(
             await networks.detach(name(number))
 
 
+async def test_no_thread_is_left_in_a_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor after an error in one (D42): links would be made there from then on."""
+
+    def namespaces() -> set[str]:
+        return {(task / "ns" / "net").readlink().name for task in Path("/proc/self/task").iterdir()}
+
+    own = namespaces()
+    assert len(own) == 1
+    async with manager(tmp_path, FakeCm()) as networks:
+        await networks.attach(name(0), "owner", NetworkConfig(ident(0)))
+        assert namespaces() == own
+
+        def refuse(gateway: str) -> Message:
+            raise OSError(1, "refused")
+
+        monkeypatch.setattr(netlink, "new_default_route", refuse)
+        with pytest.raises(AosError, match="refused"):
+            await networks.attach(name(1), "owner", NetworkConfig(ident(1)))
+        assert namespaces() == own and not netns_path(name(1)).exists()
+        await networks.detach(name(0))
+
+
 async def test_a_host_name_is_given_once(tmp_path: Path) -> None:
     first, second = (InstanceIdent(item, "subject", 0) for item in ("one", "two"))
     async with manager(tmp_path, FakeCm()) as networks:
@@ -160,24 +224,34 @@ async def test_a_host_name_is_given_once(tmp_path: Path) -> None:
         await networks.detach(instance_id(second))
 
 
-async def test_other_wishes_begin_anew_and_the_same_ones_touch_nothing(tmp_path: Path) -> None:
-    """A new version of a service takes over its network, unless it wants another one."""
+async def test_other_wishes_change_the_network_in_place(tmp_path: Path) -> None:
+    """A new version of a service takes over the network of the one before."""
+    first, second = (InstanceIdent(item, "subject", 0) for item in ("one", "two"))
+    names = [instance_id(ident) for ident in (first, second)]
 
-    def link() -> int:
-        return socket.if_nametoindex(veth_name(name(0)))
+    def links() -> list[int]:
+        return [socket.if_nametoindex(veth_name(name)) for name in names]
+
+    def is_limited() -> bool:
+        shown = subprocess.run(["tc", "qdisc", "show", "dev", veth_name(names[0])], capture_output=True, check=True)
+        return b"tbf" in shown.stdout
 
     async with manager(tmp_path, FakeCm()) as networks:
-        wishes = NetworkConfig(ident(0), hostname="svc", download_speed_kbit=1000)
-        await networks.attach(name(0), "owner", wishes)
-        first = link()
-        await networks.attach(name(0), "owner", wishes)
-        assert link() == first
-        attached = await networks.attach(name(0), "owner", NetworkConfig(ident(0), hostname="other"))
-        assert link() != first and "other" in attached.hosts
-        queues = subprocess.run(["tc", "qdisc", "show", "dev", veth_name(name(0))], capture_output=True, check=True)
-        assert b"tbf" not in queues.stdout
-        assert inside(0, "ping", "-c1", "-W1", "172.31.1.1").returncode == 0
-        await networks.detach(name(0))
+        await networks.attach(names[0], "owner", NetworkConfig(first, hostname="a", download_speed_kbit=1000))
+        await networks.attach(names[1], "owner", NetworkConfig(second, hostname="b"))
+        before = links()
+        assert is_limited()
+        # They even swap their names.
+        attached, _ = await asyncio.gather(
+            networks.attach(names[0], "owner", NetworkConfig(first, hostname="b")),
+            networks.attach(names[1], "owner", NetworkConfig(second, hostname="a")),
+        )
+        assert links() == before and not is_limited()
+        assert " b" in attached.hosts
+        assert inside(names[0], "ping", "-c1", "-W1", "172.31.1.1").returncode == 0
+        for name in names:
+            await networks.detach(name)
+    assert link_names() == set()
 
 
 async def test_bandwidth(tmp_path: Path) -> None:

@@ -213,12 +213,14 @@ async def test_certificate_keeper_follows_and_misses_nothing(tmp_path: Path) -> 
         with pytest.raises(NotFoundError):
             _ = keeper.identity
         async with running(keeper):
-            with keeper.changed.subscribe() as changes:
+            with keeper.changed.subscribe() as changes, keeper.iam_returned.subscribe() as returns:
                 assert keeper.identity.cert_url == "file:///a"
                 iam.changes.put_nowait(pb.CertInfo(type="cm", cert_url="file:///new", key_url="file:///b"))
                 assert (await asyncio.wait_for(changes.get(), 5)).cert_url == "file:///new"
+                assert returns.empty()
                 iam.changes.put_nowait(pb.CertInfo(type="cm"))
                 assert (await asyncio.wait_for(changes.get(), 5)).cert_url == "file:///after-break"
+                assert returns.get_nowait() == "certificate cm"
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,17 @@ def test_ports_of_the_node_are_checked(tmp_path: Path) -> None:
     assert app.load(EXAMPLE).host_ports is None
     document["network"] = {"hostPorts": ["8088", "5000-5010/udp"]}
     assert app.load(write(tmp_path, document)).host_ports == (Ports("tcp", 8088, 8088), Ports("udp", 5000, 5010))
+    assert app.load(EXAMPLE).ipv6 is None
+    document["network"] = {"ipv6Prefix": "fd12::/96"}
+    loaded = app.load(write(tmp_path, document)).ipv6
+    assert loaded is not None and loaded.address("10.0.0.1") == "fd12::a00:1"
+    for network, text in (
+        ({"ipv6Prefix": "fd12::/64"}, "'network.ipv6Prefix': 'fd12::/64' has not 96 bits"),
+        ({"ipv6Prefix": "fd12::/96", "backend": "cni"}, "'network.ipv6Prefix' is not possible with CNI plugins"),
+    ):
+        document["network"] = network
+        with pytest.raises(ConfigError, match=text):
+            app.load(write(tmp_path, document))
     document["network"] = {"hostPorts": ["http"]}
     with pytest.raises(ConfigError, match=r"'network.hostPorts': 'http' is no port"):
         app.load(write(tmp_path, document))

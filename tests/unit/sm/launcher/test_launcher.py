@@ -513,17 +513,21 @@ class FullDisk(LauncherStore):
             raise NoSpaceError("disk is full")
 
 
+async def fail_to_store(launcher: Launcher, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image of a new version is there, but the change cannot be stored."""
+    bed.images.gate = asyncio.Event()
+    await launcher.update([A2], [])
+    await until(lambda: "install a 2.0.0" in bed.images.calls)
+    monkeypatch.setattr(FullDisk, "full", True)
+    bed.images.gate.set()
+    await until(lambda: launcher.statuses().statuses[0].state is InstanceState.FAILED)
+
+
 async def test_full_disk_is_a_clear_status_and_heals(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     bed.store_type = FullDisk
     async with bed.launcher() as launcher:
         await update(launcher, A)
-        # The image is there, but the change cannot be stored.
-        bed.images.gate = asyncio.Event()
-        await launcher.update([A2], [])
-        await until(lambda: "install a 2.0.0" in bed.images.calls)
-        monkeypatch.setattr(FullDisk, "full", True)
-        bed.images.gate.set()
-        await until(lambda: launcher.statuses().statuses[0].state is InstanceState.FAILED)
+        await fail_to_store(launcher, bed, monkeypatch)
         assert launcher.statuses().statuses[0].error == ErrorInfo(3, 3, "disk is full")
         launcher.cloud_connected(True)
         with launcher.changed.subscribe() as queue:
@@ -557,12 +561,7 @@ async def test_what_was_stopped_for_a_restart_that_did_not_come_is_stopped_at_th
     bed.pause_s = 60.0
     async with bed.launcher() as launcher:
         await update(launcher, A)
-        bed.images.gate = asyncio.Event()
-        await launcher.update([A2], [])
-        await until(lambda: "install a 2.0.0" in bed.images.calls)
-        monkeypatch.setattr(FullDisk, "full", True)
-        bed.images.gate.set()
-        await until(lambda: launcher.statuses().statuses[0].state is InstanceState.FAILED)
+        await fail_to_store(launcher, bed, monkeypatch)
         assert bed.runtime.stops == [("a", True)]
     assert bed.runtime.stops == [("a", True), ("a", False)]
 

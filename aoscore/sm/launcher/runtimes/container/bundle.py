@@ -23,10 +23,12 @@ from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.files import remove_tree, safe_join, write_atomic
 from aoscore.common.oci import RunParameters
 from aoscore.common.types import InstanceInfo
+from aoscore.sm.launcher.runtimes.container.spec import SECRET
 
 _log = logging.getLogger(__name__)
 
 _RECORD = "instance.json"
+_SPEC = "config.json"
 _UNMOUNT_ATTEMPTS = 3
 # mount(2) hands the options over in one page.
 _MAX_MOUNT_OPTIONS_BYTES = 4000
@@ -47,6 +49,8 @@ class BundleRecord(msgspec.Struct, frozen=True, rename="camel"):
     started: float = 0.0
     registered: bool = False
     """Whether IAM gave the instance a secret that has to be taken back."""
+    permissions: dict[str, dict[str, str]] = {}
+    """What the secret stands for."""
     overlays: tuple["Overlay", ...] = ()
     """The root file system, outer mounts first."""
     run_parameters: RunParameters = RunParameters()
@@ -54,6 +58,8 @@ class BundleRecord(msgspec.Struct, frozen=True, rename="camel"):
     """Names of the node's resources that it uses."""
     stop_signal: int = signal.SIGTERM.value
     """What asks it to end."""
+    restarts: int = 0
+    """Since its last stable run."""
 
 
 class Bundle:
@@ -85,7 +91,28 @@ class Bundle:
 
     def write_spec(self, spec: dict[str, Any]) -> None:
         """config.json; it may hold the instance's secret."""
-        write_atomic(self.path / "config.json", to_json(spec))
+        write_atomic(self.path / _SPEC, to_json(spec))
+
+    def secret(self) -> str:
+        """The secret in the spec; empty when it has none. Raises OSError, InvalidArgumentError."""
+        entries = self._environment(self._read_spec())
+        return next((entry.partition("=")[2] for entry in entries if entry.startswith(f"{SECRET}=")), "")
+
+    def replace_secret(self, secret: str) -> None:
+        """Have the next start of the bundle use another secret. Raises as `secret`."""
+        spec = self._read_spec()
+        entries = self._environment(spec)
+        entries[:] = [f"{SECRET}={secret}" if entry.startswith(f"{SECRET}=") else entry for entry in entries]
+        self.write_spec(spec)
+
+    def _read_spec(self) -> dict[str, Any]:
+        path = self.path / _SPEC
+        return from_json(path.read_bytes(), dict[str, Any], what=str(path))
+
+    @staticmethod
+    def _environment(spec: dict[str, Any]) -> list[str]:
+        entries: list[str] = spec["process"]["env"]
+        return entries
 
     def write_host_files(self, hosts: str, resolv_conf: str) -> None:
         """``/etc/hosts`` and ``/etc/resolv.conf`` in the top layer."""

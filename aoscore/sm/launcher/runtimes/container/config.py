@@ -47,10 +47,11 @@ class ContainerConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     """The object ``runtimes[].config`` of a container runtime.
 
     Own keys: `conmon_executable`; `cgroup_parent`; `host_files` (bound read-only at the same place where the host has
-    them); `seccomp` (whether the default profile is applied); `stop_timeout` (between SIGTERM and SIGKILL);
-    `settle_time` (a process that lives that long is active); `restart_limit` (longest pause between restarts);
-    `output` and, for files, `output_dir`, `output_max_size` (bytes per instance); `default_pids_limit` (processes of an
-    instance whose item names no limit, 0 for none: one that forks without end must not take the node along);
+    them); `seccomp` (whether the default profile is applied); `stop_timeout` (between SIGTERM and SIGKILL where the
+    item says nothing); `settle_time` (a process that lives that long is active); `restart_limit` (longest pause between
+    restarts); `output` and, for files, `output_dir`, `output_max_size` (bytes per instance); `default_pids_limit`
+    (processes of an instance whose item names no limit, 0 for none: one that forks without end must not take the node
+    along);
     `disk_speed`; `capabilities` (all that a service may ever have, those of AosCore 9.1 unless others are named);
     `user_namespace_base` (0 for none: otherwise services live in user namespaces, where root is this id of the node and
     nobody else exists but the service's own user and groups. Then their storages must be reachable for everybody by

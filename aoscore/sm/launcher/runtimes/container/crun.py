@@ -35,17 +35,19 @@ _CREATE_TIMEOUT_S = 60.0
 _CONMON_NICE = 10
 # conmon writes the exit code right after the container has ended.
 _EXIT_CODE_WAIT_S = 2.0
+# In the bundle, which is where conmon runs crun.
+_CRUN_LOG = "crun.log"
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
-# Words after it: crun, two options, conmon's "create", and what belongs to that.
-_RUN = 'root=$1 manager=$2; shift 3; exec "$0" "$root" "$manager" run --detach "$@"'
+# Words after it: crun, three options, conmon's "create", and what belongs to that.
+_RUN = 'root=$1 manager=$2 log=$3; shift 4; exec "$0" "$root" "$manager" "$log" run --detach "$@"'
 
 
 class _Created(msgspec.Struct, frozen=True):
     """conmon's word on its sync pipe: the container's pid, or a negative number and the runtime's error text."""
 
-    data: int
+    data: int = 0
     message: str = ""
 
 
@@ -63,9 +65,11 @@ class Crun:
             str(config.crun_state_root),
             "--cgroup-manager=cgroupfs",
         )
-        # conmon has a container created only. The same crun runs it at once, which saves a program per start.
+        # conmon has a container created only. The same crun runs it at once, which saves a program per start. Its words
+        # go to a file: where the output is the journal's, conmon has no other way to tell them.
         prefix, root = layout.runtime_prefix(), f"--root={config.crun_state_root}"
-        self._run_command = (*prefix, "/bin/sh", "-c", _RUN, config.crun_executable, root, "--cgroup-manager=cgroupfs")
+        options = (root, "--cgroup-manager=cgroupfs", f"--log={_CRUN_LOG}")
+        self._run_command = (*prefix, "/bin/sh", "-c", _RUN, config.crun_executable, *options)
         self._layout = layout
 
     def check(self) -> None:
@@ -90,7 +94,7 @@ class Crun:
     def _run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
         exit_dir = bundle / "exit"
         exit_dir.mkdir(exist_ok=True)
-        for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid"):
+        for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid", bundle / _CRUN_LOG):
             mark.unlink(missing_ok=True)
         args: list[str | Path] = [
             *(self._conmon, "--api-version", "1", "--cid", instance_id, "--cuuid", instance_id),
@@ -119,12 +123,12 @@ class Crun:
             process.wait()
         finally:
             os.close(read_fd)
-        if not line:
-            reason = _last_words((bundle / "conmon.log").read_bytes())
-            raise FailedError(f"conmon of container {instance_id} failed: {reason}")
-        created = from_json(line, _Created, what=f"conmon's answer for container {instance_id}")
+        created = from_json(line, _Created, what=f"conmon's answer for container {instance_id}") if line else _Created()
         if created.data <= 0:
-            raise FailedError(f"can't create container {instance_id}: {created.message.strip() or 'no reason given'}")
+            if reason := _words(bundle / _CRUN_LOG) or created.message.strip():
+                raise FailedError(f"can't create container {instance_id}: {reason}")
+            reason = _words(bundle / "conmon.log") or "no reason given"
+            raise FailedError(f"conmon of container {instance_id} failed: {reason}")
         # Only now: the container would be as nice as it.
         if (conmon := conmon_pid(bundle)) is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -138,7 +142,7 @@ class Crun:
         if done.code != 0:
             known = await self.list()
             if instance_id in known:
-                raise FailedError(f"can't delete container {instance_id}: {_last_words(done.stderr)}")
+                raise FailedError(f"can't delete container {instance_id}: {_last_line(done.stderr) or 'no output'}")
 
     async def list(self) -> dict[str, EngineState]:
         """All containers of the state directory."""
@@ -212,6 +216,14 @@ def describe_exit(code: int | None, *, out_of_memory: bool) -> str:
     return f"exited with {code}"
 
 
-def _last_words(output: bytes) -> str:
+def _words(log: Path) -> str:
+    """The last line of a log file; empty when there is none."""
+    try:
+        return _last_line(log.read_bytes())
+    except FileNotFoundError:
+        return ""
+
+
+def _last_line(output: bytes) -> str:
     lines = output.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+    return lines[-1] if lines else ""

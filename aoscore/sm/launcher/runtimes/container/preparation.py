@@ -47,7 +47,14 @@ class Preparation:
         return (*storages, *states)
 
     def fill(
-        self, bundle: Bundle, info: InstanceInfo, image: InstalledImage, network: AttachedNetwork, secret: str
+        self,
+        bundle: Bundle,
+        info: InstanceInfo,
+        image: InstalledImage,
+        network: AttachedNetwork,
+        secret: str,
+        *,
+        restarts: int = 0,
     ) -> BundleRecord:
         """Write spec, record and files, mount the root file system. Raises AosError or OSError naming the thing."""
         check_platform(image.image_config, self._architectures)
@@ -84,10 +91,12 @@ class Preparation:
             info,
             started=time.time(),
             registered=bool(secret),
+            permissions=item.permissions if secret else {},
             overlays=bundle.plan_overlays(layers, binds),
             run_parameters=item.run_parameters,
             resources=tuple(resource.name for resource in item.resources),
             stop_signal=parse_signal(image.image_config.config.stop_signal or "SIGTERM"),
+            restarts=restarts,
         )
         bundle.write_record(record)
         bundle.write_spec(spec)

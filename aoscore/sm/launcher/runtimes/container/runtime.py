@@ -35,7 +35,13 @@ from aoscore.sm.imagemanager.model import InstalledImage
 from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_info
 from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
-from aoscore.sm.launcher.runtimes.container.container import Container, Tools, ended_run, instance_status
+from aoscore.sm.launcher.runtimes.container.container import (
+    Container,
+    Tools,
+    ended_run,
+    instance_status,
+    restart_policy,
+)
 from aoscore.sm.launcher.runtimes.container.crun import Crun, describe_exit
 from aoscore.sm.launcher.runtimes.container.engine import Engine, EngineState
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
@@ -72,6 +78,9 @@ class Networks(Protocol):
 
 class Permissions(Protocol):
     """What the runtime needs from IAM."""
+
+    iam_returned: Broadcast[str]
+    """IAM answers again after a break."""
 
     async def register_instance(self, ident: InstanceIdent, permissions: dict[str, dict[str, str]]) -> str:
         """The instance's secret."""
@@ -121,6 +130,8 @@ class ContainerRuntime:
         self._tools = Tools(config, self._engine, output, history, self._worker, self.changed.publish)
         self._containers: dict[str, Container] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._restarts: dict[str, int] = {}
+        """Of instances that ended while no SM was there, until they are started."""
         self._slots = asyncio.Semaphore(PARALLEL)
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -131,6 +142,7 @@ class ContainerRuntime:
         self._engine.check()
         self._config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         async with self._worker, asyncio.TaskGroup() as self._tasks:
+            self._tasks.create_task(self._follow_iam(), name="secrets")
             started()
             while True:
                 await asyncio.sleep(_TEND_PERIOD_S)
@@ -158,6 +170,8 @@ class ContainerRuntime:
             for name in bundles | states.keys():
                 tasks.create_task(self._adopt_or_clean(name, states.get(name), wanted.get(name)))
         await self._worker.run(self._tools.history.prune, wanted)
+        if self._tasks is not None:
+            self._tasks.create_task(self._check_secrets(), name="secrets of adopted instances")
         return self.running()
 
     async def _adopt_or_clean(self, name: str, state: EngineState | None, info: InstanceInfo | None) -> None:
@@ -176,6 +190,10 @@ class ContainerRuntime:
                 return
         if record is not None and (state is None or not state.is_running):
             await self._note_unseen_end(name, bundle, record)
+            if record.info == info:
+                policy = restart_policy(record, self._config)
+                policy.ended(time.time() - record.started)
+                self._restarts[name] = policy.restarts
         _log.info(kv("Leftovers of an earlier process cleaned", id=name))
         with log_and_continue(_log, f"Can't clean instance {name}"):
             await self._clean(name, record)
@@ -188,6 +206,41 @@ class ContainerRuntime:
                 reason = describe_exit(end.code, out_of_memory=end.out_of_memory)
                 run = ended_run(record, end.code, reason, crashed=True)
                 await self._worker.run(self._tools.history.note_end, name, run)
+
+    # Secrets (sm.md §12, D23)
+
+    async def _follow_iam(self) -> None:
+        with self._permissions.iam_returned.subscribe() as returns:
+            while True:
+                await returns.get()
+                await self._check_secrets()
+
+    async def _check_secrets(self) -> None:
+        """See that IAM knows the secrets of running instances: that of AosCore 9.1 forgets them with its process."""
+        for container in list(self._containers.values()):
+            if container.record.permissions:
+                with log_and_continue(_log, f"Can't check the secret of instance {container.id}"):
+                    await self._check_secret(container)
+
+    async def _check_secret(self, container: Container) -> None:
+        async with self._lock(container.id):
+            record = container.record
+            if self._containers.get(container.id) is not container:
+                return
+            secret = await self._permissions.register_instance(record.info.ident, record.permissions)
+            if secret == await self._worker.run(container.bundle.secret):
+                return
+            _log.warning(kv("IAM has forgotten the secret of an instance, it is started again", id=container.id))
+            await self._stop_watching(container)
+            try:
+                await self._end_processes(container)
+                # Only now: who finds it running takes its spec for what it has.
+                await self._worker.run(container.bundle.replace_secret, secret)
+            except Exception:
+                # With the old one, rather than not at all.
+                self._keep(container, ended=True)
+                raise
+            self._keep(container, ended=True)
 
     # What the launcher asks for
 
@@ -263,30 +316,41 @@ class ContainerRuntime:
         if item.permissions:
             secret = await self._permissions.register_instance(info.ident, item.permissions)
         async with self._slots:
-            record = await self._worker.run(self._fill, bundle, info, image, network, secret)
+            restarts = self._restarts.pop(name, 0)
+            record = await self._worker.run(self._fill, bundle, info, image, network, secret, restarts)
             container = Container(self._tools, bundle, record)
             await container.start()
         return container
 
     def _fill(
-        self, bundle: Bundle, info: InstanceInfo, image: InstalledImage, network: AttachedNetwork, secret: str
+        self,
+        bundle: Bundle,
+        info: InstanceInfo,
+        image: InstalledImage,
+        network: AttachedNetwork,
+        secret: str,
+        restarts: int,
     ) -> BundleRecord:
         """In a worker thread."""
         bundle.create()
-        record = self._preparation.fill(bundle, info, image, network, secret)
+        record = self._preparation.fill(bundle, info, image, network, secret, restarts=restarts)
         self._tools.history.note_start(bundle.path.name, info.ident, info.version)
         return record
 
-    def _keep(self, container: Container) -> None:
+    def _keep(self, container: Container, *, ended: bool = False) -> None:
         if self._tasks is None:
             raise FailedError("the container runtime is not running")
         self._containers[container.id] = container
-        container.watch = self._tasks.create_task(container.supervise(), name=f"watch {container.id}")
+        container.watch = self._tasks.create_task(container.supervise(ended=ended), name=f"watch {container.id}")
 
-    async def _stop(self, container: Container, *, restart: bool) -> None:
+    @staticmethod
+    async def _stop_watching(container: Container) -> None:
         if container.watch is not None:
             container.watch.cancel()
             await asyncio.wait({container.watch})
+
+    async def _stop(self, container: Container, *, restart: bool) -> None:
+        await self._stop_watching(container)
         try:
             await self._end_processes(container)
             await self._clean(container.id, container.record, keep_network=restart)
@@ -305,13 +369,14 @@ class ContainerRuntime:
         listens, waiting would be in vain.
         """
         number = container.record.stop_signal
+        timeout_s = float(container.record.run_parameters.stop_timeout or self._config.stop_timeout_s)
         listeners = [container.pid] if catches(container.pid, number) else []
         if not listeners:
             pids = self._layout.processes(self._engine.cgroup(container.id))
             listeners = [pid for pid in pids if catches(pid, number)]
         async with asyncio.TaskGroup() as tasks:
             for pid in listeners:
-                tasks.create_task(terminate(pid, float(self._config.stop_timeout_s), number))
+                tasks.create_task(terminate(pid, timeout_s, number))
 
     async def _clean(self, name: str, record: BundleRecord | None, *, keep_network: bool = False) -> None:
         """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""

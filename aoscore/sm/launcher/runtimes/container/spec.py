@@ -22,6 +22,7 @@ from aoscore.sm.resourcemanager.resources import MountConfig as Mount
 # What the spec needs, not the newest: crun refuses specs newer than itself (1.8 in Debian 12 knows 1.0).
 OCI_VERSION = "1.0.2"
 CPU_PERIOD_US = 100_000
+SECRET = "AOS_SECRET"  # noqa: S105 - the variable's name
 _MIN_CPU_QUOTA_US = 1000
 _DEFAULT_NOFILE = 1024
 # Among all that the kernel can choose from when memory is short, a service is better than the software of the node.
@@ -87,7 +88,7 @@ def build_spec(source: SpecInput) -> dict[str, Any]:
             "args": args,
             "env": _environment(source),
             "cwd": process.working_dir or "/",
-            "capabilities": {kind: list(source.capabilities) for kind in ("bounding", "effective", "permitted")},
+            "capabilities": {kind: _capabilities(source) for kind in ("bounding", "effective", "permitted")},
             "rlimits": _rlimits(quotas),
             "noNewPrivileges": True,
             "oomScoreAdj": _OOM_SCORE,
@@ -153,6 +154,10 @@ def cpu_quota_us(limit_dmips: int, cpu: CpuCapacity) -> int:
     return max(limit_dmips * CPU_PERIOD_US * max(cpu.cores, 1) // cpu.max_dmips, _MIN_CPU_QUOTA_US)
 
 
+def _capabilities(source: SpecInput) -> list[str]:
+    return [name for name in source.capabilities if name not in source.item.drop_capabilities]
+
+
 def _check_name(name: str) -> None:
     if not name or "=" in name or "\0" in name:
         raise InvalidArgumentError(f"{name!r} is no name of an environment variable")
@@ -175,7 +180,7 @@ def _environment(source: SpecInput) -> list[str]:
     put((f"AOS_INSTANCE_INDEX={ident.instance}", f"AOS_INSTANCE_ID={instance_id(ident)}"))
     put(source.image.config.env)
     if source.secret:
-        put((f"AOS_SECRET={source.secret}",))
+        put((f"{SECRET}={source.secret}",))
     for resource in source.resources:
         put(resource.env)
     refused = {status.name for status in override_statuses(source.info.env_vars) if status.error}

@@ -39,6 +39,18 @@ def test_restart_pauses_grow_after_the_burst_up_to_the_limit() -> None:
     assert all(pause_s <= 11 for pause_s in pauses_s) and pauses_s[-1] >= 9
 
 
+@pytest.mark.parametrize("restarts", [0, 1, 2, 3, 4, 10, 100_000])
+def test_policy_goes_on_where_another_process_has_been(restarts: int) -> None:
+    parameters = RunParameters(start_burst=2, restart_interval=Duration(1))
+    one = RestartPolicy(parameters, limit_s=10)
+    for _ in range(min(restarts, 1000)):
+        one.ended(0.1)
+    other = RestartPolicy(parameters, limit_s=10, restarts=restarts)
+    # Pauses are spread by a tenth.
+    assert other.ended(0.1) == pytest.approx(one.ended(0.1), rel=0.25)
+    assert other.restarts == restarts + 1
+
+
 def test_stable_run_makes_up_for_earlier_ends() -> None:
     policy = RestartPolicy(RunParameters(start_interval=Duration(5)), limit_s=60)
     for _ in range(10):

@@ -104,6 +104,12 @@ def test_user_namespace_knows_nobody_but_the_service() -> None:
     assert pairs("uidMappings") == [(0, 700000)] and pairs("gidMappings") == [(0, 700000), (5, 700005)]
 
 
+def test_item_can_do_without_capabilities() -> None:
+    item = ItemConfig(drop_capabilities=("CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SYS_ADMIN"))
+    kinds = build_spec(spec_input(item=item))["process"]["capabilities"]
+    assert kinds == {kind: ["CAP_AUDIT_WRITE"] for kind in ("bounding", "effective", "permitted")}
+
+
 def test_limits_of_the_node() -> None:
     limits = build_spec(spec_input(item=ItemConfig()))["linux"]["resources"]
     assert "pids" not in limits and "blockIO" not in limits
