@@ -37,6 +37,7 @@ from aoscore.mp.nodeserver.calls import CallClient
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
 from aoscore.mp.nodeserver.services import cm_services, node_services
+from aoscore.mp.nodeserver.smmessages import SmMessages
 from aoscore.mp.nodeserver.store import NodeStore
 
 _XENSTORE_THREADS = 4
@@ -103,14 +104,13 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
     images = await _legacy_images(config, stack)
 
     def legacy_sm() -> LegacySm:
-        logs = LogArchiver(config.log_provider.max_part_size, config.log_provider.max_part_count)
         return LegacySm(
             cm.secure_port,
             cm.cm_server_url,
             lambda: towards_cm.identity,
             claim=ids.claim,
             images=images,
-            archiver=logs,
+            archiver=_log_archiver(config),
         )
 
     gateway = Gateway(
@@ -182,8 +182,9 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
     own = certificates[iam.cert_storage]
     checked = partial(grpc_server_credentials, lambda: own.identity)
     unchecked = partial(grpc_server_credentials, lambda: own.identity, require_client=False)
+    messages = SmMessages(link, partial(_log_archiver, config))
     servers = [
-        Server(node.cm_proxy_url, checked, cm_services(link, config.ports, calls, blob_server.url)),
+        Server(node.cm_proxy_url, checked, cm_services(link, config.ports, calls, blob_server.url, messages)),
         Server(node.iam_protected_proxy_url, checked, node_services(link, iam.secure_port)),
         Server(node.iam_public_proxy_url, unchecked, open_nodes),
     ]
@@ -213,6 +214,10 @@ def _vchan_link(config: Config, one: PeerConfig, worker: Worker, handler: Handle
     # A gateway waits in any case: its node must find new vchans soon, whatever became of the link before.
     backoff = Backoff(FIRST_PAUSE_S, FIRST_PAUSE_S) if config.role == "gateway" else None
     return Connector(peer.label, link.connected, handler, backoff=backoff)
+
+
+def _log_archiver(config: Config) -> LogArchiver:
+    return LogArchiver(config.log_provider.max_part_size, config.log_provider.max_part_count)
 
 
 def _ca_file(config: Config) -> Path:

@@ -35,7 +35,6 @@ from aoscore.common.errors import (
 )
 from aoscore.common.files import available_bytes, remove_tree
 from aoscore.common.log import kv
-from aoscore.common.types import ErrorInfo
 from aoscore.mp.communication.connection import ChannelClosedError, Connection, Stream, end_tasks
 from aoscore.mp.communication.relay import ServerRelay, Way
 from aoscore.mp.filechunker.files import MAX_FILES, ImageFile, files_of, pieces_of
@@ -272,18 +271,15 @@ def _refused(request_id: int, error: BaseException) -> bytes:
 
 
 def _log_messages(archive: Archive) -> list[bytes]:
-    count = len(archive.parts)
     messages = []
-    for part, data in enumerate(archive.parts, 1):
-        is_last = part == count
-        error: ErrorInfo | None = archive.error if is_last else None
+    for part, data, is_last in archive.numbered():
         log = pb.LogData(
             log_id=archive.log_id,
-            part_count=count,
+            part_count=len(archive.parts),
             part=part,
             data=data,
             status=archive.status if is_last else "ok",
-            error=convert.error_to_pb_v1(error) if error is not None else None,
+            error=convert.error_to_pb_v1(archive.error) if is_last and archive.error is not None else None,
         )
         messages.append(pb.SMOutgoingMessages(log=log).SerializeToString())
     return messages

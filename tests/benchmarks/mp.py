@@ -281,13 +281,13 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load avera
 {rows}
 
 Plain TLS sends {BLOB_BYTES // 1_000_000} MB from one process to another, and nothing else. "Through TLS in frames, and
-out of them": a blob of that size goes from the memory of one end of a link to the other end, cut into pieces, encrypted,
-each record in a frame with its checksum, over TCP, and back to its pieces in their order; with its digest it is also
-hashed as a whole, as the store does. Each end has a process and with that one core, and SHA-256 of all frames is work
-that plain TLS does not have: what one core does of it is in the second row. "From CM's file server to SM": HTTP to the
-gateway, the link, the node's store and its digest, HTTP to the client. {ROUNDS} rounds, in turn. "CM asks SM": a request
-on the stream of RegisterSM and its answer, {len(found.latencies)} times one after the other while a blob is on its way;
-CM, SM and the clients share one Python process on the same cores.
+out of them": a blob of that size goes from the memory of one end of a link to the other end, cut into pieces,
+encrypted, each record in a frame with its checksum, over TCP, and back to its pieces in their order; with its digest it
+is also hashed as a whole, as the store does. Each end has a process and with that one core, and SHA-256 of all frames
+is work that plain TLS does not have: what one core does of it is in the second row. "From CM's file server to SM": HTTP
+to the gateway, the link, the node's store and its digest, HTTP to the client. {ROUNDS} rounds, in turn. "CM asks SM": a
+request on the stream of RegisterSM and its answer, {len(found.latencies)} times one after the other while a blob is on
+its way; CM, SM and the clients share one Python process on the same cores.
 """
 
 

@@ -29,6 +29,11 @@ class Archive(msgspec.Struct, frozen=True):
     status: str
     error: ErrorInfo | None
 
+    def numbered(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Number, from 1, content and whether it is the last, of every part."""
+        for part, data in enumerate(self.parts, 1):
+            yield part, data, part == len(self.parts)
+
 
 class _Log:
     def __init__(self) -> None:
@@ -61,6 +66,10 @@ class LogArchiver:
         self._max_part_size = max_part_size
         self._max_part_count = max_part_count
         self._logs: dict[str, _Log] = {}
+
+    def has(self, log_id: str) -> bool:
+        """Whether the log is being collected."""
+        return log_id in self._logs
 
     def add(self, log_id: str, text: bytes, status: str, error: ErrorInfo | None, now_s: float) -> Archive | None:
         """Take what came; the archive once the log is over. Every status but "ok" ends it."""
