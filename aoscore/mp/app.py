@@ -39,6 +39,7 @@ from aoscore.mp.nodeserver.link import NodeLink
 from aoscore.mp.nodeserver.services import cm_services, node_services
 from aoscore.mp.nodeserver.smmessages import SmMessages
 from aoscore.mp.nodeserver.store import NodeStore
+from aoscore.mp.status import Status
 
 _XENSTORE_THREADS = 4
 # Where mp.cfg does not say it (mp.md §12).
@@ -80,15 +81,15 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
 
 async def _build_gateway(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
     ca_file, iam, cm = _ca_file(config), config.iam_config, config.cm_config
-    ids = NodeIds()
+    ids, status = NodeIds(), Status()
     address = iam.iam_main_public_server_url
     if settings.provisioning:
         # The main IAM is in provisioning mode as well, or has just left it.
         ways = [lambda: None, lambda: TlsRoots(ca_file)]
         relay, older = (open_iam_relay(iam.open_port, address, ways, interface) for interface in (CURRENT, LEGACY))
         legacy = LegacyGateway(cm.open_port, [older])
-        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None, legacy=legacy)
-        return await _links(config, gateway.serve, stack)
+        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None, legacy=legacy, status=status)
+        return [status, *await _links(config, gateway.serve, stack)]
 
     channels = config.ports.certificates(iam=config.vchan.iam_cert_storage, sm=config.vchan.sm_cert_storage)
     certificates = await _certificates(config, {config.cert_storage, iam.cert_storage, *channels.values()}, stack)
@@ -123,9 +124,10 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
         ],
         cm=await stack.enter_async_context(LazyChannel(cm.cm_server_url, lambda: towards_cm.identity)),
         legacy=LegacyGateway(cm.open_port, iam_relays(LEGACY), legacy_sm),
+        status=status,
         renewals=_renewals(certificates, channels),
     )
-    return [*certificates.values(), *await _links(config, gateway.serve, stack)]
+    return [status, *certificates.values(), *await _links(config, gateway.serve, stack)]
 
 
 async def _legacy_images(config: Config, stack: contextlib.AsyncExitStack) -> LegacyImages:
@@ -149,11 +151,12 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
     iam, node = config.iam_config, config.node
     channels = config.ports.certificates(iam=iam.cert_storage, sm=config.cert_storage)
     link = NodeLink(channels)
-    clock = ClockSync(node.clock_sync, link, config.cm_config.open_port)
+    clock, status = ClockSync(node.clock_sync, link, config.cm_config.open_port), Status()
     open_nodes = node_services(link, iam.open_port)
     if settings.provisioning:
-        end = Node(settings, {}, link, clock, ())
-        return [Server(node.iam_public_proxy_url, None, open_nodes), *await _links(config, end.serve, stack)]
+        end = Node(settings, {}, link, clock, (), status)
+        public = Server(node.iam_public_proxy_url, None, open_nodes)
+        return [status, public, *await _links(config, end.serve, stack)]
 
     certificates = await _certificates(config, set(channels.values()), stack)
     calls, downloads = CallClient(link), DownloadClient(link)
@@ -176,6 +179,7 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
         link,
         clock,
         (calls, downloads),
+        status,
         _renewals(certificates, channels),
     )
     # Of a Secondary Node's certificates only that of IAM is one for servers.
@@ -189,6 +193,7 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
         Server(node.iam_public_proxy_url, unchecked, open_nodes),
     ]
     return [
+        status,
         *certificates.values(),
         blobs,
         blob_server,
