@@ -272,15 +272,10 @@ def _refused(request_id: int, error: BaseException) -> bytes:
 
 def _log_messages(archive: Archive) -> list[bytes]:
     messages = []
-    for part, data, is_last in archive.numbered():
-        log = pb.LogData(
-            log_id=archive.log_id,
-            part_count=len(archive.parts),
-            part=part,
-            data=data,
-            status=archive.status if is_last else "ok",
-            error=convert.error_to_pb_v1(archive.error) if is_last and archive.error is not None else None,
-        )
+    for members, error in archive.log_data():
+        log = pb.LogData(log_id=archive.log_id, **members)
+        if error is not None:
+            log.error.CopyFrom(convert.error_to_pb_v1(error))
         messages.append(pb.SMOutgoingMessages(log=log).SerializeToString())
     return messages
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -29,10 +30,13 @@ class Archive(msgspec.Struct, frozen=True):
     status: str
     error: ErrorInfo | None
 
-    def numbered(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Number, from 1, content and whether it is the last, of every part."""
+    def log_data(self) -> Iterator[tuple[dict[str, Any], ErrorInfo | None]]:
+        """Members of each part that LogData has in every interface, and the error that belongs to the part."""
+        count = len(self.parts)
         for part, data in enumerate(self.parts, 1):
-            yield part, data, part == len(self.parts)
+            is_last = part == count
+            status = self.status if is_last else _OK
+            yield {"part_count": count, "part": part, "data": data, "status": status}, self.error if is_last else None
 
 
 class _Log:

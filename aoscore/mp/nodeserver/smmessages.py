@@ -59,14 +59,7 @@ class SmMessages:
 
 def _messages(archive: Archive) -> list[bytes]:
     messages = []
-    for part, data, is_last in archive.numbered():
-        log = pb.LogData(
-            correlation_id=archive.log_id,
-            part_count=len(archive.parts),
-            part=part,
-            data=data,
-            status=archive.status if is_last else "ok",
-            error=convert.error_to_pb(archive.error) if is_last and archive.error is not None else None,
-        )
+    for members, error in archive.log_data():
+        log = pb.LogData(correlation_id=archive.log_id, error=convert.error_to_pb(error), **members)
         messages.append(pb.SMOutgoingMessages(log=log).SerializeToString())
     return messages
