@@ -39,6 +39,8 @@ _ATTEMPTS = 3
 # So long may the link be away before its absence counts as a failed attempt: as long as an SM waits for the next byte.
 _OUTAGE_S = 60.0
 _WRITE_BYTES = 1024 * 1024
+# In one go; then others get their turn.
+_SEND_BYTES = 256 * 1024
 _AHEAD_PARALLEL = 2
 _AHEAD_MOST = 256
 _CONTENT_TYPE = "application/octet-stream"
@@ -324,7 +326,7 @@ class BlobServer(FileServer):
             )
             while True:
                 if sent < transfer.written:
-                    part_bytes = transfer.written - sent
+                    part_bytes = min(transfer.written - sent, _SEND_BYTES)
                     await send_part(connection, writer, file, sent, part_bytes)
                     sent += part_bytes
                 elif transfer.is_complete:
