@@ -142,12 +142,8 @@ class FileServer:
     async def _send(
         self, connection: h11.Connection, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int
     ) -> None:
-        await writer.drain()
         if length:
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await asyncio.get_running_loop().sendfile(writer.transport, file, first, length)
-            # The kernel has sent the bytes; h11 only counts them.
-            connection.send_with_data_passthrough(h11.Data(data=_Counted(length)))  # type: ignore[arg-type]
+            await send_part(connection, writer, file, first, length)
         writer.write(connection.send(h11.EndOfMessage()) or b"")
 
     def _find(self, target: str) -> Path | None:
@@ -156,6 +152,20 @@ class FileServer:
         except AosError as error:
             _log.warning("File server: no such file: path=%s, error=%s", target, error)
             return None
+
+
+async def send_part(
+    connection: h11.Connection, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int
+) -> None:
+    """Send so many bytes of a file, at least one, as the next part of a body. Raises TimeoutError, OSError."""
+    for part in connection.send_with_data_passthrough(h11.Data(data=_Counted(length))) or ():  # type: ignore[arg-type]
+        if isinstance(part, _Counted):
+            # The kernel sends the bytes; h11 only counts them.
+            await writer.drain()
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                await asyncio.get_running_loop().sendfile(writer.transport, file, first, length)
+        else:
+            writer.write(part)
 
 
 class _Counted:

@@ -43,21 +43,60 @@ class Stream:
     """An answer whose body is read piece by piece."""
 
     def __init__(
-        self, status: int, headers: dict[str, str], connection: h11.Connection, reader: asyncio.StreamReader
+        self,
+        status: int,
+        headers: dict[str, str],
+        connection: h11.Connection,
+        reader: asyncio.StreamReader,
+        length: int | None,
     ) -> None:
+        """`length`: bytes of the body, None where only the body itself shows it."""
         self.status = status
         self.headers = headers
         self._connection = connection
         self._reader = reader
+        self._length = length
 
     async def chunks(self, idle_timeout_s: float) -> AsyncIterator[bytes]:
         """Pieces of the body. Raises DeadlineError when nothing comes for `idle_timeout_s`, FailedError when cut."""
+        if self._length is not None:
+            async for data in _plain_body(self._connection, self._reader, self._length, idle_timeout_s):
+                yield data
+            return
         while True:
             event = await _next_event(self._connection, self._reader, idle_timeout_s)
             if isinstance(event, h11.Data):
                 yield bytes(event.data)
             elif isinstance(event, h11.EndOfMessage):
                 return
+
+
+async def _plain_body(
+    connection: h11.Connection, reader: asyncio.StreamReader, rest: int, timeout_s: float
+) -> AsyncIterator[bytes]:
+    """A body of known length, past h11, which would copy it several times."""
+    data = connection.trailing_data[0][:rest]
+    try:
+        while rest:
+            if not data:
+                async with asyncio.timeout(timeout_s):
+                    data = await reader.read(min(rest, _READ_BYTES))
+                if not data:
+                    raise FailedError(f"HTTP answer is broken or cut: {rest} bytes are missing")
+            yield data
+            rest -= len(data)
+            data = b""
+    except TimeoutError:
+        raise DeadlineError(f"HTTP server said nothing for {timeout_s:g} s") from None
+    except OSError as error:
+        raise FailedError(f"HTTP connection failed: {error.strerror or error}") from error
+
+
+def _length(method: str, status: int, headers: Mapping[str, str]) -> int | None:
+    """Bytes of the body, where the head says it (RFC 9112 §6.3)."""
+    length = headers.get("content-length", "")
+    has_body = method != "HEAD" and status not in (204, 304)
+    return int(length) if has_body and length.isdecimal() and "transfer-encoding" not in headers else None
 
 
 async def _next_event(connection: h11.Connection, reader: asyncio.StreamReader, timeout_s: float) -> h11.Event:
@@ -114,7 +153,8 @@ async def open_stream(
             event = await _next_event(connection, reader, timeout_s)
             if isinstance(event, h11.Response):
                 break
-        yield Stream(event.status_code, _headers(event.headers), connection, reader)
+        found = _headers(event.headers)
+        yield Stream(event.status_code, found, connection, reader, _length(method, event.status_code, found))
 
 
 async def request(

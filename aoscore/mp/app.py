@@ -37,7 +37,9 @@ from aoscore.mp.nodeserver.calls import CallClient
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
 from aoscore.mp.nodeserver.services import cm_services, node_services
+from aoscore.mp.nodeserver.smmessages import SmMessages
 from aoscore.mp.nodeserver.store import NodeStore
+from aoscore.mp.status import Status
 
 _XENSTORE_THREADS = 4
 # Where mp.cfg does not say it (mp.md §12).
@@ -79,15 +81,15 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
 
 async def _build_gateway(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
     ca_file, iam, cm = _ca_file(config), config.iam_config, config.cm_config
-    ids = NodeIds()
+    ids, status = NodeIds(), Status()
     address = iam.iam_main_public_server_url
     if settings.provisioning:
         # The main IAM is in provisioning mode as well, or has just left it.
         ways = [lambda: None, lambda: TlsRoots(ca_file)]
         relay, older = (open_iam_relay(iam.open_port, address, ways, interface) for interface in (CURRENT, LEGACY))
         legacy = LegacyGateway(cm.open_port, [older])
-        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None, legacy=legacy)
-        return await _links(config, gateway.serve, stack)
+        gateway = Gateway(settings, {}, ids, relays=[relay], cm=None, legacy=legacy, status=status)
+        return [status, *await _links(config, gateway.serve, stack)]
 
     channels = config.ports.certificates(iam=config.vchan.iam_cert_storage, sm=config.vchan.sm_cert_storage)
     certificates = await _certificates(config, {config.cert_storage, iam.cert_storage, *channels.values()}, stack)
@@ -103,14 +105,13 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
     images = await _legacy_images(config, stack)
 
     def legacy_sm() -> LegacySm:
-        logs = LogArchiver(config.log_provider.max_part_size, config.log_provider.max_part_count)
         return LegacySm(
             cm.secure_port,
             cm.cm_server_url,
             lambda: towards_cm.identity,
             claim=ids.claim,
             images=images,
-            archiver=logs,
+            archiver=_log_archiver(config),
         )
 
     gateway = Gateway(
@@ -123,9 +124,10 @@ async def _build_gateway(config: Config, settings: LinkSettings, stack: contextl
         ],
         cm=await stack.enter_async_context(LazyChannel(cm.cm_server_url, lambda: towards_cm.identity)),
         legacy=LegacyGateway(cm.open_port, iam_relays(LEGACY), legacy_sm),
+        status=status,
         renewals=_renewals(certificates, channels),
     )
-    return [*certificates.values(), *await _links(config, gateway.serve, stack)]
+    return [status, *certificates.values(), *await _links(config, gateway.serve, stack)]
 
 
 async def _legacy_images(config: Config, stack: contextlib.AsyncExitStack) -> LegacyImages:
@@ -149,11 +151,12 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
     iam, node = config.iam_config, config.node
     channels = config.ports.certificates(iam=iam.cert_storage, sm=config.cert_storage)
     link = NodeLink(channels)
-    clock = ClockSync(node.clock_sync, link, config.cm_config.open_port)
+    clock, status = ClockSync(node.clock_sync, link, config.cm_config.open_port), Status()
     open_nodes = node_services(link, iam.open_port)
     if settings.provisioning:
-        end = Node(settings, {}, link, clock, ())
-        return [Server(node.iam_public_proxy_url, None, open_nodes), *await _links(config, end.serve, stack)]
+        end = Node(settings, {}, link, clock, (), status)
+        public = Server(node.iam_public_proxy_url, None, open_nodes)
+        return [status, public, *await _links(config, end.serve, stack)]
 
     certificates = await _certificates(config, set(channels.values()), stack)
     calls, downloads = CallClient(link), DownloadClient(link)
@@ -176,18 +179,21 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
         link,
         clock,
         (calls, downloads),
+        status,
         _renewals(certificates, channels),
     )
     # Of a Secondary Node's certificates only that of IAM is one for servers.
     own = certificates[iam.cert_storage]
     checked = partial(grpc_server_credentials, lambda: own.identity)
     unchecked = partial(grpc_server_credentials, lambda: own.identity, require_client=False)
+    messages = SmMessages(link, partial(_log_archiver, config))
     servers = [
-        Server(node.cm_proxy_url, checked, cm_services(link, config.ports, calls, blob_server.url)),
+        Server(node.cm_proxy_url, checked, cm_services(link, config.ports, calls, blob_server.url, messages)),
         Server(node.iam_protected_proxy_url, checked, node_services(link, iam.secure_port)),
         Server(node.iam_public_proxy_url, unchecked, open_nodes),
     ]
     return [
+        status,
         *certificates.values(),
         blobs,
         blob_server,
@@ -213,6 +219,10 @@ def _vchan_link(config: Config, one: PeerConfig, worker: Worker, handler: Handle
     # A gateway waits in any case: its node must find new vchans soon, whatever became of the link before.
     backoff = Backoff(FIRST_PAUSE_S, FIRST_PAUSE_S) if config.role == "gateway" else None
     return Connector(peer.label, link.connected, handler, backoff=backoff)
+
+
+def _log_archiver(config: Config) -> LogArchiver:
+    return LogArchiver(config.log_provider.max_part_size, config.log_provider.max_part_count)
 
 
 def _ca_file(config: Config) -> Path:

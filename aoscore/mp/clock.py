@@ -1,4 +1,4 @@
-"""The clock of a node, set by the Main Node's (mp.md §8). Node.
+"""The clock of a node, set by the Main Node's (mp.md §8). Node, but for `main_time`.
 
 Certificates have dates, so secure channels wait for a clock that is right. One that the kernel reports as synchronized,
 by NTP for example, is right already and is left alone.
@@ -6,12 +6,16 @@ by NTP for example, is right already and is left alone.
 
 import asyncio
 import ctypes
+import functools
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 
+import aoscore
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.aio import Backoff
 from aoscore.common.errors import AosError
@@ -26,6 +30,22 @@ _TIME_ERROR = 5
 _TIMEX_BYTES = 1024
 _REQUEST = pb.ProxyOutgoingMessages(clock_sync_request=pb.ClockSyncRequest()).SerializeToString()
 _ANSWER_TIMEOUT_S = 10.0
+_BUILT_S = Path(aoscore.__file__).stat().st_mtime
+
+
+def main_time(built_s: float = _BUILT_S) -> Timestamp:
+    """Our time, as a gateway tells it to its nodes; a clock from before `built_s` (Unix time) is told of."""
+    now = Timestamp()
+    now.GetCurrentTime()
+    if now.seconds < built_s:
+        _tell_of_old_clock()
+    return now
+
+
+@functools.cache
+def _tell_of_old_clock() -> None:
+    """Once: nodes ask every minute."""
+    _log.error("The clock of the Main Node is older than this software: its nodes set theirs by it")
 
 
 class ClockRule:

@@ -24,6 +24,7 @@ from aoscore.mp.communication.connection import Connection, Contexts, LinkSettin
 from aoscore.mp.communication.relay import ServerRelay
 from aoscore.mp.filechunker.downloads import DownloadServer, clock_sync
 from aoscore.mp.legacy import LegacyGateway
+from aoscore.mp.status import Status
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Gateway:
         relays: Sequence[ServerRelay],
         cm: LazyChannel | None,
         legacy: LegacyGateway,
+        status: Status,
         renewals: Sequence[tuple[Broadcast[TlsIdentity], Sequence[int]]] = (),
     ) -> None:
         self._settings = settings
@@ -107,13 +109,15 @@ class Gateway:
         self._relays = relays
         self._cm = cm
         self._legacy = legacy
+        self._status = status
         self._renewals = renewals
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
         """One node, from its connection to the end of its link. Raises AosError or OSError when the link breaks."""
         connection = Connection(reader, writer, self._settings, self._contexts, peer=peer)
         try:
-            await connection.run(self._serve_channels)
+            with self._status.watching(connection):
+                await connection.run(self._serve_channels)
         finally:
             self._ids.forget(connection)
 

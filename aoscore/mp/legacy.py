@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from aoscore._pb.servicemanager.v4 import servicemanager_pb2 as pb
 from aoscore.common import convert
@@ -35,7 +34,7 @@ from aoscore.common.errors import (
 )
 from aoscore.common.files import available_bytes, remove_tree
 from aoscore.common.log import kv
-from aoscore.common.types import ErrorInfo
+from aoscore.mp.clock import main_time
 from aoscore.mp.communication.connection import ChannelClosedError, Connection, Stream, end_tasks
 from aoscore.mp.communication.relay import ServerRelay, Way
 from aoscore.mp.filechunker.files import MAX_FILES, ImageFile, files_of, pieces_of
@@ -272,19 +271,11 @@ def _refused(request_id: int, error: BaseException) -> bytes:
 
 
 def _log_messages(archive: Archive) -> list[bytes]:
-    count = len(archive.parts)
     messages = []
-    for part, data in enumerate(archive.parts, 1):
-        is_last = part == count
-        error: ErrorInfo | None = archive.error if is_last else None
-        log = pb.LogData(
-            log_id=archive.log_id,
-            part_count=count,
-            part=part,
-            data=data,
-            status=archive.status if is_last else "ok",
-            error=convert.error_to_pb_v1(error) if error is not None else None,
-        )
+    for members, error in archive.log_data():
+        log = pb.LogData(log_id=archive.log_id, **members)
+        if error is not None:
+            log.error.CopyFrom(convert.error_to_pb_v1(error))
         messages.append(pb.SMOutgoingMessages(log=log).SerializeToString())
     return messages
 
@@ -299,9 +290,7 @@ def answer_to_clock(message: bytes) -> bytes | None:
     except DecodeError:
         return None
     if outgoing.WhichOneof("SMOutgoingMessage") == "clock_sync_request":
-        now = Timestamp()
-        now.GetCurrentTime()
-        return pb.SMIncomingMessages(clock_sync=pb.ClockSync(current_time=now)).SerializeToString()
+        return pb.SMIncomingMessages(clock_sync=pb.ClockSync(current_time=main_time())).SerializeToString()
     if message[:1] in (b"\x22", b"\x0a"):
         raise WrongStateError("the peer began like one of the older kind and speaks a newer interface")
     return None

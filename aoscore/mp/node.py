@@ -10,6 +10,7 @@ from aoscore.mp.communication.connection import Connection, Contexts, LinkSettin
 from aoscore.mp.nodeserver.calls import CallClient
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
+from aoscore.mp.status import Status
 
 
 class Node:
@@ -22,6 +23,7 @@ class Node:
         link: NodeLink,
         clock: ClockSync,
         shared: Sequence[CallClient | DownloadClient],
+        status: Status,
         renewals: Sequence[tuple[Broadcast[TlsIdentity], Sequence[int]]] = (),
     ) -> None:
         self._settings = settings
@@ -29,11 +31,14 @@ class Node:
         self._link = link
         self._clock = clock
         self._shared = shared
+        self._status = status
         self._renewals = renewals
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
         """One link, from its connection to its end. Raises AosError or OSError when it breaks."""
-        await Connection(reader, writer, self._settings, self._contexts, peer=peer).run(self._serve_channels)
+        connection = Connection(reader, writer, self._settings, self._contexts, peer=peer)
+        with self._status.watching(connection):
+            await connection.run(self._serve_channels)
 
     async def _serve_channels(self, connection: Connection) -> None:
         self._link.set(connection)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 import statistics
@@ -17,6 +18,7 @@ import msgspec
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.tls import TlsIdentity
+from tests.benchmarks import mp_link
 from tests.benchmarks.footprint import ROOT, cpu_s, machine, size_mb
 from tests.support.mpbed import NODE_ID, MpBed
 from tests.support.mpnodes import node_end
@@ -55,7 +57,10 @@ class Figures(msgspec.Struct):
     """Rates in MB/s, sizes in MB, times in ms."""
 
     plain_rates: list[float]
+    checksum_rate: float
     link_rates: list[float]
+    digest_rates: list[float]
+    path_rates: list[float]
     gateway_cpu: float
     """CPU seconds per 100 MB."""
     node_cpu: float
@@ -87,21 +92,39 @@ async def measure(directory: Path) -> Figures:
         idle = await ask(bed, 50)
         digest = bed.blobs.put(os.urandom(BLOB_BYTES))
         await sm.blobs.GetBlobsInfos(pb.BlobsInfosRequest(digests=[digest]), timeout=10)
-        plain_rates, link_rates, latencies = [], [], []
+        rates: list[list[float]] = [[], [], [], []]
         before = [cpu_s(pid) for pid in pids]
-        with plain_sender(bed.identity("plain-server")) as port:
-            # In turn, so that whatever else runs on this machine falls on both.
-            for _ in range(ROUNDS):
-                plain_rates.append(await plain_rate(port, bed.identity("plain-client")))
-                link_rates.append(await link_rate(bed, digest))
+        ends, link_ends = bed.identity("plain-server"), bed.identity("link-ends")
+        with plain_sender(ends) as plain, mp_link.gateway_end(link_ends, BLOB_BYTES) as gateway:
+            async with mp_link.node_end(gateway, link_ends) as downloads:
+                # In turn, so that whatever else runs on this machine falls on all.
+                for _ in range(ROUNDS):
+                    rates[0].append(await plain_rate(plain, bed.identity("plain-client")))
+                    rates[1].append(await mp_link.link_rate(downloads, BLOB_BYTES, digest=False))
+                    rates[2].append(await mp_link.link_rate(downloads, BLOB_BYTES, digest=True))
+                    rates[3].append(await path_rate(bed, digest))
         per_100_mb = [(cpu_s(pid) - was) / (ROUNDS * BLOB_BYTES / 1e8) for pid, was in zip(pids, before, strict=True)]
         forget(bed, digest)
+        latencies = []
         bulk = asyncio.create_task(asyncio.to_thread(fetch, bed.blob_url(digest)))
         while not bulk.done():
             latencies += await ask(bed, 1)
         await bulk
     many_pss = await weigh_many(directory / "many")
-    return Figures(plain_rates, link_rates, *per_100_mb, latencies, idle, gateway_pss, node_pss, many_pss)
+    return Figures(
+        plain_rates=rates[0],
+        checksum_rate=checksum_rate(),
+        link_rates=rates[1],
+        digest_rates=rates[2],
+        path_rates=rates[3],
+        gateway_cpu=per_100_mb[0],
+        node_cpu=per_100_mb[1],
+        latencies=latencies,
+        idle_latencies=idle,
+        gateway_pss=gateway_pss,
+        node_pss=node_pss,
+        many_pss=many_pss,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -146,7 +169,16 @@ def fetch(url: str) -> float:
     return time.perf_counter() - begin
 
 
-async def link_rate(bed: MpBed, digest: str) -> float:
+def checksum_rate() -> float:
+    """SHA-256 of one core, of payloads as they are in frames."""
+    payload = bytes(16 * 1024)
+    begin = time.perf_counter()
+    for _ in range(20_000):
+        hashlib.sha256(payload).digest()
+    return len(payload) * 20_000 / 1e6 / (time.perf_counter() - begin)
+
+
+async def path_rate(bed: MpBed, digest: str) -> float:
     """A blob from CM's file server through both MPs to SM: HTTP, TLS, frames, checksum, store, HTTP."""
     forget(bed, digest)
     return BLOB_BYTES / 1e6 / await asyncio.to_thread(fetch, bed.blob_url(digest))
@@ -210,15 +242,26 @@ def pss_mb(pid: int) -> float:
 
 def report(found: Figures) -> str:
     """The page."""
-    ratios = [link / plain for link, plain in zip(found.link_rates, found.plain_rates, strict=True)]
+
+    def rate(rates: list[float]) -> str:
+        return f"{statistics.median(rates):.0f} MB/s"
+
+    def ratio(rates: list[float]) -> str:
+        return f"{statistics.median(one / plain for one, plain in zip(rates, found.plain_rates, strict=True)):.2f}"
+
     quantiles = statistics.quantiles(found.latencies, n=100)
     rows = goal_rows(
         (
-            ("plain TLS over TCP, Python's ssl", "", f"{statistics.median(found.plain_rates):.0f} MB/s"),
-            ("a blob through both MPs", "", f"{statistics.median(found.link_rates):.0f} MB/s"),
-            ("ratio of the two, median of pairs", "0.70", f"{statistics.median(ratios):.2f}"),
-            ("CPU of the gateway per 100 MB", "", f"{found.gateway_cpu:.2f} s"),
-            ("CPU of the node per 100 MB", "", f"{found.node_cpu:.2f} s"),
+            ("plain TLS over TCP, Python's ssl", "", rate(found.plain_rates)),
+            ("SHA-256 of frames, one core", "", f"{found.checksum_rate:.0f} MB/s"),
+            ("a blob through TLS in frames, and out of them", "", rate(found.link_rates)),
+            ("its part of plain TLS, median of pairs", "0.70", ratio(found.link_rates)),
+            ("the same with the digest of the blob", "", rate(found.digest_rates)),
+            ("its part of plain TLS", "", ratio(found.digest_rates)),
+            ("a blob from CM's file server to SM, through both MPs", "", rate(found.path_rates)),
+            ("its part of plain TLS", "", ratio(found.path_rates)),
+            ("CPU of the gateway per 100 MB of that", "", f"{found.gateway_cpu:.2f} s"),
+            ("CPU of the node per 100 MB of that", "", f"{found.node_cpu:.2f} s"),
             ("CM asks SM, idle, median", "", f"{statistics.median(found.idle_latencies):.1f} ms"),
             ("the same during a download, median", "", f"{quantiles[49]:.1f} ms"),
             ("the same, p99", "", f"{quantiles[98]:.1f} ms"),
@@ -237,11 +280,14 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Load avera
 | --- | --- | --- |
 {rows}
 
-A blob of {BLOB_BYTES // 1_000_000} MB goes from CM's file server to the client of the node's blob server: HTTP to the
-gateway, TLS in frames with a checksum each over TCP, the node's store and its digest, HTTP to the client. Plain TLS
-sends as many bytes from one process to another, and nothing else. {ROUNDS} rounds, in turn. "CM asks SM": a request on
-the stream of RegisterSM and its answer, {len(found.latencies)} times one after the other while a blob is on its way;
-CM, SM and the clients share one Python process on the same cores.
+Plain TLS sends {BLOB_BYTES // 1_000_000} MB from one process to another, and nothing else. "Through TLS in frames, and
+out of them": a blob of that size goes from the memory of one end of a link to the other end, cut into pieces,
+encrypted, each record in a frame with its checksum, over TCP, and back to its pieces in their order; with its digest it
+is also hashed as a whole, as the store does. Each end has a process and with that one core, and SHA-256 of all frames
+is work that plain TLS does not have: what one core does of it is in the second row. "From CM's file server to SM": HTTP
+to the gateway, the link, the node's store and its digest, HTTP to the client. {ROUNDS} rounds, in turn. "CM asks SM": a
+request on the stream of RegisterSM and its answer, {len(found.latencies)} times one after the other while a blob is on
+its way; CM, SM and the clients share one Python process on the same cores.
 """
 
 

@@ -29,6 +29,7 @@ from aoscore.mp.memory import settle
 from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
+from aoscore.mp.status import Status
 from tests.support.iam import free_port
 from tests.support.links import PORTS, contexts
 from tests.support.running import running, until
@@ -85,7 +86,7 @@ async def node_end(port: int, identity: TlsIdentity) -> AsyncIterator[DownloadCl
     link.node_id = "node"
     downloads = DownloadClient(link)
     clock = ClockSync(ClockSyncConfig(enabled=False), link, PORTS.cm_open)
-    node = Node(LinkSettings(role="node", ports=PORTS), contexts("node", identity), link, clock, (downloads,))
+    node = Node(LinkSettings(role="node", ports=PORTS), contexts("node", identity), link, clock, (downloads,), Status())
     async with running(Connector("gateway", partial(connected, f"127.0.0.1:{port}"), node.serve)):
         await until(lambda: link.is_up)
         yield downloads

@@ -16,6 +16,7 @@ from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.calls import CallClient
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
+from aoscore.mp.status import Status
 from tests.support.links import PORTS, contexts
 from tests.support.mpbed import MpBed
 from tests.support.running import running
@@ -32,7 +33,7 @@ class NodeEnd:
         clock = ClockSync(ClockSyncConfig(enabled=False), self.link, PORTS.cm_open)
         settings = LinkSettings(role="node", ports=PORTS)
         certificates = contexts("node", bed.identity(f"{node_id}-sm"))
-        end = Node(settings, certificates, self.link, clock, (self.calls, self.downloads))
+        end = Node(settings, certificates, self.link, clock, (self.calls, self.downloads), Status())
         address = f"127.0.0.1:{bed.gateway_port}"
         self.connector = Connector("main", partial(connected, address), end.serve)
         self.sm: Stream | None = None

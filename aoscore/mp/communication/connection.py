@@ -102,6 +102,20 @@ class ChannelClosedError(FailedError):
     """The channel, or the link below it, is closed."""
 
 
+class Counters(msgspec.Struct):
+    """What became of a link so far: frames with their bytes, frames that were dropped, channels, bytes of downloads."""
+
+    frames_in: int = 0
+    frames_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    damaged: int = 0
+    unknown: int = 0
+    opened: int = 0
+    closed: int = 0
+    download_bytes: int = 0
+
+
 class LinkSettings(msgspec.Struct, frozen=True):
     """What is the same for all links of a process.
 
@@ -281,6 +295,7 @@ class Connection:
         """The peer is of the older kind: no control channel, no calls, no downloads."""
         self.certificates: dict[int, bytes] = {}
         """The peer's certificate (DER) on each secure channel that was opened last."""
+        self.counters = Counters()
         self.quantum_bytes = _LEAST_QUANTUM_BYTES
         """What goes to the link in one go at present."""
         self._reader = reader
@@ -294,7 +309,6 @@ class Connection:
         self._decoder = FrameDecoder()
         self._heard_s = self._now()
         self._is_reading = True
-        self._bad_frames = 0
         self._unknown: set[int] = set()
         self._control_messages = MessageDecoder(MAX_OPEN_MESSAGE_BYTES)
         self._control = Control(
@@ -421,6 +435,16 @@ class Connection:
 
     # For the streams
 
+    @property
+    def queued_bytes(self) -> int:
+        """What waits to be sent on all channels."""
+        return sum(map(self._scheduler.pending_bytes, self.settings.ports.order))
+
+    @property
+    def unexpected(self) -> int:
+        """Frames that belonged to no open use of their channel."""
+        return sum(slot.core.passed_over for slot in self._slots.values())
+
     def pending_bytes(self, port: int) -> int:
         """What waits to be sent on a channel."""
         return self._scheduler.pending_bytes(port)
@@ -474,6 +498,7 @@ class Connection:
     async def _read(self) -> None:
         decoder = self._decoder
         while data := await self._reader.read(_READ_BYTES):
+            self.counters.bytes_in += len(data)
             self._heard_s = self._now()
             self._control.on_bytes(self._heard_s)
             self._is_reading = False
@@ -498,6 +523,10 @@ class Connection:
                 continue
             for port in ports & self._slots.keys():
                 self._slots[port].sent.set()
+            self.counters.frames_out += len(frames) // 2
+            self.counters.bytes_out += size
+            if PROXY in ports:
+                self.counters.download_bytes += size
             self._writer.write(b"".join(frames))
             self._wrote.set()
             began_s = self._now()
@@ -528,6 +557,7 @@ class Connection:
 
     async def _on_frames(self, port: int, payloads: Sequence[bytes]) -> None:
         """Frames of one channel that came one after the other; no payload stands for a damaged frame."""
+        self.counters.frames_in += len(payloads) or 1
         slot = self._slots.get(port)
         if not payloads:
             self._on_bad_frame(port, slot)
@@ -544,10 +574,13 @@ class Connection:
             if self._control.peer is not None:
                 self._introduced.set()
         elif slot is None:
+            self.counters.unknown += len(payloads)
             if port not in self._unknown and len(self._unknown) < 64:
                 self._unknown.add(port)
                 _log.warning(kv("Frames for an unknown channel are dropped", peer=self.peer, port=port))
         else:
+            if port == PROXY:
+                self.counters.download_bytes += sum(map(len, payloads))
             before = slot.core.state
             for event in slot.core.feed(*payloads):
                 self._note_time(slot, before)
@@ -555,10 +588,10 @@ class Connection:
             self._note_time(slot, before)
 
     def _on_bad_frame(self, port: int, slot: _Slot | None) -> None:
-        self._bad_frames += 1
-        _log.warning(kv("Frame is damaged", peer=self.peer, port=port, count=self._bad_frames))
-        if self._bad_frames >= _MAX_BAD_FRAMES or not self._introduced.is_set():
-            raise ChecksumError(f"{self._bad_frames} damaged frames from {self.peer}")
+        count = self.counters.damaged = self.counters.damaged + 1
+        _log.warning(kv("Frame is damaged", peer=self.peer, port=port, count=count))
+        if count >= _MAX_BAD_FRAMES or not self._introduced.is_set():
+            raise ChecksumError(f"{count} damaged frames from {self.peer}")
         if slot is not None:
             self._apply_now(slot, slot.core.close("a frame was damaged"))
 
@@ -587,6 +620,7 @@ class Connection:
     def _apply_one(self, slot: _Slot, event: Event) -> None:
         match event:
             case Opened():
+                self.counters.opened += 1
                 _log.debug(kv("Channel is open", peer=self.peer, port=slot.core.port))
                 if isinstance(slot.core, SecureChannel):
                     self.certificates[slot.core.port] = slot.core.peer_der
@@ -599,6 +633,7 @@ class Connection:
                 if slot.stream is not None:
                     slot.stream.on_open()
             case Closed(reason):
+                self.counters.closed += 1
                 _log.info(kv("Channel is closed", peer=self.peer, port=slot.core.port, reason=reason))
                 if slot.stream is not None:
                     slot.stream.on_closed(reason)

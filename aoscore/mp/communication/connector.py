@@ -17,8 +17,8 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[
 
 FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 30.0
-# A link that was up for so long was a good one: the next attempt comes soon again. Longer than a peer is given that
-# does not introduce itself, so that such a one does not count.
+# A link that was up for so long was a good one: the next attempt comes soon again. A peer has less time than that to
+# introduce itself.
 _GOOD_LINK_S = 10.0
 
 

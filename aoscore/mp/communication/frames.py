@@ -7,7 +7,7 @@ stream      length message length message   u32 little-endian before each messag
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from aoscore.common.errors import InvalidArgumentError, OutOfRangeError
@@ -119,18 +119,19 @@ class MessageDecoder:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes) -> Iterable[bytes]:
         """The messages that are complete with `data`; take all of them before the next call.
 
         Empty messages are passed over: they have no member set and mean nothing. Raises OutOfRangeError for a length
         above the limit, before any of that message is kept.
         """
+        size = len(data) - LENGTH_BYTES
+        if not self._buffer and 0 < size <= self._limit_bytes and _LENGTH.unpack_from(data)[0] == size:
+            return (data[LENGTH_BYTES:],)  # one message as it was sent: the rule
+        return self._cut(data)
+
+    def _cut(self, data: bytes) -> Iterator[bytes]:
         buffer = self._buffer
-        if not buffer and len(data) > _LENGTH.size and _LENGTH.unpack_from(data)[0] == len(data) - _LENGTH.size:
-            if len(data) - _LENGTH.size > self._limit_bytes:
-                raise OutOfRangeError(f"message of {len(data) - _LENGTH.size} bytes, {self._limit_bytes} is most")
-            yield data[_LENGTH.size :]  # one message as it was sent: the rule
-            return
         buffer += data
         position = 0
         try:

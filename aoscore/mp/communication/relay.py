@@ -122,14 +122,17 @@ class ServerRelay:
 
 
 async def relay_to_client(
-    stream: Stream, requests: AsyncIterable[bytes], context: Any, *, see: Callable[[bytes], None]
+    stream: Stream, requests: AsyncIterable[bytes], context: Any, *, through: Callable[[bytes], Sequence[bytes]]
 ) -> None:
-    """Node: pass what a local gRPC client sends to the gateway and its answers back. Raises like ServerRelay."""
+    """Node: pass what a local gRPC client sends to the gateway and its answers back. Raises like ServerRelay.
+
+    `through` gives what to send in place of a message.
+    """
 
     async def to_gateway() -> None:
         async for message in requests:
-            see(message)
-            await stream.send(message)
+            for one in through(message):
+                await stream.send(one)
         raise FailedError("the local client ended its stream")
 
     async def to_client() -> None:

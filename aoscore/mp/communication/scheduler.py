@@ -31,9 +31,11 @@ class Scheduler:
         waiting = [port for port, queue in self._queues.items() if queue]
         if not waiting:
             return None
-        chosen = next((port for port in waiting if self._passed[port] >= PATIENCE_TURNS), waiting[0])
-        for port in waiting:
-            self._passed[port] += 1
+        chosen = waiting[0]
+        if len(waiting) > 1:
+            chosen = next((port for port in waiting if self._passed[port] >= PATIENCE_TURNS), chosen)
+            for port in waiting:
+                self._passed[port] += 1
         self._passed[chosen] = 0
         frame = self._queues[chosen].popleft()
         self._bytes[chosen] -= len(frame)

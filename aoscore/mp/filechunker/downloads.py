@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Container
 from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common import convert
@@ -28,6 +27,7 @@ from aoscore.common.errors import (
 from aoscore.common.http import Stream as HttpStream
 from aoscore.common.http import open_stream
 from aoscore.common.log import kv
+from aoscore.mp.clock import main_time
 from aoscore.mp.communication.connection import Connection, Stream, end_tasks
 from aoscore.mp.communication.ports import PROXY
 from aoscore.mp.filechunker.chunker import PIECE_BYTES, Chunker, PieceEncoder
@@ -138,9 +138,7 @@ async def send_pieces(stream: Stream, request_id: int, chunker: Chunker, chunks:
 
 def clock_sync() -> pb.ProxyIncomingMessages:
     """Our time, as the answer to a question for it."""
-    now = Timestamp()
-    now.GetCurrentTime()
-    return pb.ProxyIncomingMessages(clock_sync=pb.ClockSync(current_time=now))
+    return pb.ProxyIncomingMessages(clock_sync=pb.ClockSync(current_time=main_time()))
 
 
 def _bytes_before(answer: HttpStream, offset: int) -> int:

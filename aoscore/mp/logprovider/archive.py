@@ -3,6 +3,7 @@
 import gzip
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,14 @@ class Archive(msgspec.Struct, frozen=True):
     parts: tuple[bytes, ...]
     status: str
     error: ErrorInfo | None
+
+    def log_data(self) -> Iterator[tuple[dict[str, Any], ErrorInfo | None]]:
+        """Members of each part that LogData has in every interface, and the error that belongs to the part."""
+        count = len(self.parts)
+        for part, data in enumerate(self.parts, 1):
+            is_last = part == count
+            status = self.status if is_last else _OK
+            yield {"part_count": count, "part": part, "data": data, "status": status}, self.error if is_last else None
 
 
 class _Log:
@@ -61,6 +70,10 @@ class LogArchiver:
         self._max_part_size = max_part_size
         self._max_part_count = max_part_count
         self._logs: dict[str, _Log] = {}
+
+    def has(self, log_id: str) -> bool:
+        """Whether the log is being collected."""
+        return log_id in self._logs
 
     def add(self, log_id: str, text: bytes, status: str, error: ErrorInfo | None, now_s: float) -> Archive | None:
         """Take what came; the archive once the log is over. Every status but "ok" ends it."""

@@ -24,7 +24,7 @@ from aoscore.common.errors import (
     InvalidArgumentError,
     NoSpaceError,
 )
-from aoscore.common.fileserver import FileServer
+from aoscore.common.fileserver import FileServer, send_part
 from aoscore.common.log import kv
 from aoscore.common.oci import Descriptor
 from aoscore.mp.communication.connection import ChannelClosedError
@@ -39,7 +39,8 @@ _ATTEMPTS = 3
 # So long may the link be away before its absence counts as a failed attempt: as long as an SM waits for the next byte.
 _OUTAGE_S = 60.0
 _WRITE_BYTES = 1024 * 1024
-_READ_BYTES = 256 * 1024
+# In one go; then others get their turn.
+_SEND_BYTES = 256 * 1024
 _AHEAD_PARALLEL = 2
 _AHEAD_MOST = 256
 _CONTENT_TYPE = "application/octet-stream"
@@ -323,10 +324,9 @@ class BlobServer(FileServer):
             )
             while True:
                 if sent < transfer.written:
-                    data = await self._blobs.worker.run(file.read, min(transfer.written - sent, _READ_BYTES))
-                    sent += len(data)
-                    writer.write(connection.send(h11.Data(data=data)) or b"")
-                    await writer.drain()
+                    part_bytes = min(transfer.written - sent, _SEND_BYTES)
+                    await send_part(connection, writer, file, sent, part_bytes)
+                    sent += part_bytes
                 elif transfer.is_complete:
                     writer.write(connection.send(h11.EndOfMessage()) or b"")
                     return

@@ -8,6 +8,7 @@ where the reader is.
 import asyncio
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import AsyncGenerator
 
 from google.protobuf.message import DecodeError
@@ -28,13 +29,13 @@ from aoscore.mp.nodeserver.link import NodeLink, OnDemandChannel
 
 _WAITING_PIECES = 256
 # The most that a reader which falls behind holds up the link, and with it what is more urgent.
-_HELD_UP_S = 0.05
+_HELD_UP_S = 0.002
 _IDLE_TIMEOUT_S = 90.0
 
 
 class _Download:
     def __init__(self) -> None:
-        self.pieces: list[pb.DownloadContent] = []
+        self.pieces: deque[pb.DownloadContent] = deque()
         self.news = asyncio.Event()
         self.room = asyncio.Event()
         self.room.set()
@@ -52,17 +53,18 @@ class _Download:
         self.error = self.error or error
         self.news.set()
 
-    async def take(self, url: str) -> list[pb.DownloadContent]:
-        """All that waits, at least one piece. Raises the error after the last, DeadlineError when nothing comes."""
+    async def take(self, url: str) -> pb.DownloadContent:
+        """The next piece. Raises the error after the last, DeadlineError when nothing comes."""
         if not (self.pieces or self.error):
             self.news.clear()
             if not await comes_within(self.news, _IDLE_TIMEOUT_S):
                 raise DeadlineError(f"nothing of {url} came for {_IDLE_TIMEOUT_S:g} s")
         if not self.pieces and self.error is not None:
             raise self.error
-        pieces, self.pieces = self.pieces, []
-        self.room.set()
-        return pieces
+        piece = self.pieces.popleft()
+        if len(self.pieces) <= _WAITING_PIECES // 2:
+            self.room.set()
+        return piece
 
 
 class DownloadClient:
@@ -107,15 +109,15 @@ class DownloadClient:
                 if download.is_behind and not download.pieces:
                     is_over = True  # it is cancelled already
                     return
-                for content in await download.take(url):
-                    is_over = content.state != pb.IN_PROGRESS
-                    match content.state:
-                        case pb.FAILED:
-                            error = convert.error_from_pb(content.error)
-                            raise from_error_info(error) or FailedError(f"the gateway can't fetch {url}")
-                        case pb.CANCELED:
-                            raise FailedError(f"the gateway gave up {url}")
-                    yield content
+                content = await download.take(url)
+                is_over = content.state != pb.IN_PROGRESS
+                match content.state:
+                    case pb.FAILED:
+                        error = convert.error_from_pb(content.error)
+                        raise from_error_info(error) or FailedError(f"the gateway can't fetch {url}")
+                    case pb.CANCELED:
+                        raise FailedError(f"the gateway gave up {url}")
+                yield content
         finally:
             del self._downloads[request_id]
             if not is_over:

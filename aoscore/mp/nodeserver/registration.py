@@ -1,7 +1,7 @@
 """RegisterSM and RegisterNode for the local SM and IAM, as CM and main IAM serve them. Node."""
 
 import logging
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Any
 
 from aoscore.common.errors import AosError
@@ -15,16 +15,19 @@ _log = logging.getLogger(__name__)
 class StreamProxy:
     """One method that is a channel.
 
-    `connect` opens the channel; `see` looks at every message of the local client. The newest call counts: an older one
-    is of a process that has restarted.
+    `connect` opens the channel; `through` gives what to send in place of a message of the local client. The newest call
+    counts: an older one is of a process that has restarted.
     """
 
     def __init__(
-        self, name: str, connect: Callable[[], Awaitable[Stream]], see: Callable[[bytes], None] = lambda _: None
+        self,
+        name: str,
+        connect: Callable[[], Awaitable[Stream]],
+        through: Callable[[bytes], Sequence[bytes]] = lambda message: (message,),
     ) -> None:
         self._name = name
         self._connect = connect
-        self._see = see
+        self._through = through
         self._stream: Stream | None = None
 
     async def serve(self, requests: AsyncIterable[bytes], context: Any) -> None:
@@ -36,7 +39,7 @@ class StreamProxy:
                 self._stream = stream
                 _log.info(kv("Registered at the Main Node", call=self._name))
                 try:
-                    await relay_to_client(stream, requests, context, see=self._see)
+                    await relay_to_client(stream, requests, context, through=self._through)
                 finally:
                     if self._stream is stream:
                         self._stream = None

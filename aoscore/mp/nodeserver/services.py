@@ -19,6 +19,7 @@ from aoscore.mp.communication.ports import Ports
 from aoscore.mp.nodeserver.calls import CALL_TIMEOUT_S, CallClient, answer_with
 from aoscore.mp.nodeserver.link import NodeLink
 from aoscore.mp.nodeserver.registration import StreamProxy
+from aoscore.mp.nodeserver.smmessages import SmMessages
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +50,15 @@ def node_services(link: NodeLink, port: int) -> list[Register]:
     return [_service(NODES_SERVICE, {"RegisterNode": grpc.stream_stream_rpc_method_handler(proxy.serve)})]
 
 
-def cm_services(link: NodeLink, ports: Ports, calls: CallClient, blob_url: Callable[[str], str]) -> list[Register]:
+def cm_services(
+    link: NodeLink, ports: Ports, calls: CallClient, blob_url: Callable[[str], str], messages: SmMessages
+) -> list[Register]:
     """SMService and NetworkService of CM.
 
-    `blob_url(digest)` gives the address under which the local SM gets a blob that CM offers.
+    `blob_url(digest)` gives the address under which the local SM gets a blob that CM offers; what the SM says goes
+    through `messages`.
     """
-    proxy = StreamProxy("RegisterSM", partial(link.connect, ports.cm_secure), partial(_learn_node_id, link))
+    proxy = StreamProxy("RegisterSM", partial(link.connect, ports.cm_secure), messages.take)
 
     async def get_blobs_infos(request: bytes, context: Any) -> bytes:
         try:
@@ -108,12 +112,3 @@ def _time_left(context: Any) -> float:
     """Seconds that the caller gives us."""
     left_s: float | None = context.time_remaining()
     return CALL_TIMEOUT_S if left_s is None else min(max(left_s, 0.001), CALL_TIMEOUT_S)
-
-
-def _learn_node_id(link: NodeLink, message: bytes) -> None:
-    try:
-        outgoing = pb.SMOutgoingMessages.FromString(message)
-    except DecodeError as error:
-        raise InvalidArgumentError(f"message of SM is malformed: {error}") from error
-    if outgoing.WhichOneof("SMOutgoingMessage") == "sm_info":
-        link.node_id = outgoing.sm_info.node_id

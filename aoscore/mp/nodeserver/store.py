@@ -94,6 +94,8 @@ class NodeStore:
 
     def make_room(self, size_bytes: int) -> None:
         """See to it that so much can be written. Raises NoSpaceError when it can't, even without all other blobs."""
+        if not self._max_size_bytes and not self._is_too_much(size_bytes, 0):
+            return  # the usual case, and it comes with every piece of a download
         entries = sorted(self._unused(), key=lambda entry: entry[1])
         total = sum(size for _, _, size in self._all())
         while self._is_too_much(size_bytes, total):

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.types import Duration
-from aoscore.mp.clock import ClockRule, ClockSync, kernel_is_synchronized
+from aoscore.mp.clock import ClockRule, ClockSync, kernel_is_synchronized, main_time
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.config import ClockSyncConfig
 from aoscore.mp.filechunker.downloads import clock_sync
@@ -93,3 +94,11 @@ async def test_clock_is_taken_over_the_link() -> None:
         for task in tasks:
             task.cancel()
         assert set_to and set_to[0] > 1.7e9
+
+
+def test_clock_from_before_the_software_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert main_time().seconds > 1_700_000_000
+    assert not caplog.text
+    for _ in range(3):
+        main_time(built_s=time.time() + 1000)
+    assert caplog.text.count("older than this software") == 1
