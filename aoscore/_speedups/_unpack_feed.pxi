@@ -147,9 +147,12 @@ cdef void feed_start(Feed *feed) noexcept nogil:
     # Signals belong to the threads of the interpreter.
     sigfillset(&every)
     pthread_sigmask(SIG_SETMASK, &every, &previous)
+    # Neither starts before it is known whether there is the other.
+    pthread_mutex_lock(&feed.lock)
     feed.threaded = pthread_create(&feed.thread, NULL, feed_thread, feed) == 0
     if feed.threaded and feed.packing != PACKED_NONE:
         feed.hashing = pthread_create(&feed.hasher, NULL, hash_thread, feed) == 0
+    pthread_mutex_unlock(&feed.lock)
     pthread_sigmask(SIG_SETMASK, &previous, NULL)
 
 
