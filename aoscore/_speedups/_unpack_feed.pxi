@@ -147,9 +147,12 @@ cdef void feed_start(Feed *feed) noexcept nogil:
     # Signals belong to the threads of the interpreter.
     sigfillset(&every)
     pthread_sigmask(SIG_SETMASK, &every, &previous)
+    # Neither starts before it is known whether there is the other.
+    pthread_mutex_lock(&feed.lock)
     feed.threaded = pthread_create(&feed.thread, NULL, feed_thread, feed) == 0
     if feed.threaded and feed.packing != PACKED_NONE:
         feed.hashing = pthread_create(&feed.hasher, NULL, hash_thread, feed) == 0
+    pthread_mutex_unlock(&feed.lock)
     pthread_sigmask(SIG_SETMASK, &previous, NULL)
 
 
@@ -307,24 +310,29 @@ cdef bint fill(Feed *feed, Slot *slot) noexcept nogil:
 cdef void inflate_step(Feed *feed, Slot *slot) noexcept nogil:
     cdef unsigned char *output = slot.data + slot.used
     cdef size_t room = SLOT_BYTES - slot.used
+    cdef size_t before = feed.available
     cdef int result
     feed.inside = True
     result = inflater_step(feed.inflater, &feed.next_input, &feed.available, &output, &room)
-    slot.used = SLOT_BYTES - room
     feed.pending = room == 0
     if result == INFLATE_MEMBER_END:
         feed.inside = False
         feed.pending = False
     elif result == INFLATE_NO_MEMORY:
         feed.error = ENOMEM
-    elif result == INFLATE_CORRUPT:
-        feed.fault = STREAM_CORRUPT
+    elif result == INFLATE_CORRUPT or (before and before == feed.available and room == SLOT_BYTES - slot.used):
+        feed.fault = STREAM_CORRUPT  # or no way to go on, which must not be an endless one
+    slot.used = SLOT_BYTES - room
 
 
 cdef void zstd_step(Feed *feed, Slot *slot) noexcept nogil:
     cdef ZSTD_inBuffer source
     cdef ZSTD_outBuffer target
     cdef size_t result
+    # The library may read formats before 1.0 (their magic numbers start with other bytes), and heeds no limit there.
+    if not feed.inside and feed.available and feed.next_input[0] != 0x28 and feed.next_input[0] & 0xF0 != 0x50:
+        feed.fault = STREAM_CORRUPT
+        return
     source.src = feed.next_input
     source.size = feed.available
     source.pos = 0

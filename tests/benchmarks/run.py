@@ -2,9 +2,9 @@
 
 import sys
 
-from tests.benchmarks import cm, footprint, iam, mp, sm, speedups, unit
+from tests.benchmarks import cm, footprint, iam, mp, performance, sm, unit
 
-PARTS = (footprint, unit, sm, iam, cm, mp, speedups)
+PARTS = (footprint, unit, sm, iam, cm, mp, performance)
 
 if __name__ == "__main__":
     sys.exit(next((code for part in PARTS if (code := part.main())), 0))

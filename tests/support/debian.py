@@ -36,16 +36,44 @@ def fetch(packages: Iterable[str]) -> str:
             subprocess.run(archive, check=True, timeout=_FETCH_S)
             (building / "layer.tar").rename(_layer(package))
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-            return f"can't fetch Debian's {package}: {said[-1] if said else error}"
+            return _reason(package, error)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return ""
 
 
+def fetch_root() -> str:
+    """See that a root file system is in the cache, as the tool packs it; why that can't be, empty when it is."""
+    if root().exists():
+        return ""
+    if shutil.which("mmdebstrap") is None:
+        return "mmdebstrap is not installed, which fetches Debian"
+    building = root().with_name(f"building-{os.getpid()}-{root().name}")
+    building.parent.mkdir(parents=True, exist_ok=True)
+    command = ["mmdebstrap", "--variant=standard", "--skip=output/dev", '--aptopt=APT::Install-Recommends "false"']
+    try:
+        subprocess.run([*command, _SUITE, building], check=True, capture_output=True, timeout=_FETCH_S)
+        building.rename(root())
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        return _reason("a root file system", error)
+    finally:
+        building.unlink(missing_ok=True)
+    return ""
+
+
+def root() -> Path:
+    """The root file system, packed by gzip; `fetch_root` before."""
+    return _CACHE / f"debian-{_SUITE}-root.tar.gz"
+
+
 def layer(package: str) -> bytes:
     """The archive with a package and all it needs; `fetch` it before."""
     return _layer(package).read_bytes()
+
+
+def _reason(what: str, error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
+    said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+    return f"can't fetch Debian's {what}: {said[-1] if said else error}"
 
 
 def _layer(package: str) -> Path:

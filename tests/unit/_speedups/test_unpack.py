@@ -181,6 +181,14 @@ def test_window_of_zstd_is_bounded(unpack: Unpack) -> None:
     assert error.code is Code.WINDOW_LIMIT
 
 
+def test_old_formats_of_zstd(unpack: Unpack) -> None:
+    """Libraries may still read them (here 0.7, unpacked blocks), but heed no limit of the window."""
+    size = len(LAYER)
+    block = bytes([1 << 6 | size >> 16, size >> 8 & 0xFF, size & 0xFF]) + LAYER
+    blob = b"\x27\xb5\x2f\xfd" + bytes([0b0110_0000]) + (size - 256).to_bytes(2, "little") + block + b"\xc0\0\0"
+    assert refused(unpack, blob, compression=Compression.ZSTD).code is Code.STREAM_CORRUPT
+
+
 @pytest.mark.parametrize("split", [5, 12, 20, 25, 30, 40])
 def test_headers_of_gzip_in_pieces(unpack: Unpack, split: int) -> None:
     """All that a header may have, cut by the end of what is read at once."""
