@@ -113,9 +113,9 @@ def test_node_is_paused_and_resumed(unit: NspawnUnit) -> None:
 
 
 def test_deprovisioned_and_provisioned_again(unit: NspawnUnit) -> None:
+    is_bare = "test ! -e /var/aos/.provisionstate && systemctl is-active aos-iam-prov || true"
     for name, node in reversed(unit.nodes.items()):
         unit.ask("deprovision", node=node_ids(unit)[name])
-        is_bare = "test ! -e /var/aos/.provisionstate && systemctl is-active aos-iam-prov || true"
         unit.wait(lambda node=node: node.run("sh", "-c", is_bare) == "active\n", 120, f"{name} to start as a new node")
         assert node.run("sh", "-c", "ls /var/lib/softhsm/tokens; find /var/aos -name .usrpin") == ""
     unit.call("forget_unit", unit=unit.system_id)

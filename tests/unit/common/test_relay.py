@@ -143,7 +143,7 @@ async def test_inside_the_unit_times_of_certificates_do_not_count(ca: TestCa, tm
         address = f"127.0.0.1:{one.port}"
         assert (await ask_once(address, TlsRoots(client.ca_file))).type == ""
         # The cloud's certificate is another matter.
-        with pytest.raises(ssl.SSLCertVerificationError, match="expired|not yet valid"):
+        with pytest.raises(ssl.SSLCertVerificationError, match=r"expired|not yet valid"):
             await asyncio.open_connection(
                 "127.0.0.1", one.port, ssl=client.ssl_client_context(), server_hostname="server"
             )
