@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
 PYTHON = "/opt/aoscore/bin/python"
 # As a program of the Unit's maker on the Main Node, with the certificate of SM: IAM tells where its key is.
 _TRIGGER = """
-import asyncio
+import asyncio, os, sys
 from pathlib import Path
 from google.protobuf.empty_pb2 import Empty
 from aoscore._pb.communicationmanager.v3 import updatescheduler_pb2_grpc as cm
@@ -41,6 +41,9 @@ async def main():
         await cm.UpdateSchedulerServiceStub(channel).StartSOTAUpdate(Empty(), timeout=20)
 
 asyncio.run(main())
+sys.stdout.flush()
+# As the daemons do: SoftHSM and OpenSSL's provider do not always agree on who goes first.
+os._exit(0)
 """
 
 
