@@ -25,7 +25,7 @@ from tests.support.wholeunit import (
     upload_service,
     wait_active,
 )
-from tests.system.conftest import running
+from tests.system.conftest import all_well, running, running_pair
 
 pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
 
@@ -38,24 +38,15 @@ _ONLINE = "Connected to the cloud"
 
 @pytest.fixture(scope="module")
 def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NspawnUnit]:
-    with running(
-        NspawnUnit(tmp_path_factory.mktemp("unit"), ("main", "secondary"), with_mp=True, keys="softhsm")
-    ) as unit:
-        provision_both(unit)
-        label_nodes(unit)
-        run_services(unit)
+    with running_pair(tmp_path_factory.mktemp("unit"), with_mp=True) as unit:
         yield unit
 
 
 @pytest.fixture
 def unit(provisioned: NspawnUnit) -> Iterator[NspawnUnit]:
-    """A Unit whose services are active on both nodes, before the fault and after it."""
-    wait_active(provisioned)
-    yield provisioned
-    provisioned.wait(provisioned.is_online, 120, "the Unit to be online again")
-    wait_active(provisioned)
-    check_whole(provisioned)
-    assert provisioned.ask("violations") == []
+    with all_well(provisioned) as unit:
+        yield unit
+    assert unit.ask("violations") == []
 
 
 def is_connected(unit: NspawnUnit, node: str) -> bool:

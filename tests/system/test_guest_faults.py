@@ -19,7 +19,7 @@ from tests.support.wholeunit import (
     upload_service,
     wait_active,
 )
-from tests.system.conftest import running
+from tests.system.conftest import all_well, running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 
@@ -43,12 +43,8 @@ def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
 
 @pytest.fixture
 def unit(provisioned: QemuUnit) -> Iterator[QemuUnit]:
-    """A Unit of one node whose service is active, before the fault and after it."""
-    wait_active(provisioned)
-    yield provisioned
-    provisioned.wait(provisioned.is_online, 120, "the Unit to be online again")
-    wait_active(provisioned)
-    check_whole(provisioned)
+    with all_well(provisioned) as unit:
+        yield unit
 
 
 def power_cycle(unit: QemuUnit, clock: str = "") -> None:

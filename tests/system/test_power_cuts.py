@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.nspawn import NspawnUnit
-from tests.support.wholeunit import check_whole, label_nodes, provision_both, run_services, upload_service, wait_active
-from tests.system.conftest import running
+from tests.support.wholeunit import check_whole, upload_service, wait_active
+from tests.system.conftest import running_pair
 
 CUTS = int(os.environ.get("AOSCORE_POWER_CUTS", "30"))
 SEED = int(os.environ.get("AOSCORE_SEED", "9"))
@@ -26,10 +26,7 @@ pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(300 + 90 * CUTS)]
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Iterator[NspawnUnit]:
-    with running(NspawnUnit(tmp_path, ("main", "secondary"), keys="softhsm", with_disks=True)) as unit:
-        provision_both(unit)
-        label_nodes(unit)
-        run_services(unit)
+    with running_pair(tmp_path, with_disks=True) as unit:
         yield unit
 
 

@@ -9,16 +9,12 @@ import pytest
 
 from tests.support.nspawn import NspawnUnit
 from tests.support.wholeunit import (
-    check_whole,
     containers,
     instances,
-    label_nodes,
-    provision_both,
-    run_services,
     upload_service,
     wait_active,
 )
-from tests.system.conftest import running
+from tests.system.conftest import all_well, running_pair
 
 pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
 
@@ -49,22 +45,15 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NspawnUnit]:
-    directory = tmp_path_factory.mktemp("unit")
-    with running(NspawnUnit(directory, ("main", "secondary"), keys="softhsm")) as unit:
-        provision_both(unit)
-        label_nodes(unit)
-        run_services(unit)
+    with running_pair(tmp_path_factory.mktemp("unit")) as unit:
         yield unit
 
 
 @pytest.fixture
 def unit(provisioned: NspawnUnit) -> Iterator[NspawnUnit]:
-    """A Unit whose services are active on both nodes, before the test and after it."""
-    wait_active(provisioned)
-    yield provisioned
-    wait_active(provisioned)
-    check_whole(provisioned)
-    assert provisioned.ask("violations") == []
+    with all_well(provisioned) as unit:
+        yield unit
+    assert unit.ask("violations") == []
 
 
 def set_schedule(unit: NspawnUnit, rule: dict[str, Any]) -> None:
