@@ -115,12 +115,17 @@ class Guest:
         """An overlay."""
         return self.directory / f"{self.name}.{number}.qcow2"
 
-    def start(self, *, resume: Path | None = None) -> None:
-        """Power on; with `resume`, go on from a state that `save` wrote. Returns when QEMU answers."""
+    def start(self, *, resume: Path | None = None, clock: str = "") -> None:
+        """Power on; with `resume`, go on from a state that `save` wrote. Returns when QEMU answers.
+
+        `clock`: what the board's clock shows then, UTC, `1970-01-01T00:00:00`; empty: the time.
+        """
         for path in self.directory.glob(f"{self.name}.*.sock"):
             path.unlink()
         # The guest ends with the program that entered on its behalf.
         command = [*self._enter(), f"--wdns={self.directory}", "setpriv", "--pdeathsig", "KILL", *self.command(resume)]
+        if clock:
+            command += ["-rtc", f"base={clock}"]
         with (self.directory / f"{self.name}.qemu.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

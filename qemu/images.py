@@ -45,7 +45,7 @@ def guest_nodes(
     interface: str = "eth0",
     cloud_ip: str = CLOUD_IP,
     with_mp: bool = False,
-    keys: Literal["softhsm", "file"] = "file",
+    keys: Literal["softhsm", "file"] = "softhsm",
 ) -> dict[str, Node]:
     """The two Nodes of a Unit by host name. `interface` leads to the Unit's network, `root_ca` is PEM text.
 

@@ -39,9 +39,9 @@ STEPS = (
     Step("unit", 12),
     Step("layer", 8),
     Step("integration", 25),
-    Step("system", 20, needs_background=True),
+    Step("system", 40, needs_background=True),
     Step("pins", 14),
-    Step("vm", 25),
+    Step("vm", 45),
 )
 
 

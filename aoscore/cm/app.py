@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import ssl
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,7 +67,7 @@ from aoscore.cm.updatemanager.scheduler import UpdateScheduler
 from aoscore.cm.updatemanager.store import UpdateStore
 from aoscore.common.aio import Backoff, Service, Worker
 from aoscore.common.blobstore import BlobStore
-from aoscore.common.daemon import EXIT_OK, Option, Program, run_daemon
+from aoscore.common.daemon import EXIT_OK, Option, Program, leave, run_daemon
 from aoscore.common.db import Database, files_of
 from aoscore.common.download import Downloader
 from aoscore.common.errors import AosError
@@ -470,7 +469,7 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the program aos_communicationmanager."""
-    sys.exit(run_daemon(PROGRAM))
+    leave(run_daemon(PROGRAM))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from aoscore.ctl.sandbox import Layout
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 40.0
-_EMPTY_TIMEOUT_S = 10.0
+_EMPTY_TIMEOUT_S = 60.0
 _CGROUPS = Path("/sys/fs/cgroup")
 
 

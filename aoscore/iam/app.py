@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ import msgspec
 
 from aoscore.common.aio import Service, Worker
 from aoscore.common.config import load_section
-from aoscore.common.daemon import Option, Program, run_daemon
+from aoscore.common.daemon import Option, Program, leave, run_daemon
 from aoscore.common.errors import AosError, ConfigError, FailedError, NotFoundError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.pkcs11.token import Token
@@ -337,4 +336,4 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the program aos_iamanager."""
-    sys.exit(run_daemon(PROGRAM))
+    leave(run_daemon(PROGRAM))

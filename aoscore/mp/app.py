@@ -4,13 +4,12 @@ import argparse
 import asyncio
 import contextlib
 import ssl
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from aoscore.common.aio import Backoff, Broadcast, Service, Worker
-from aoscore.common.daemon import Option, Program, run_daemon
+from aoscore.common.daemon import Option, Program, leave, run_daemon
 from aoscore.common.download import Downloader
 from aoscore.common.errors import ConfigError
 from aoscore.common.files import DirectoryLock
@@ -271,4 +270,4 @@ PROGRAM = Program(
 def main() -> None:
     """Entry point of the program aos_messageproxy."""
     settle()
-    sys.exit(run_daemon(PROGRAM))
+    leave(run_daemon(PROGRAM))

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Protocol, TypeAlias
 
 from aoscore._speedups.unpack_types import Owners
 from aoscore.common.aio import Backoff, Service, Worker
-from aoscore.common.daemon import Program, run_daemon
+from aoscore.common.daemon import Program, leave, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
 from aoscore.common.errors import AosError, ConfigError, InvalidArgumentError
@@ -337,4 +336,4 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the program aos_servicemanager."""
-    sys.exit(run_daemon(PROGRAM))
+    leave(run_daemon(PROGRAM))

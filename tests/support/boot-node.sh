@@ -1,10 +1,21 @@
 #!/bin/sh
 # boot-node.sh NAME DIR BRIDGE LOWER CGROUP [OPTION]: boots DIR (an overlay on LOWER) as a machine of its own with systemd in it.
+# What the node writes is in DIR/own, or, where DIR/disk names a file, on the file system in that: see nspawn.py.
 # What testbed.md §6 found necessary: a terminal for systemd, a control group version 2 tree, a few system calls.
 set -e
 name=$1 dir=$2 bridge=$3 lower=$4 group=/sys/fs/cgroup/$5 option=$6
+own=$dir/own attach=:
+if [ -e "$dir/disk" ]; then
+    disk=$(cat "$dir/disk")
+    # After a power cut it is being made.
+    until [ -e "$disk" ]; do sleep 0.1; done
+    attach="mount -o loop,noatime $disk $own"
+fi
+# It would pass on what systemd in the node has to say, to who does not listen: then systemd stands still.
+unset NOTIFY_SOCKET
 exec script -qec "unshare --mount sh -c '
-    mount -t overlay overlay -o lowerdir=$lower,upperdir=$dir/upper,workdir=$dir/work $dir/root
+    $attach
+    mount -t overlay overlay -o lowerdir=$lower,upperdir=$own/upper,workdir=$own/work $dir/root
     umount -R /sys/fs/cgroup
     mount -t cgroup2 none /sys/fs/cgroup
     mkdir -p $group

@@ -21,13 +21,17 @@ for path in sys.argv[1:]:
         [(answer,)] = database.execute("PRAGMA integrity_check")
         print(path, answer)
 """
-# Every blob below the directories has the name of its SHA-256.
+# Every blob of CM and SM has the name of its SHA-256. SM's of a layer that is unpacked only names that (its store.py).
 _CHECK_BLOBS = """
 import hashlib, pathlib, re, sys
 for top in sys.argv[1:]:
-    for path in pathlib.Path(top).rglob("*"):
+    for path in pathlib.Path(top).rglob("blobs/sha256/*"):
         if path.is_file() and re.fullmatch("[0-9a-f]{64}", path.name):
-            digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+            data = path.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            layer = re.fullmatch(b"sha256:([0-9a-f]{64})", data)
+            if layer and (path.parents[2] / "layers/sha256" / layer[1].decode()).is_dir():
+                digest = path.name
             print(path, "ok" if digest == path.name else "is " + digest)
 """
 
@@ -80,7 +84,7 @@ def upload_service(unit: Bed, node: str, version: str = "1.0.0", start: str = _S
 
 def run_services(unit: Bed) -> None:
     """Deploy the service of each node; returns when all are active."""
-    for node in SERVICES:
+    for node in unit.nodes:
         unit.call("assign", item=upload_service(unit, node), target=unit.system_id)
     wait_active(unit)
 
@@ -90,12 +94,12 @@ def wait_active(unit: Bed, version: str = "", timeout_s: float = 120) -> None:
 
     def done() -> bool:
         found = instances(unit)
-        return set(found) == set(SERVICES) and all(
+        return set(found) == set(unit.nodes) and all(
             one["state"] == "active" and version in ("", one["version"]) for one in found.values()
         )
 
     try:
-        unit.wait(done, timeout_s, f"services {version} on both nodes to be active")
+        unit.wait(done, timeout_s, f"services {version} on all nodes to be active")
     except Exception as error:
         error.add_note(json.dumps(unit.ask("unit")["status"], indent=1))
         raise

@@ -13,6 +13,7 @@ from qemu.bed import Bed
 from qemu.images import build_images
 from qemu.unit import QemuUnit, saved_unit
 from tests.support.nspawn import NspawnUnit
+from tests.support.wholeunit import check_whole, label_nodes, provision_both, run_services, wait_active
 
 Unit = TypeVar("Unit", bound=Bed)
 
@@ -48,6 +49,27 @@ def running(unit: Unit) -> Iterator[Unit]:
         raise
     finally:
         unit.stop()
+
+
+@contextlib.contextmanager
+def running_pair(directory: Path, *, with_mp: bool = False, with_disks: bool = False) -> Iterator[NspawnUnit]:
+    """A provisioned Unit of two nodes with their keys in tokens, which runs a service on each (bed C)."""
+    pair = NspawnUnit(directory, ("main", "secondary"), keys="softhsm", with_mp=with_mp, with_disks=with_disks)
+    with running(pair) as unit:
+        provision_both(unit)
+        label_nodes(unit)
+        run_services(unit)
+        yield unit
+
+
+@contextlib.contextmanager
+def all_well(unit: Unit) -> Iterator[Unit]:
+    """A provisioned Unit that is online, with its services active and its files whole, after the block as before."""
+    wait_active(unit)
+    yield unit
+    unit.wait(unit.is_online, 120, "the Unit to be online again")
+    wait_active(unit)
+    check_whole(unit)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -12,10 +12,9 @@ from tests.support.wholeunit import (
     label_nodes,
     node_ids,
     provision_both,
-    run_services,
     wait_active,
 )
-from tests.system.conftest import running
+from tests.system.conftest import running_pair
 
 pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
 
@@ -24,12 +23,7 @@ CERTIFICATE_TYPES = {"main": {"online", "offline", "iam", "sm", "cm"}, "secondar
 
 @pytest.fixture(scope="module")
 def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NspawnUnit]:
-    """A provisioned Unit that runs a service on each node; each test leaves it so."""
-    directory = tmp_path_factory.mktemp("unit")
-    with running(NspawnUnit(directory, ("main", "secondary"), keys="softhsm")) as unit:
-        provision_both(unit)
-        label_nodes(unit)
-        run_services(unit)
+    with running_pair(tmp_path_factory.mktemp("unit")) as unit:
         yield unit
 
 

@@ -57,6 +57,9 @@ def iam(node: Node) -> dict[str, Any]:
         config["mainIamPublicServerUrl"] = f"{node.main_host}:8090"
         config["mainIamProtectedServerUrl"] = f"{node.main_host}:8089"
     if node.hooks:
+        if node.keys == "softhsm":
+            # A token whose owner is known to nobody, after a provisioning that was broken off, can't be taken over.
+            config["startProvisioningCmdArgs"] = [f"{node.opt}/clearhsm.sh"]
         config["finishProvisioningCmdArgs"] = [f"{node.opt}/provfinish.sh"]
         config["deprovisionCmdArgs"] = [f"{node.opt}/deprovision.sh", "async"]
         if node.data_disk:

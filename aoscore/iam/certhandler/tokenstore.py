@@ -161,11 +161,11 @@ class TokenKeyStore:
         self._token.so_pin = so_pin
 
     def clear(self) -> None:
-        """Delete the objects of the type. A token into which nobody can log in is left to set_owner."""
+        """Delete the objects of the type. A token that is gone or into which nobody can log in is left to set_owner."""
         try:
             if self.owned:
                 self._token.change(command("destroy_label", label=self._type))
-        except (NotFoundError, RuntimeFailure) as error:
+        except (NotFoundError, RuntimeFailure, WrongStateError) as error:
             if isinstance(error, RuntimeFailure) and error.errno not in (_PIN_INCORRECT, _PIN_NOT_SET):
                 raise
             _log.warning(kv("Can't log in to clear the token", type=self._type, error=error))

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, atexit, os, sys
 from pathlib import Path
 import msgspec
 from aoscore.common.config import load_config
-from aoscore.common.daemon import Option, Program, run_daemon
+from aoscore.common.daemon import Option, Program, leave, run_daemon
 from aoscore.common.errors import FailedError
 
 class Config(msgspec.Struct, rename="camel"):
@@ -39,13 +39,15 @@ class Service:
             print("stop", self.name, flush=True)
 
 async def build(config, options, stack):
+    # Stands for libraries that crash when they are taken down.
+    atexit.register(os.abort)
     stack.callback(print, "closed", flush=True)
     return [Service("a", "run"), Service("b", config.mode)]
 
 program = Program("aos_test", "Test", "test.cfg", lambda path: load_config(path, Config), build,
                   options=(Option("provisioning", "p", "provisioning mode"),),
                   before=lambda config, options: 5 if options.provisioning else None)
-sys.exit(run_daemon(program))
+leave(run_daemon(program))
 """
 
 

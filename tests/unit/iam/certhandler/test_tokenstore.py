@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import stat
 import subprocess
 import time
@@ -357,6 +358,16 @@ class TestFaults:
         hsm.pin_file.write_text("1234")
         store.clear()
         store.set_owner(PASSWORD)
+        store.create_key(Algorithm.ECC)
+
+    def test_token_is_gone_while_its_pin_is_there(self, hsm: SoftHsm, store: TokenKeyStore) -> None:
+        """Its files were removed under us, as the hook at the start of provisioning does; who comes next owns it."""
+        store.create_key(Algorithm.ECC)
+        assert store.owned
+        shutil.rmtree(hsm.tokens)
+        hsm.tokens.mkdir()
+        store.clear()
+        store.set_owner("another")
         store.create_key(Algorithm.ECC)
 
     def test_crash_and_hang(self, hsm: SoftHsm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
