@@ -14,6 +14,7 @@ from aoscore.common.download import Downloader
 from aoscore.common.errors import ConfigError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.iamclient import IamPublicClient
+from aoscore.common.memory import expect_much_through_few_objects
 from aoscore.common.rpc import LazyChannel, Server
 from aoscore.common.tls import TlsIdentity, TlsRoots, grpc_server_credentials
 from aoscore.mp.clock import ClockSync
@@ -29,7 +30,6 @@ from aoscore.mp.iamclient.certificates import Certificate
 from aoscore.mp.iamclient.registration import CURRENT, LEGACY, Interface, open_iam_relay, secure_iam_relay
 from aoscore.mp.legacy import LegacyGateway, LegacyImages, LegacySm
 from aoscore.mp.logprovider.archive import LogArchiver
-from aoscore.mp.memory import settle
 from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.blobs import Blobs, BlobServer
 from aoscore.mp.nodeserver.calls import CallClient
@@ -269,5 +269,5 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the program aos_messageproxy."""
-    settle()
+    expect_much_through_few_objects()
     leave(run_daemon(PROGRAM))
