@@ -25,7 +25,7 @@ from aoscore.mp.communication.sockets import Listener, connected
 from aoscore.mp.config import ClockSyncConfig
 from aoscore.mp.filechunker.chunker import Chunker
 from aoscore.mp.filechunker.downloads import send_pieces
-from aoscore.mp.memory import settle
+from aoscore.common.memory import expect_much_through_few_objects
 from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
@@ -125,6 +125,6 @@ def _digest(size: int) -> str:
 
 
 if __name__ == "__main__":
-    settle()
+    expect_much_through_few_objects()
     number, length, ca, cert, key = sys.argv[1:]
     asyncio.run(serve(int(number), int(length), TlsIdentity(Path(ca), cert, key)))
