@@ -156,7 +156,7 @@ def graphs(build: Build) -> None:
         print(f"  {image}: {len(recipes)} recipes, {time.monotonic() - began:.0f} s")
         for line in warnings:
             print(f"    {line}")
-        ours = sorted(name for name in recipes if name.startswith(("aos", "python3-apsw", "python3-msgspec")))
+        ours = sorted(name for name in recipes if name.startswith(("aos", "isa-l", "python3-apsw", "python3-msgspec")))
         print(f"    ours: {' '.join(ours)}")
 
 

@@ -55,7 +55,7 @@ def fetch_root() -> str:
         subprocess.run([*command, _SUITE, building], check=True, capture_output=True, timeout=_FETCH_S)
         building.rename(root())
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        return _reason("a root file system", error)
+        return _reason("root file system", error)
     finally:
         building.unlink(missing_ok=True)
     return ""
