@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -27,10 +28,29 @@ SECONDARY_TYPES = ["iam", "sm"]
 READY_S = 30.0
 
 
+# Names of ports that this process has given out, as sockets: other test processes can't take them, and they go with us.
+_taken: list[socket.socket] = []
+_FIRST_PORT = 10_000
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port for a server that is started later, again and again: nobody else gets it meanwhile.
+
+    None of those that the kernel gives to outgoing connections: one would be in use when the server wants it.
+    """
+    last = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]) - 1
+    while True:
+        port = random.randint(_FIRST_PORT, last)
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0aoscore-test-port-{port}")
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", port))
+        except OSError:
+            name.close()
+            continue
+        _taken.append(name)
+        return port
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = READY_S) -> None:

@@ -5,6 +5,7 @@ vchan is the real libxenvchan over stand-ins for the devices of Xen.
 
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import os
 import random
@@ -119,8 +120,12 @@ async def test_sm_registers_and_talks_both_ways(bed: MpBed) -> None:
         await bed.cm.frame("node_config_status")
         sm.send(alert=pb.Alert(core_alert=pb.CoreAlert(core_component="SM", message="hello")))
         assert (await bed.cm.frame("alert")).core_alert.message == "hello"
-        sm.send(log=pb.LogData(correlation_id="1", data=os.urandom(256 * 1024), part=1, part_count=1, status="ok"))
-        assert len((await bed.cm.frame("log")).data) == 256 * 1024
+        packed = gzip.compress(os.urandom(256 * 1024))
+        sm.send(log=pb.LogData(correlation_id="1", data=packed, part=1, part_count=1, status="ok"))
+        assert (await bed.cm.frame("log")).data == packed
+        sm.send(log=pb.LogData(correlation_id="2", data=b"text", part=1, part_count=1, status="ok"))
+        await bed.cm.wait(lambda cm: cm.connections[-1].kinds().count("log") == 2)
+        assert gzip.decompress(bed.cm.connections[-1].frames[-1].log.data) == b"text"
 
 
 async def test_calls_beside_the_stream(bed: MpBed) -> None:
