@@ -134,6 +134,7 @@ class Monitoring:
             await self._traffic.refresh_traffic()
         measured = await worker.run(self._measure, targets)
         now, now_s = datetime.now(UTC), self._clock()
+        targets = {name: target for name, target in targets.items() if name in measured.usages}
         instances = [self._instance(target, measured) for target in targets.values()]
         node = self._node_data(measured.sample)
         self._last = measured.sample
@@ -151,13 +152,14 @@ class Monitoring:
         for name in targets.keys() - self._watched.keys():
             self._sampler.add(name, targets[name].cgroup.lstrip("/"))
         self._watched = targets
-        usages = {
-            name: tuple(
-                PartitionUsage(label, self._stored_bytes(target.info.uid, label, path))
-                for label, path in target.partitions
-            )
-            for name, target in targets.items()
-        }
+        usages = {}
+        for name, target in targets.items():
+            # One that can't be measured is left out, and no other with it (sm.md §12, D22).
+            with log_and_continue(_log, f"Can't measure what instance {target.ident} has stored"):
+                usages[name] = tuple(
+                    PartitionUsage(label, self._stored_bytes(target.info.uid, label, path))
+                    for label, path in target.partitions
+                )
         return Measured(self._sampler.sample(), usages)
 
     def _stored_bytes(self, uid: int, label: str, path: Path) -> int:

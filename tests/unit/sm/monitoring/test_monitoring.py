@@ -4,6 +4,7 @@ import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aoscore._speedups.sampler_types import InstanceSample, NodeSample
@@ -236,3 +237,32 @@ async def test_service_samples_averages_and_alerts(tmp_path: Path) -> None:
                     await samples.get()
             assert monitoring.average().instances == ()
     assert sent[0].status is AlertStatus.RAISE and sent[0].parameter == "download"
+
+
+class Stale(DiskQuotas):
+    """The storage of one user can't be looked at."""
+
+    def used_bytes(self, uid: int, name: str, path: Path) -> int | None:
+        if uid == 1:
+            raise OSError(116, "Stale file handle")
+        return 5
+
+
+async def test_an_instance_that_can_not_be_measured_spoils_no_other(tmp_path: Path) -> None:
+    async def send(alert: SystemQuotaAlert | InstanceQuotaAlert) -> None:
+        pass
+
+    runtime = Runtime(tmp_path)
+    good = runtime.targets[0]
+    bad_info = msgspec.structs.replace(good.info, ident=InstanceIdent("bad", "subject", 0), uid=1)
+    runtime.targets.insert(0, msgspec.structs.replace(good, instance_id="bad", ident=bad_info.ident, info=bad_info))
+    node = NodeInfo("n1", max_dmips=10000, total_ram=2**30)
+    monitoring = Monitoring(
+        node, [runtime], Traffic(), Configs(), send, disk_quotas=Stale(), period_s=0.05, window_s=0.2
+    )
+    with monitoring.samples.subscribe() as samples:
+        async with running(monitoring):
+            sample = await samples.get()
+            assert [entry.ident for entry in sample.instances] == [IDENT]
+            await samples.get()
+            assert [entry.ident for entry in monitoring.average().instances] == [IDENT]
