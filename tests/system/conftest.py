@@ -94,7 +94,7 @@ def _show(unit: Bed) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for each case, in the order of the runs: what it is about, how it ended, and how long it took."""
+    """One line for each case: what it is about, how it ended, and how long it took."""
     results: dict[str, str] = {}
     times_s: dict[str, float] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
@@ -111,7 +111,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("cases")
     width = max(map(len, map(_case, results)))
     for nodeid, outcome in sorted(results.items()):
-        terminalreporter.line(f"{_case(nodeid):{width}}  {outcome:7}  {times_s[nodeid]:5.0f} s")
+        terminalreporter.line(f"{_case(nodeid):{width}}  {outcome:7}  {times_s.get(nodeid, 0.0):5.0f} s")
     terminalreporter.line(f"{'all':{width}}  {len(results):7}  {sum(times_s.values()):5.0f} s")
 
 

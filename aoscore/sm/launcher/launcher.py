@@ -147,6 +147,11 @@ class Launcher:
         if connected:
             self._retries.hurry()
             self._install_retries.hurry()
+            # Blobs come from CM: what could not be installed without it has not failed, or CM would roll it back.
+            for ident, info in desired(self._situation()).items():
+                failed = ident in self._statuses and self._statuses[ident].state is InstanceState.FAILED
+                if failed and item_key(info) in self._install_retries:
+                    self._report(_status(info, InstanceState.ACTIVATING))
         self._wake.set()
 
     def resources_changed(self) -> None:

@@ -15,6 +15,10 @@ class Retries(Generic[K]):
         self._new_backoff = backoff
         self._entries: dict[K, tuple[Backoff, float]] = {}
 
+    def __contains__(self, key: K) -> bool:
+        """Whether it has failed last."""
+        return key in self._entries
+
     def failed(self, key: K, now_s: float) -> float:
         """Note a failure; returns the pause that follows, seconds."""
         backoff = self._entries[key][0] if key in self._entries else self._new_backoff()

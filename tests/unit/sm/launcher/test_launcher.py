@@ -452,9 +452,12 @@ async def test_cm_coming_back_hurries_retries(bed: Bed) -> None:
     bed.pause_s = 1000.0
     bed.images.errors["1.0.0"] = FailedError("CM is away")
     async with bed.launcher() as launcher:
-        await update(launcher, A)
+        statuses = await update(launcher, A)
+        assert statuses["a"].state is InstanceState.FAILED
         bed.images.errors.clear()
         launcher.cm_connected(True)
+        # What CM is told first: it would roll back a version that has failed.
+        assert launcher.statuses().statuses[0].state is InstanceState.ACTIVATING
         await until(lambda: bool(bed.runtime.instances))
 
 
