@@ -16,6 +16,7 @@ from pathlib import Path
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.common.aio import Worker
+from aoscore.common.memory import expect_much_through_few_objects
 from aoscore.common.tls import TlsIdentity
 from aoscore.mp.clock import ClockSync
 from aoscore.mp.communication.connection import Connection, LinkSettings
@@ -25,7 +26,6 @@ from aoscore.mp.communication.sockets import Listener, connected
 from aoscore.mp.config import ClockSyncConfig
 from aoscore.mp.filechunker.chunker import Chunker
 from aoscore.mp.filechunker.downloads import send_pieces
-from aoscore.common.memory import expect_much_through_few_objects
 from aoscore.mp.node import Node
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink

@@ -230,16 +230,16 @@ class Launcher:
             steps = plan(self._situation())
             for key in steps.install:
                 self._installing[key] = tasks.create_task(self._install(key), name=f"install {key}")
-            if await self._take(steps):
-                continue
-            # Reports that the steps caused belong into the complete list.
-            for queue in reports:
-                while not queue.empty():
-                    self._on_report(queue.get_nowait())
-            self.settled.set()
-            if self._report_due and not self._installing:
+            if self._report_due and not self._installing and self._has_all_failed(steps):
+                # Reports that earlier steps caused belong into the complete list.
+                for queue in reports:
+                    while not queue.empty():
+                        self._on_report(queue.get_nowait())
                 self._report_due = False
                 self.changed.publish(self.statuses())
+            if await self._take(steps):
+                continue
+            self.settled.set()
             if self._copy_due and not self._changes:
                 self._copy_due = False
                 with log_and_continue(_log, "Can't keep a copy of the database"):
@@ -268,6 +268,13 @@ class Launcher:
         )
         delays_s = [max(0.0, moment_s - now_s) for moment_s in due if moment_s is not None]
         await comes_within(self._wake, min(delays_s) + 0.001 if delays_s else None)
+
+    def _has_all_failed(self, steps: Plan) -> bool:
+        """Whether there is nothing to do but what did not work before: the end of an update does not wait for that."""
+        idents = [*steps.stop, *steps.apply, *(info.ident for info in steps.start)]
+        return all(ident in self._retries for ident in idents) and all(
+            key in self._install_retries for key in steps.remove_items
+        )
 
     async def _take(self, steps: Plan) -> bool:
         """Do one kind of steps; whether there was something to do."""

@@ -338,6 +338,15 @@ async def test_failed_start_is_reported_and_tried_again(bed: Bed) -> None:
         await until(lambda: launcher.statuses().statuses[0].state is InstanceState.ACTIVE)
 
 
+async def test_the_end_of_an_update_does_not_wait_for_what_is_tried_again(bed: Bed) -> None:
+    bed.pause_s = 0.0
+    bed.runtime.start_errors["1.0.0"] = FailedError("no such device")
+    async with bed.launcher() as launcher:
+        for _ in range(3):
+            statuses = await update(launcher, A)
+            assert statuses["a"].state is InstanceState.FAILED
+
+
 async def test_failed_stop_is_tried_again_before_the_new_version_starts(bed: Bed) -> None:
     async with bed.launcher() as launcher:
         await update(launcher, A)
