@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -195,6 +196,36 @@ async def test_a_damaged_database_gives_way_to_its_copy_and_services_run_on(bed:
     await bed.until(lambda: bed.phase == "none")
     assert bed.running == {"a": "1.0.0"}
     assert not [frame for frame in bed.sm.received[told:] if frame.update_instances.stop_instances]
+
+
+async def test_killed_in_the_middle_of_a_renewal_the_cloud_hears_of_it(bed: UnitBed) -> None:
+    await bed.start()
+    await bed.cloud.connected()
+    node = {"codename": "node-1"}
+    renewal = {
+        "messageType": "renewCertificatesNotification",
+        "certificates": [{"type": "sm", "serial": "1", "node": node, "validTill": "2027-01-01T00:00:00Z"}],
+        "unitSecrets": {"version": "2.0.0", "nodes": [{"node": node, "secret": "hidden"}]},
+    }
+    assert bed.iam.process is not None
+    bed.iam.process.send_signal(signal.SIGSTOP)
+    try:
+        txn = await bed.cloud.send_frame(renewal)
+
+        def is_acknowledged() -> bool:
+            return any(frame["header"]["txn"] == txn for frame in bed.cloud.frames)
+
+        await bed.until(is_acknowledged)
+        await bed.kill()
+    finally:
+        bed.iam.process.send_signal(signal.SIGCONT)
+    await bed.start()
+    (told,) = (await bed.cloud.next("installUnitCertificatesConfirmation"))["data"]["certificates"]
+    assert (told["type"], told["node"]) == ("sm", node)
+    assert "ask again" in told["errorInfo"]["message"]
+    await bed.until(lambda: not bed.rows("SELECT 1 FROM aoscore_inbox"))
+    assert "hidden" not in bed.log()
+    assert b"hidden" not in b"".join(path.read_bytes() for path in (bed.directory / "work").glob("cm.db*"))
 
 
 async def test_nonsense_from_the_cloud(bed: UnitBed) -> None:
