@@ -160,8 +160,19 @@ def remove_cgroups(name: str) -> None:
                     if error.errno != errno.EBUSY:
                         raise
                     if time.monotonic() > deadline:
-                        raise DeadlineError(f"control group {folder} does not get empty") from error
+                        held = ", ".join(_processes_in(Path(folder))) or "by what lies below it"
+                        raise DeadlineError(f"control group {folder} does not get empty, it is held: {held}") from error
                     time.sleep(0.05)
+
+
+def _processes_in(group: Path) -> list[str]:
+    """Who lives in a control group: number, name and state of each process (proc(5))."""
+    found = []
+    for pid in (group / "cgroup.procs").read_text().split():
+        with contextlib.suppress(OSError):
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" (")[2].rpartition(") ")
+            found.append(f"{pid} {name} {rest[:1]}")
+    return found
 
 
 def _begun(pid: int) -> int | None:
