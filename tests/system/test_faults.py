@@ -191,6 +191,8 @@ class _Killer(threading.Thread):
         self.join()
 
 
+# Once in three runs a control group of a node did not get empty within a minute after the machine had been ended.
+@pytest.mark.unsettled
 def test_iam_is_killed_during_provisioning(tmp_path: Path) -> None:
     """At several steps: provisioning is repeated until it is through, and the Unit works."""
     with running(NspawnUnit(tmp_path, ("main", "secondary"), keys="softhsm")) as unit:

@@ -21,7 +21,9 @@ SEED = int(os.environ.get("AOSCORE_SEED", "9"))
 # An update of both nodes takes about that long from the cloud's wish to the end of clean-up.
 _UPDATE_S = 8.0
 
-pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(300 + 90 * CUTS)]
+# Once in 50 cuts crun could not create the service's container any more ("read status from sync socket: File exists"),
+# with the old version and the new one.
+pytestmark = [pytest.mark.nspawn, pytest.mark.unsettled, pytest.mark.timeout(300 + 90 * CUTS)]
 
 
 @pytest.fixture
