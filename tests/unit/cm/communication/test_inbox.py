@@ -1,12 +1,9 @@
 """Messages of the cloud outlive the process that has acknowledged them."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from aoscore.cm import database
 from aoscore.cm.communication.inbox import MAX_TRIES, Inbox
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messages import (
@@ -19,7 +16,7 @@ from aoscore.cm.communication.messages import (
     UnitSecrets,
 )
 from aoscore.common.aio import Worker
-from aoscore.common.db import Database, Schema
+from aoscore.common.db import Database
 from aoscore.common.errors import FailedError, NoSpaceError
 from tests.support.cloud import FakeCloud
 from tests.support.running import running, until
@@ -28,18 +25,6 @@ from tests.unit.cm.communication.test_link import SYSTEM, Identities
 NODE = Identity.of_codename("n1")
 OVERRIDE = {"messageType": "overrideEnvVars", "items": []}
 DEPROVISION = {"messageType": "deprovisioningRequest", "node": {"codename": "n1"}, "password": "hidden"}
-
-
-@pytest.fixture
-async def db(tmp_path: Path) -> AsyncIterator[Database]:
-    async with Database(tmp_path / "cm.db", Schema(create=database.OWN_TABLES)) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def worker() -> AsyncIterator[Worker]:
-    async with Worker("test") as worker:
-        yield worker
 
 
 class Process:

@@ -52,12 +52,6 @@ class Identities:
 
 
 @pytest.fixture
-async def worker() -> AsyncIterator[Worker]:
-    async with Worker("test") as worker:
-        yield worker
-
-
-@pytest.fixture
 async def cloud() -> AsyncIterator[FakeCloud]:
     async with FakeCloud(SYSTEM).running() as cloud:
         yield cloud

@@ -1,35 +1,19 @@
 """Messages that outlive the process."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 
-from aoscore.cm import database
 from aoscore.cm.alerts import AlertStore
 from aoscore.cm.communication.link import CloudLink, LinkSettings
 from aoscore.cm.communication.messages import Alerts, IssueUnitCertificates, MonitoringData, OverrideEnvVarsStatus
 from aoscore.cm.communication.outbox import Outbox, StoredMessage
 from aoscore.common.aio import Worker
-from aoscore.common.db import Database, Schema
+from aoscore.common.db import Database
 from aoscore.common.errors import FailedError, NoSpaceError
 from tests.support.cloud import FakeCloud
 from tests.support.running import running, until
 from tests.unit.cm.communication.test_link import SYSTEM, Identities
 
 CSR = IssueUnitCertificates(requests=())
-
-
-@pytest.fixture
-async def db(tmp_path: Path) -> AsyncIterator[Database]:
-    async with Database(tmp_path / "cm.db", Schema(create=database.OWN_TABLES)) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def worker() -> AsyncIterator[Worker]:
-    async with Worker("test") as worker:
-        yield worker
 
 
 def make_link(worker: Worker, db: Database, url: str) -> CloudLink:
