@@ -277,7 +277,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     )
     is_lost = database.recovered is not None
     if database.recovered is not None:
-        alerts.add_core_alert(f"database was damaged, the old one is {database.recovered.name}")
+        alerts.add_core_alert(f"database was damaged, or others may write it; the old one is {database.recovered.name}")
     storage = StorageState(
         StateStore(database),
         link,
