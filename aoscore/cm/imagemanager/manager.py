@@ -161,9 +161,9 @@ class ImageManager:
     ) -> None:
         """Brings all blobs of the wanted versions into the store.
 
-        Afterwards each of them is pending, installed (it was before) or failed with its error. Versions that a failed
-        or interrupted earlier run left and nobody wants any more are forgotten. A cancelled call can be repeated:
-        partial files stay.
+        Afterwards each of them is pending, installed (it was before) or failed with its error. Versions that were not
+        installed and that nobody wants any more are forgotten first, which makes room. A cancelled call can be
+        repeated: partial files stay.
         """
         async with self._lock:
             signers = await self._worker.run(self._signers, certificates, chains)
@@ -171,9 +171,11 @@ class ImageManager:
             left_over = [
                 item
                 for item in self._items.all()
-                if item.key not in wanted and item.state in (ItemState.DOWNLOADING, ItemState.FAILED)
+                if item.key not in wanted and item.state not in (ItemState.INSTALLED, ItemState.REMOVED)
             ]
             await self._change(forget=left_over)
+            if left_over:
+                await self._remove_orphans()
             async with asyncio.TaskGroup() as group:
                 fetch = Fetch(self._fetcher, signers, group)
                 tasks = [group.create_task(self._bring(item, fetch), name=f"item {item.item_id}") for item in items]

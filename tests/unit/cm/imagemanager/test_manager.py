@@ -191,6 +191,21 @@ async def test_the_old_version_stays_until_the_new_one_is_installed(bench: Bench
         assert set(bench.store.digests()) == set(V2.blobs)
 
 
+async def test_a_version_that_was_never_installed_makes_room_for_the_one_that_is_wanted_now(bench: Bench) -> None:
+    bench.cloud.publish(V1)
+    bench.cloud.publish(V2)
+    async with bench.started() as manager:
+        await bench.download(manager, desired("a", "1.0.0", V1))
+        bench.cloud.change(V2.layers[0], urls=("http://127.0.0.1:1/x",))
+        task = asyncio.create_task(bench.download(manager, desired("a", "2.0.0", V2)))
+        while V2.index not in bench.store.digests():
+            await asyncio.sleep(0.01)
+        assert states(manager) == {"a 2.0.0": "downloading"}
+        assert not (set(bench.store.digests()) - set(V2.blobs))
+        task.cancel()
+        await asyncio.wait({task})
+
+
 async def test_a_version_that_does_not_work_leaves_its_predecessor(bench: Bench) -> None:
     bench.cloud.publish(V1)
     bench.cloud.publish(V2)
