@@ -226,7 +226,7 @@ async def test_request_that_is_not_wanted_any_more_changes_nothing(half: NodeHal
         assert await half.db.select("SELECT * FROM launcher_instances") == []
 
 
-async def test_request_does_not_wait_for_a_missing_node(tmp_path: Path) -> None:
+async def test_defect_8_request_does_not_wait_for_a_missing_node(tmp_path: Path) -> None:
     """A node that is long gone blocks every update of AosCore 9.1 (observed.md, defect 8)."""
     async with node_half(tmp_path, node_ids=("n1", "n2"), sm_timeout_s=0.3) as half:
         async with connected(half, TestSm("n1")):

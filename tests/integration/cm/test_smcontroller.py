@@ -353,7 +353,7 @@ async def test_renewed_certificate_is_used_without_losing_sms(bed: Bed) -> None:
     assert [value for kind, value in bed.heard.events[:6] if kind == "lost"] == []
 
 
-async def test_a_stranger_is_refused_on_every_way(bed: Bed) -> None:
+async def test_defect_8_a_stranger_is_refused_on_every_way(bed: Bed) -> None:
     """AosCore 9.1 lets any certificate of the Unit's CA speak for any node (observed.md, defect 8)."""
     bed.strangers.add("n1")
     sm = bed.sm()

@@ -132,7 +132,7 @@ async def test_a_message_without_an_ack_goes_out_four_times(worker: Worker, clou
         assert len({json.dumps(frame) for frame in cloud.frames}) == 1
 
 
-async def test_what_is_queued_offline_leaves_once_after_connecting(worker: Worker) -> None:
+async def test_defect_3_what_is_queued_offline_leaves_once_after_connecting(worker: Worker) -> None:
     """AosCore 9.1 sends it twice, and burns a core meanwhile (observed.md, defect 3)."""
     cloud = FakeCloud(SYSTEM)
     async with cloud.running():
@@ -278,7 +278,7 @@ async def test_a_refusing_discovery_is_asked_again(worker: Worker, cloud: FakeCl
         await cloud.connected()
 
 
-async def test_stop_while_the_discovery_server_is_silent(worker: Worker) -> None:
+async def test_defect_5_stop_while_the_discovery_server_is_silent(worker: Worker) -> None:
     """AosCore 9.1 cannot be stopped then (observed.md, defect 5)."""
     accepted = asyncio.Event()
 
