@@ -198,14 +198,19 @@ class ImageManager:
             ItemState.DOWNLOADING,
             known.timestamp if known and known.state is not ItemState.REMOVED else self._now(),
         )
-        if known is not None and known.state in _USABLE and known.index_digest == wanted.index_digest:
-            item = msgspec.structs.replace(item, state=known.state)
-        await self._change(item)
+        shown = item
+        if known is not None and known.state in _USABLE:
+            if known.index_digest == wanted.index_digest:
+                shown = item = msgspec.structs.replace(item, state=known.state)
+            elif known.state is ItemState.INSTALLED:
+                # The same version with other images: there is one row for both, and what it has runs until it can go.
+                shown = known
+        await self._change(shown)
         try:
             await self._load(wanted.index_digest, fetch)
         except AosError as error:
             _log.error(kv("Item can't be downloaded", itemID=item.item_id, version=item.version, error=error))
-            await self._change(_with_error(item, error))
+            await self._change(_with_error(shown, error))
             return
         if item.state is ItemState.DOWNLOADING:
             await self._change(msgspec.structs.replace(item, state=ItemState.PENDING))

@@ -206,6 +206,38 @@ async def test_a_version_that_was_never_installed_makes_room_for_the_one_that_is
         await asyncio.wait({task})
 
 
+async def test_the_time_of_a_version_tells_since_when_it_is_known_or_removed(bench: Bench) -> None:
+    """AosCore 9.1 writes 0 at every other change (database.md §6, item 14)."""
+    bench.cloud.publish(V1)
+    async with bench.started() as manager:
+        await bench.download(manager, desired("a", "1.0.0", V1))
+        bench.now += timedelta(hours=1)
+        await manager.install({("a", "1.0.0")})
+        assert the(manager, "a", "1.0.0").timestamp == START
+        await manager.install(set())
+    async with bench.started() as manager:
+        assert the(manager, "a", "1.0.0").timestamp == START + timedelta(hours=1)
+
+
+async def test_a_version_with_other_images_keeps_the_ones_it_has_until_they_are_here(bench: Bench) -> None:
+    bench.cloud.publish(V1)
+    bench.cloud.publish(V2)
+    async with bench.started() as manager:
+        await bench.download(manager, desired("a", "1.0.0", V1))
+        await manager.install({("a", "1.0.0")})
+        bench.cloud.change(V2.layers[0], sign_info=None)
+        await bench.download(manager, desired("a", "1.0.0", V2))
+        item = the(manager, "a", "1.0.0")
+        assert (item.state, item.index_digest) == (ItemState.INSTALLED, V1.index)
+        assert item.error is not None and "is not signed" in item.error.message
+        await manager.install({("a", "1.0.0")})
+        assert set(bench.store.digests()) == set(V1.blobs)
+        bench.cloud.publish(V2)
+        await bench.download(manager, desired("a", "1.0.0", V2))
+        item = the(manager, "a", "1.0.0")
+        assert (item.state, item.index_digest, item.error) == (ItemState.PENDING, V2.index, None)
+
+
 async def test_a_version_that_does_not_work_leaves_its_predecessor(bench: Bench) -> None:
     bench.cloud.publish(V1)
     bench.cloud.publish(V2)
