@@ -397,13 +397,10 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         protected_iam, link, main_node_id=nodes.main_node_id, is_provisioned=nodes.is_provisioned
     )
 
-    async def on_override(message: OverrideEnvVars) -> None:
-        await launcher.override_env_vars(list(message.items))
-
     # Messages of one topic are handled in their order.
     link.on_received(DesiredStatus, updates.on_desired_status)
     link.on(RequestLog, logs.on_request)
-    link.on(OverrideEnvVars, on_override, again=on_override)
+    link.on(OverrideEnvVars, launcher.override_env_vars, again=launcher.override_env_vars)
     verdict, set_state = storage.on_state_acceptance, storage.on_update_state
     link.on(StateAcceptance, verdict, topic="state", again=verdict)
     link.on(UpdateState, set_state, topic="state", again=set_state)

@@ -47,6 +47,10 @@ NETWORK_MANAGER_TABLES: Final = (
         requesterItemID TEXT, requesterSubjectID TEXT, requesterInstance INTEGER, requesterType TEXT,
         requesterPreinstalled INTEGER, nodeID TEXT, networkID TEXT, requesterIP TEXT, requesterSubnet TEXT,
         targetItemID TEXT, port TEXT, protocol TEXT)""",
+    # AosCore 9.1 may leave doubles. An index against them could make one of its inserts fail.
+    """DELETE FROM pending_connections WHERE rowid NOT IN (SELECT min(rowid) FROM pending_connections GROUP BY
+        requesterItemID, requesterSubjectID, requesterInstance, requesterType, requesterPreinstalled, nodeID, networkID,
+        requesterIP, requesterSubnet, targetItemID, port, protocol)""",
 )
 
 LAUNCHER_TABLES: Final = (
@@ -86,6 +90,8 @@ OWN_TABLES: Final = (
         PRIMARY KEY ({_IDENT_KEY}, version))""",
     # Digest of the start list that a node confirmed last, so that a restart of CM sends nothing anew.
     "CREATE TABLE IF NOT EXISTS aoscore_launcher_confirmed (nodeID TEXT NOT NULL PRIMARY KEY, digest TEXT)",
+    # Correlation id of the message that the overridden variables came with.
+    "CREATE TABLE IF NOT EXISTS aoscore_launcher_overrides (correlationID TEXT)",
     *UPDATE_GATE_TABLES,
     # Alerts that wait for a connection to the cloud.
     "CREATE TABLE IF NOT EXISTS aoscore_alerts (alert TEXT)",

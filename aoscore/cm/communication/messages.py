@@ -824,7 +824,7 @@ class EnvVarInstanceStatus(Wire, frozen=True, kw_only=True):
 
 
 class OverrideEnvVarsStatus(Message, frozen=True, kw_only=True, tag="overrideEnvVarsStatus"):
-    """Results of the overridden variables."""
+    """Results of the overridden variables; with the correlation id of their message, which AosCore 9.1 leaves out."""
 
     statuses: tuple[EnvVarInstanceStatus, ...]
 
