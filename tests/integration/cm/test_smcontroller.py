@@ -1,6 +1,7 @@
 """The gRPC server for SMs, over mutual TLS, against a test SM that plays the recorded one."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,27 @@ async def test_network_calls(bed: Bed) -> None:
         assert not left.HasField("error")
         empty = await sm.networks.SyncNetworkState(net.SyncNetworkStateRequest())
         assert empty.error.aos_code == 6
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_port_alone_is_served_on_addresses_of_both_kinds(bed: Bed, host: str) -> None:
+    try:
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        pytest.skip(f"this machine has no address {host}: {error}")
+    controller = SmController(
+        ":0",
+        None,
+        cloud=bed.cloud,
+        networks=bed.networks,
+        blob_url=str,
+        receivers=bed.heard.receivers(),
+        admit=None,
+    )
+    async with running(controller):
+        _, writer = await asyncio.open_connection(host, controller.port)
+        writer.close()
 
 
 async def test_client_without_our_certificate_is_refused(bed: Bed, tmp_path: Path) -> None:
