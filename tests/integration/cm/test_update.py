@@ -386,9 +386,9 @@ async def test_reset_removes_everything(bed: UnitBed) -> None:
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", "aoscore.cm.app", *command)
         return await process.wait()
 
-    assert await reset() == 70  # CM is running
-    bed.process = first
-    await bed.stop()
+    assert await reset() == 0
+    async with asyncio.timeout(20):
+        assert await first.wait() == 0  # stopped in order, and first of all
     assert await reset() == 0
     left = [path.name for path in (bed.directory / "work").rglob("*") if path.is_file()]
     assert set(left) <= {".lock"}
