@@ -185,7 +185,7 @@ class ImageManager:
 
     async def _bring(self, wanted: DesiredItem, fetch: Fetch) -> None:
         known = self._items.get(wanted.item_id, wanted.version)
-        if known is not None and known.type is not wanted.item_type:
+        if known is not None and known.type is not wanted.item_type and known.state in _USABLE:
             # The key of the table has no type (database.md §6, item 17).
             error = AlreadyExistsError(f"item {wanted.item_id} {wanted.version} is known as {known.type}")
             _log.error("Item can't be installed: %s", error)
