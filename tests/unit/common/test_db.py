@@ -126,17 +126,22 @@ def damage(path: Path) -> None:
     path.write_bytes(b"this is no database, it is a text" * 1000)
 
 
+async def fill(path: Path, last: str) -> None:
+    """Things a, b and c with a copy after each, and a last one without."""
+    async with Database(path, Schema(create=CREATE)) as db:
+        for name in ("a", "b", "c"):
+            await db.execute("INSERT INTO things VALUES (?, 1)", (name,))
+            await db.keep_copy()
+        await db.execute("INSERT INTO things VALUES (?, 1)", (last,))
+
+
 async def names(db: Database) -> list[str]:
     return [str(name) for (name,) in await db.select("SELECT name FROM things ORDER BY name")]
 
 
 async def test_the_newest_copy_that_is_whole_takes_the_place_of_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
-    async with Database(path, Schema(create=CREATE)) as db:
-        for name in ("a", "b", "c"):
-            await db.execute("INSERT INTO things VALUES (?, 1)", (name,))
-            await db.keep_copy()
-        await db.execute("INSERT INTO things VALUES ('d', 1)")
+    await fill(path, last="d")
     assert {entry.name for entry in tmp_path.iterdir()} == {"x.db", "x.db.copy1", "x.db.copy2"}
     assert {entry.stat().st_mode & 0o777 for entry in tmp_path.iterdir()} == {0o600}
     damage(path)
@@ -228,11 +233,7 @@ async def test_a_lock_of_another_program_is_waited_for(tmp_path: Path) -> None:
 async def test_what_others_may_write_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
     """Its rights could be mended, but not what somebody may have written already (database.md §6, item 25)."""
     path = tmp_path / "x.db"
-    async with Database(path, Schema(create=CREATE)) as db:
-        for name in ("a", "b", "c"):
-            await db.execute("INSERT INTO things VALUES (?, 1)", (name,))
-            await db.keep_copy()
-        await db.execute("INSERT INTO things VALUES ('forged', 1)")
+    await fill(path, last="forged")
     open_to_others = path.with_name(f"x.db{suffix}")
     open_to_others.touch()
     open_to_others.chmod(0o666 if suffix else 0o620)
