@@ -313,10 +313,12 @@ def no_manifest(cloud: BlobCloud) -> None:
         (swapped_digest, 5, "does not know blob", False),
         (lambda cloud: cloud.infos.pop(V1.index), 5, "does not know blob", False),
         (lambda cloud: cloud.change(V1.index, sha256="00" * 32), 10, "announced checksum", True),
+        # That of the content in place of the file's.
+        (lambda cloud: cloud.change(V1.index, sha256=V1.index[7:]), 10, "announced checksum", True),
         (lambda cloud: cloud.change(V1.index, sha256="junk"), 6, "neither hex nor base64", True),
         (lambda cloud: cloud.change(V1.index, sign_info=None), 10, "not signed", True),
     ],
-    ids=["truncated", "damaged", "other", "swapped", "unknown", "checksum", "junk", "unsigned"],
+    ids=["truncated", "damaged", "other", "swapped", "unknown", "checksum", "content", "junk", "unsigned"],
 )
 async def test_bad_blobs_give_a_clear_error_and_install_nothing(
     bench: Bench, spoil: Callable[[BlobCloud], None], code: int, text: str, final: bool
