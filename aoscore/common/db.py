@@ -5,6 +5,7 @@ open, two generations of copies, no file that others may write. Files stay reada
 """
 
 import contextlib
+import errno
 import glob
 import logging
 import os
@@ -245,6 +246,9 @@ class Database:
             except FileNotFoundError:
                 continue
             except (apsw.NotADBError, apsw.CorruptError, _OpenToOthersError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    # An empty database would have room, perhaps. The next start tries the copy again.
+                    raise NoSpaceError(f"no space left for the copy of database {self._path.name}") from error
                 _log.error("Copy of the database can't be used: file=%s, error=%s", copy, error)
                 self._remove_files()
                 continue

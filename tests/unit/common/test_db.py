@@ -1,6 +1,7 @@
 import asyncio
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import apsw
 import pytest
 
 from aoscore.common.db import Database, Schema
-from aoscore.common.errors import AlreadyExistsError, FailedError, InvalidArgumentError
+from aoscore.common.errors import AlreadyExistsError, FailedError, InvalidArgumentError, NoSpaceError
 
 ROOT = Path(__file__).parents[3]
 CREATE = ["CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY, size INTEGER)"]
@@ -157,6 +158,24 @@ async def test_the_newest_copy_that_is_whole_takes_the_place_of_a_damaged_file(t
     async with Database(path, Schema(create=CREATE)) as db:
         assert db.recovered is not None
         assert await names(db) == []
+
+
+async def test_a_full_disk_does_not_lose_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.db"
+    await fill(path, last="d")
+    damage(path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        for _ in range(2):
+            with pytest.raises(NoSpaceError, match=r"x\.db"):
+                async with Database(path, Schema(create=CREATE)):
+                    pass
+    async with Database(path, Schema(create=CREATE)) as db:
+        assert db.recovered is not None and await names(db) == ["a", "b", "c"]
 
 
 async def test_a_recovery_is_known_until_it_is_forgotten(tmp_path: Path) -> None:

@@ -321,6 +321,15 @@ def test_what_is_for_no_node_is_left_out(data: dict[str, Any], path: str) -> Non
     assert problem.path == path and "hush" not in problem.text
 
 
+@pytest.mark.parametrize("word", ItemType)
+def test_every_kind_of_identity_is_read(word: ItemType) -> None:
+    """The schema lacks some of them (D12)."""
+    status = read(
+        {"messageType": "desiredStatus", "instances": [{"item": {"id": "i", "type": word}, "subject": {"id": "s"}}]}
+    )
+    assert status.instances[0].item == Identity(id="i", type=word)
+
+
 def test_an_unknown_word_in_an_identity_counts_as_absent() -> None:
     received = receive(
         {
