@@ -1,7 +1,7 @@
 """Which certificate may speak for which node (cm-orchestration §10.3, items 25 and 42; observed.md, defect 8).
 
-CM remembers under which node id it has seen a key (`nodekeys`), and a key that has spoken for one node can't speak for
-another. A node that shows a new key was renewed or provisioned anew: it is let in, and told to the cloud.
+CM remembers under which node id it has seen a key (`common.admission`), and a key that has spoken for one node can't
+speak for another. A node that shows a new key was renewed or provisioned anew: it is let in, and told to the cloud.
 
 key of                 verdict
 ---------------------  ---------------------------------------
@@ -21,10 +21,10 @@ from enum import Enum
 from typing import Any, Final
 
 from aoscore.cm.certnotes import CertificateNotes
+from aoscore.common.admission import speaks_for
 from aoscore.common.db import Database
 from aoscore.common.errors import SignatureError
 from aoscore.common.log import kv
-from aoscore.common.nodekeys import speaks_for
 from aoscore.common.rpc import peer_certificate_der
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from enum import Enum
 
 import msgspec
 
-from aoscore.common.nodekeys import speaks_for
+from aoscore.common.admission import speaks_for
 from aoscore.common.types import NodeInfo, NodeState
 
 MAX_ID_LENGTH = 64
@@ -59,8 +59,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What the client certificate of a stream on the protected port tells.
 
     `present`: there is one. `local`: it is one of the Main Node's own. `owner`: the Node whose key it has, None if
-    unknown (`nodekeys`). `same_unit`: its common name is the system id, as in every request for a certificate of the
-    Unit.
+    unknown (`common.admission`). `same_unit`: its common name is the system id, as in every request for a certificate
+    of the Unit.
     """
 
     present: bool = False

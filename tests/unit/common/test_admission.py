@@ -2,7 +2,7 @@
 
 import pytest
 
-from aoscore.common.nodekeys import speaks_for
+from aoscore.common.admission import speaks_for
 
 
 @pytest.mark.parametrize(
