@@ -10,9 +10,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from aoscore.cm.communication.messages import DesiredItem, DownloadProgressAlert, DownloadState, ItemState
+from aoscore.cm.communication.messages import (
+    BlobInfo,
+    DesiredItem,
+    DownloadProgressAlert,
+    DownloadState,
+    ItemState,
+)
 from aoscore.cm.database import IMAGE_MANAGER_TABLES, OWN_TABLES
-from aoscore.cm.imagemanager.fetcher import Fetcher, FetchSettings
+from aoscore.cm.imagemanager.fetcher import Fetcher, FetchSettings, unpack
 from aoscore.cm.imagemanager.manager import ImageManager, ImageManagerSettings
 from aoscore.cm.imagemanager.platforms import RuntimePlatform
 from aoscore.cm.imagemanager.retries import BlobRetries
@@ -441,6 +447,24 @@ async def test_a_cancelled_download_keeps_what_it_has(bench: Bench) -> None:
         bench.cloud.publish(V1)
         await bench.download(manager, desired("a", "1.0.0", V1))
         assert bench.cloud.asked[asked:] == [[V1.layers[0]]]
+
+
+async def test_a_plain_file_moves_to_another_disk_whole_or_not_at_all(tmp_path: Path) -> None:
+    """However large it is, who has it moved can break that off at once."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"content")
+    info = BlobInfo(digest=sha256(b"content"), urls=("http://x",))
+    async with Worker("images") as worker:
+        assert await worker.run(unpack, source, target, info) == sha256(b"content")
+        assert target.read_bytes() == b"content"
+        with source.open("wb") as file:
+            file.truncate(1 << 40)
+        moving = asyncio.create_task(worker.run(unpack, source, target, info))
+        while target.stat().st_size < 2_000_000:
+            await asyncio.sleep(0.01)
+        moving.cancel()
+        await asyncio.wait({moving}, timeout=10)
+        assert moving.cancelled()
 
 
 async def test_verified_blobs_are_not_hashed_again_unless_the_stop_was_unclean(bench: Bench) -> None:
