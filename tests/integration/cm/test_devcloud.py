@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from aoscore._pb.iamanager.v6 import iamanager_pb2 as iam_pb
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from tests.support.devcloud import DevcloudProcess, MiniUnit, write_service
-from tests.support.iam import Client, Iam
+from tests.support.iam import Client, Iam, wait_until
 from tests.support.pki import TestCa
 from tests.support.unitbed import NODE_ID, UnitBed, unit_bed
 
@@ -146,4 +148,67 @@ async def test_a_log_is_uploaded_by_https(tmp_path: Path, cloud: DevcloudProcess
         assert "answered 403" in refused["error"]["message"]
         journal = await call(cloud, "messages", unit="unit-1", message_type="requestLog")
         assert len(journal) == 2 and all(one["data"]["uploadOptions"]["bearerToken"] == "***" for one in journal)
+    assert await call(cloud, "violations", unit="unit-1") == []
+
+
+def reaches(main: Iam, node_id: str) -> bool:
+    """Whether requests of the Main Node reach another one."""
+    with main.secure() as client:
+        try:
+            client.provisioning.GetCertTypes(iam_pb.GetCertTypesRequest(node_id=node_id))
+        except grpc.RpcError:
+            return False
+    return True
+
+
+async def test_a_node_is_added_and_removed_by_the_cloud(tmp_path: Path, cloud: DevcloudProcess, iam: Iam) -> None:
+    """From the cloud's request through CM and the Main Node's IAM to the IAM of a Secondary Node, and back."""
+    (tmp_path / "unit").mkdir()
+    (tmp_path / "second").mkdir()
+    second = Iam(tmp_path / "second", iam.authority, node_id="node-2", main=iam)
+
+    async def states() -> dict[str, str]:
+        status = (await call(cloud, "unit", unit="unit-1"))["status"]
+        return {node["identity"]["codename"]: node["state"] for node in status.get("nodes", [])}
+
+    async def until_state(state: str) -> None:
+        try:
+            async with asyncio.timeout(60):
+                while (await states()).get("node-2") != state:
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise AssertionError(f"node-2 is not {state}; CM said:\n{bed.new_log()[-4000:]}") from None
+
+    async def answer(kind: str) -> dict[str, Any]:
+        async with asyncio.timeout(60):
+            while not (found := await call(cloud, "messages", unit="unit-1", message_type=kind)):
+                await asyncio.sleep(0.2)
+        return dict(found[-1]["data"])
+
+    async with unit_bed(tmp_path / "unit", iam, ca=TestCa(), **settings(cloud)) as bed:
+        await bed.start()
+        await bed.until(lambda: "Connected to the cloud" in bed.new_log())
+        try:
+            await asyncio.to_thread(second.start, provisioning=True)
+            await until_state("unprovisioned")
+            await call(cloud, "start_provisioning", unit="unit-1", node="node-2", password="password")
+            assert "errorInfo" not in await answer("startProvisioningResponse")
+            assert "errorInfo" not in await answer("finishProvisioningResponse")
+            assert second.state_file.read_text() == "provisioned"
+            await asyncio.to_thread(second.stop)
+            await asyncio.to_thread(second.start)
+            await asyncio.to_thread(wait_until, lambda: reaches(iam, "node-2"))
+            await until_state("provisioned")
+            types = {
+                one["type"]
+                for one in await call(cloud, "certificates", unit="unit-1")
+                if one["node_id"] == "node-2" and one["status"] == "issued"
+            }
+            assert types == {"iam", "sm"}
+            await call(cloud, "deprovision", unit="unit-1", node="node-2")
+            assert "errorInfo" not in await answer("deprovisioningResponse")
+            await until_state("unprovisioned")
+        finally:
+            await asyncio.to_thread(second.kill)
+        assert "password" not in bed.log()
     assert await call(cloud, "violations", unit="unit-1") == []
