@@ -1,7 +1,8 @@
 """CM against the local cloud: real discovery, mutual TLS, encrypted and signed blobs, and the cloud's own checks."""
 
 import asyncio
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,4 +212,63 @@ async def test_a_node_is_added_and_removed_by_the_cloud(tmp_path: Path, cloud: D
         finally:
             await asyncio.to_thread(second.kill)
         assert "password" not in bed.log()
+    assert await call(cloud, "violations", unit="unit-1") == []
+
+
+async def test_states_variables_and_unit_config(tmp_path: Path, cloud: DevcloudProcess, iam: Iam) -> None:
+    (tmp_path / "unit").mkdir()
+    folder = write_service(tmp_path / "service", quotas={"stateLimit": "1KiB"}, state={"required": True})
+    (folder / "hello" / "default_state.dat").write_text("counter=0")
+    await run(cloud, "user-cert", "--role", "sp")
+    await run(cloud, "upload", str(folder))
+
+    async def said(kind: str, count: int = 1) -> list[dict[str, Any]]:
+        """So many messages of a type, of the Unit or of the cloud."""
+        async with asyncio.timeout(60):
+            while len(found := await call(cloud, "messages", unit="unit-1", message_type=kind)) < count:
+                await asyncio.sleep(0.2)
+        return [entry["data"] for entry in found]
+
+    async def until_status(condition: Callable[[dict[str, Any]], object]) -> None:
+        async with asyncio.timeout(60):
+            while not condition((await call(cloud, "unit", unit="unit-1"))["status"]):
+                await asyncio.sleep(0.2)
+
+    async with unit_bed(tmp_path / "unit", iam, ca=TestCa(), **settings(cloud)) as bed:
+        await bed.start()
+        await run(cloud, "assign", "hello", "unit-1")
+        await bed.until(lambda: versions(bed) == {"1.0.0"} and bed.phase == "none")
+        (state,) = (tmp_path / "unit" / "work" / "states").rglob("state.dat")
+        await bed.until(lambda: state.read_text() == "counter=0")  # that of the bundle
+        state.write_text("counter=7")
+        (new,) = await said("newState")
+        (accepted,) = await said("stateAcceptance")
+        checksum = hashlib.sha3_224(b"counter=7").hexdigest()
+        assert (new["state"], new["stateChecksum"]) == ("counter=7", checksum)
+        assert (accepted["result"], accepted["checksum"]) == ("accepted", checksum)
+
+        await call(cloud, "override_env", unit="unit-1", items=[{"variables": [{"name": "A", "value": "1"}]}])
+        (result,) = await said("overrideEnvVarsStatus")
+        assert [(one["name"], one.get("errorInfo")) for one in result["statuses"]] == [("A", None)]
+        (info,) = bed.sm.infos.values()
+        assert [(one.name, one.value) for one in info.env_vars] == [("A", "1")]
+
+        part = {"nodeGroupSubject": {"codename": "main-type"}, "priority": 5}
+        await call(
+            cloud, "unit_config", unit="unit-1", config={"formatVersion": "7", "version": "1.0.0", "nodes": [part]}
+        )
+        installed = [{"version": "1.0.0", "state": "installed"}]
+        await until_status(lambda status: status["unitConfig"] == installed)
+        assert bed.sm.config[0] == "1.0.0" and '"priority":5' in bed.sm.config[1]
+
+        # The next process has all of it, and asks for nothing.
+        await bed.kill()
+        await bed.start()
+        await until_status(
+            lambda status: (
+                [one.get("stateChecksum") for group in status["instances"] for one in group["instances"]] == [checksum]
+            )
+        )
+        assert len(await said("newState")) == 1 and len(await said("stateRequest")) == 1
+        assert state.read_text() == "counter=7" and len(bed.sm.starts) == 2
     assert await call(cloud, "violations", unit="unit-1") == []
