@@ -103,6 +103,16 @@ class Bench:
             async with running(manager):
                 yield manager
 
+    @contextlib.asynccontextmanager
+    async def with_first_installed(self) -> AsyncIterator[ImageManager]:
+        """Version 1.0.0 of item a has the first image; the cloud has both."""
+        self.cloud.publish(V1)
+        self.cloud.publish(V2)
+        async with self.started() as manager:
+            await self.download(manager, desired("a", "1.0.0", V1))
+            await manager.install({("a", "1.0.0")})
+            yield manager
+
     async def download(self, manager: ImageManager, *items: DesiredItem) -> None:
         certificates = self.signer.certificates if self.signer else ()
         chains = self.signer.chains if self.signer else ()
@@ -184,11 +194,7 @@ async def test_shared_blobs_come_once_and_survive_the_removal_of_one_owner(bench
 
 
 async def test_the_old_version_stays_until_the_new_one_is_installed(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         await bench.download(manager, desired("a", "2.0.0", V2))
         assert states(manager) == {"a 1.0.0": "installed", "a 2.0.0": "pending"}
         assert set(bench.store.digests()) == set(V1.blobs) | set(V2.blobs)
@@ -226,11 +232,7 @@ async def test_the_time_of_a_version_tells_since_when_it_is_known_or_removed(ben
 
 
 async def test_a_version_with_other_images_keeps_the_ones_it_has_until_they_are_here(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         bench.cloud.change(V2.layers[0], sign_info=None)
         await bench.download(manager, desired("a", "1.0.0", V2))
         item = the(manager, "a", "1.0.0")
@@ -245,11 +247,7 @@ async def test_a_version_with_other_images_keeps_the_ones_it_has_until_they_are_
 
 
 async def test_a_version_that_does_not_work_leaves_its_predecessor(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         await bench.download(manager, desired("a", "2.0.0", V2))
         await manager.fail("a", "2.0.0", DeadlineError("did not become active"))
         await manager.install({("a", "2.0.0")})
@@ -529,11 +527,7 @@ async def test_a_full_disk_is_a_clear_error_and_heals(bench: Bench) -> None:
 
 
 async def test_removed_items_and_stale_partials_give_way_when_space_runs_short(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         await manager.install(set())
         assert states(manager) == {"a 1.0.0": "removed"}
         stale = bench.tmp_path / "download" / ("0" * 64)
