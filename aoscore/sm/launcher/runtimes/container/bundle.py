@@ -145,7 +145,7 @@ class Bundle:
                 place.touch(mode=0o644)
 
     def _below_mounts(self, top: str, relative: str) -> Path:
-        """A place in the top layer, which is new: what links it has are at its top, and looking for them costs the most."""
+        """A place in the top layer, which is new: its links are at its top, and looking for more is what costs."""
         if top and ".." not in relative and "\0" not in relative and not (self.mounts / top).is_symlink():
             return self.mounts / relative
         return safe_join(self.mounts, relative)
