@@ -34,7 +34,7 @@ from aoscore.cm.communication.messages import (
 )
 from aoscore.cm.communication.outbox import Outbox
 from aoscore.cm.config import Config, ImageManagerConfig
-from aoscore.cm.database import open_database
+from aoscore.cm.database import open_database, warn_beyond_9_1
 from aoscore.cm.fileserver import BlobServer
 from aoscore.cm.iamclient.certificates import Certificates
 from aoscore.cm.iamclient.client import IamClient
@@ -88,6 +88,8 @@ ONLINE: Final = "online"
 """IAM type of the certificate for the cloud."""
 MAIN_TYPES: Final = ("sm", "iam", "cm")
 """IAM types of the certificates that programs of the Main Node show to CM."""
+STOP_TIMEOUT_S: Final = 60.0
+"""How long a CM that runs may take to stop for a reset."""
 WORKER_THREADS: Final = 4
 """Hashing, decryption and file work of several downloads."""
 
@@ -262,6 +264,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     stack.enter_context(DirectoryLock(config.working_dir))
     worker = await stack.enter_async_context(Worker("cm", threads=WORKER_THREADS))
     database = await stack.enter_async_context(open_database(config))
+    await warn_beyond_9_1(database)
     iam = await stack.enter_async_context(IamPublicClient(config.iam_public_server_url, config.ca_cert))
     keeper = CertificateKeeper(iam, config.cert_storage, config.ca_cert)
     protected_iam = await stack.enter_async_context(IamClient(config.iam_protected_server_url, lambda: keeper.identity))
@@ -277,7 +280,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     )
     is_lost = database.recovered is not None
     if database.recovered is not None:
-        alerts.add_core_alert(f"database was damaged, the old one is {database.recovered.name}")
+        alerts.add_core_alert(f"database was damaged, or others may write it; the old one is {database.recovered.name}")
     storage = StorageState(
         StateStore(database),
         link,
@@ -397,13 +400,10 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
         protected_iam, link, main_node_id=nodes.main_node_id, is_provisioned=nodes.is_provisioned
     )
 
-    async def on_override(message: OverrideEnvVars) -> None:
-        await launcher.override_env_vars(list(message.items))
-
     # Messages of one topic are handled in their order.
     link.on_received(DesiredStatus, updates.on_desired_status)
     link.on(RequestLog, logs.on_request)
-    link.on(OverrideEnvVars, on_override, again=on_override)
+    link.on(OverrideEnvVars, launcher.override_env_vars, again=launcher.override_env_vars)
     verdict, set_state = storage.on_state_acceptance, storage.on_update_state
     link.on(StateAcceptance, verdict, topic="state", again=verdict)
     link.on(UpdateState, set_state, topic="state", again=set_state)
@@ -437,10 +437,13 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
 
 
 def reset(config: Config, options: argparse.Namespace) -> int | None:
-    """With --reset: removes everything CM keeps - database, images, storages, states, unit config - and ends."""
+    """With --reset: removes everything CM keeps - database, images, storages, states, unit config - and ends.
+
+    A CM that runs is stopped first.
+    """
     if not options.reset:
         return None
-    with DirectoryLock(config.working_dir):
+    with DirectoryLock.after_stop(config.working_dir, STOP_TIMEOUT_S):
         for path in (
             *files_of(config.database_file),
             config.image_manager.install_path,

@@ -5,10 +5,14 @@ need beyond is in tables of our own, prefix `aoscore_`, which 9.1 ignores (datab
 write a table live with the module that owns it.
 """
 
+import logging
 from typing import Final
 
 from aoscore.cm.config import Config
 from aoscore.common.db import Database, Schema
+from aoscore.common.log import kv
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION: Final = 0
 
@@ -47,6 +51,10 @@ NETWORK_MANAGER_TABLES: Final = (
         requesterItemID TEXT, requesterSubjectID TEXT, requesterInstance INTEGER, requesterType TEXT,
         requesterPreinstalled INTEGER, nodeID TEXT, networkID TEXT, requesterIP TEXT, requesterSubnet TEXT,
         targetItemID TEXT, port TEXT, protocol TEXT)""",
+    # AosCore 9.1 may leave doubles. An index against them could make one of its inserts fail.
+    """DELETE FROM pending_connections WHERE rowid NOT IN (SELECT min(rowid) FROM pending_connections GROUP BY
+        requesterItemID, requesterSubjectID, requesterInstance, requesterType, requesterPreinstalled, nodeID, networkID,
+        requesterIP, requesterSubnet, targetItemID, port, protocol)""",
 )
 
 LAUNCHER_TABLES: Final = (
@@ -86,6 +94,8 @@ OWN_TABLES: Final = (
         PRIMARY KEY ({_IDENT_KEY}, version))""",
     # Digest of the start list that a node confirmed last, so that a restart of CM sends nothing anew.
     "CREATE TABLE IF NOT EXISTS aoscore_launcher_confirmed (nodeID TEXT NOT NULL PRIMARY KEY, digest TEXT)",
+    # Correlation id of the message that the overridden variables came with.
+    "CREATE TABLE IF NOT EXISTS aoscore_launcher_overrides (correlationID TEXT)",
     *UPDATE_GATE_TABLES,
     # Alerts that wait for a connection to the cloud.
     "CREATE TABLE IF NOT EXISTS aoscore_alerts (alert TEXT)",
@@ -106,6 +116,32 @@ OWN_TABLES: Final = (
         {_IDENT}, checksum BLOB,
         PRIMARY KEY ({_IDENT_KEY}))""",
 )
+
+
+LIMITS_OF_9_1: Final = (
+    ("networks", 4, "SELECT count(*) FROM networks"),
+    ("nodes in one network", 64, "SELECT count(*) FROM hosts GROUP BY networkID"),
+    (
+        "instances in one network on one node",
+        256,
+        "SELECT count(*) FROM networkmanager_instances GROUP BY networkID, nodeID",
+    ),
+    ("pending connections", 4096, "SELECT count(*) FROM pending_connections"),
+    ("storages and states", 256, "SELECT count(*) FROM storagestate"),
+    ("item versions", 64, "SELECT count(*) FROM imagemanager"),
+    ("instances", 256, "SELECT count(*) FROM launcher_instances"),
+    ("run requests", 256, "SELECT count(*) FROM launcher_run_requests"),
+    ("filters of overridden variables", 256, "SELECT count(*) FROM launcher_override_envvars"),
+)
+"""AosCore 9.1 cannot start on a database that holds more (database.md §1.4): what, how many, how to count."""
+
+
+async def warn_beyond_9_1(database: Database) -> None:
+    """Says in the log what would keep AosCore 9.1 from taking the database back (database.md §5)."""
+    for what, limit, query in LIMITS_OF_9_1:
+        found = max((int(row[0]) for row in await database.select(query)), default=0)
+        if found > limit:
+            _log.warning(kv("AosCore 9.1 can't read this database any more", what=what, found=found, limit=limit))
 
 
 def schema(config: Config) -> Schema:

@@ -1,6 +1,5 @@
 """Content-addressed files: `<root>/blobs/<algorithm>/<hex>`, verified on the way in (cm-cloud.md §5.1, sm.md §3.2)."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from aoscore._speedups.chunker import Digest
 from aoscore.common.aio import raise_if_abandoned
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError
-from aoscore.common.files import fsync_dir
+from aoscore.common.files import fsync_dir, fsync_file
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _STEP_BYTES = 16 << 20  # what is hashed between two looks at whether anybody still wants it
@@ -104,11 +103,7 @@ class BlobStore:
         actual = actual or file_digest(temporary)
         if actual != digest:
             raise ChecksumError(f"content of blob {digest} is {actual}")
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_file(temporary)
         temporary.rename(target)
         fsync_dir(self._blobs)
         self._verified[digest] = _state(target)

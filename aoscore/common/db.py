@@ -1,14 +1,17 @@
 """SQLite by apsw: one connection, one worker thread, explicit transactions, migrations, a broken file set aside.
 
 Rules of database.md §5 and §6: WAL with full sync, a step and its version number in one transaction, quick_check at
-open, two generations of copies. Files stay readable for AosCore 9.1.
+open, two generations of copies, no file that others may write. Files stay readable for AosCore 9.1.
 """
 
 import contextlib
+import errno
 import glob
 import logging
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +21,7 @@ import apsw
 
 from aoscore.common.aio import Worker
 from aoscore.common.errors import AlreadyExistsError, FailedError, InvalidArgumentError, NoSpaceError
-from aoscore.common.files import fsync_dir
+from aoscore.common.files import fsync_dir, fsync_file, remove_unfinished, write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +33,10 @@ _SCRIPT = re.compile(r"(\d+)_update\.(up|down)\.sql")
 _TRANSACTION_WORDS = re.compile(
     r"^\s*(BEGIN( TRANSACTION)?|COMMIT|END TRANSACTION)\s*;\s*$", re.IGNORECASE | re.MULTILINE
 )
+
+
+class _OpenToOthersError(Exception):
+    """What is in the file may be the work of somebody else."""
 
 
 class Schema:
@@ -63,9 +70,9 @@ class Schema:
 class Database:
     """One SQLite file. Use as an async context manager.
 
-    `recovered` is the path of the broken file that was set aside at open, None normally: what there is now is the
-    newest of its copies that is whole (`keep_copy`), else an empty database, and the owner rebuilds what it can from
-    elsewhere. It stays set over restarts until he has done so (`forget_recovery`).
+    A file that is damaged, or that others may write, is set aside at open; `recovered` is then its path, None normally.
+    What there is now is the newest of its copies that is whole (`keep_copy`), else an empty database, and the owner
+    rebuilds what it can from elsewhere. It stays set over restarts until he has done so (`forget_recovery`).
     """
 
     def __init__(self, path: Path, schema: Schema) -> None:
@@ -163,20 +170,64 @@ class Database:
 
     def _open(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            self._connection = self._prepare()
-        except (apsw.NotADBError, apsw.CorruptError) as error:
-            self.recovered = self._set_aside()
-            _log.error("Database is damaged: file=%s, kept=%s, error=%s", self._path, self.recovered, error)
-            self._connection = self._prepare_copy() or self._prepare()
-            with transaction(self._connection):
-                self._connection.execute("CREATE TABLE IF NOT EXISTS aoscore_recovered (file TEXT)")
-                self._connection.execute("INSERT INTO aoscore_recovered VALUES (?)", (self.recovered.name,))
+        remove_unfinished(self._recovery)
+        kept = self._begun_recovery()
+        if kept is not None:
+            connection = self._recover(self._path.with_name(kept))
         else:
-            self.recovered = self._earlier_recovery(self._connection)
-        self._path.chmod(0o600)
+            try:
+                _check_rights(self._path)
+                connection = self._prepare()
+            except (apsw.NotADBError, apsw.CorruptError, _OpenToOthersError) as error:
+                kept = self._name_for_broken()
+                _log.error("Database is damaged: file=%s, kept=%s, error=%s", self._path, kept, error)
+                write_atomic(self._recovery, kept.encode())
+                connection = self._recover(self._path.with_name(kept))
+        self._connection = connection
+        self.recovered = self._noted_recovery(connection)
 
-    def _earlier_recovery(self, connection: apsw.Connection) -> Path | None:
+    def _name_for_broken(self) -> str:
+        return f"{self._path.name}.broken-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+
+    def _begun_recovery(self) -> str | None:
+        """The name under which an earlier process began to set the file aside, None when there is nothing to end."""
+        try:
+            name = self._recovery.read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+        own = re.fullmatch(rf"{re.escape(self._path.name)}\.broken-[0-9T.]+", name)
+        return name if own else self._name_for_broken()
+
+    @property
+    def _recovery(self) -> Path:
+        """Holds the name under which the file is set aside, from then on until another one is in its place.
+
+        While it is there, what lies at the path of the database is no database, and the next start goes on here.
+        """
+        return self._path.with_name(f"{self._path.name}.recovery")
+
+    def _recover(self, kept: Path) -> apsw.Connection:
+        """Set the file aside and put the newest copy in its place. Each step may be repeated."""
+        if not kept.exists():
+            # The file comes last: once it is aside, what lies in its place is ours.
+            for suffix in reversed(_FILES):
+                with contextlib.suppress(FileNotFoundError):
+                    self._path.with_name(self._path.name + suffix).rename(kept.with_name(kept.name + suffix))
+            fsync_dir(kept.parent)
+        self._remove_files()
+        connection = self._prepare_copy() or self._prepare()
+        try:
+            with transaction(connection):
+                connection.execute("CREATE TABLE IF NOT EXISTS aoscore_recovered (file TEXT)")
+                connection.execute("INSERT INTO aoscore_recovered VALUES (?)", (kept.name,))
+            self._recovery.unlink()
+            fsync_dir(kept.parent)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _noted_recovery(self, connection: apsw.Connection) -> Path | None:
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'aoscore_recovered'")):
             return None
         rows = list(connection.execute("SELECT file FROM aoscore_recovered ORDER BY rowid DESC"))
@@ -186,11 +237,18 @@ class Database:
         """The newest copy that is whole, as the database."""
         for copy in self._copies:
             try:
+                _check_rights(copy)
+                self._path.touch(mode=0o600)
                 shutil.copyfile(copy, self._path)
+                # SQLite writes no page that it leaves as it is.
+                fsync_file(self._path)
                 connection = self._prepare()
             except FileNotFoundError:
                 continue
-            except (apsw.NotADBError, apsw.CorruptError, OSError) as error:
+            except (apsw.NotADBError, apsw.CorruptError, _OpenToOthersError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    # An empty database would have room, perhaps. The next start tries the copy again.
+                    raise NoSpaceError(f"no space left for the copy of database {self._path.name}") from error
                 _log.error("Copy of the database can't be used: file=%s, error=%s", copy, error)
                 self._remove_files()
                 continue
@@ -203,6 +261,11 @@ class Database:
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def _prepare(self) -> apsw.Connection:
+        # SQLite gives its own files beside it the same rights.
+        if self._path.exists():
+            self._path.chmod(0o600)
+        else:
+            self._path.touch(mode=0o600)
         connection = apsw.Connection(str(self._path))
         try:
             connection.set_busy_timeout(5000)
@@ -218,14 +281,6 @@ class Database:
             connection.close()
             raise
         return connection
-
-    def _set_aside(self) -> Path:
-        kept = self._path.with_name(f"{self._path.name}.broken-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-        self._path.rename(kept)
-        for suffix in _FILES[1:]:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.with_name(self._path.name + suffix).rename(kept.with_name(kept.name + suffix))
-        return kept
 
     def _merge_scripts(self) -> None:
         """Keep our scripts beside those of newer versions, so that an older image finds the way back."""
@@ -279,6 +334,22 @@ class Database:
 def files_of(path: Path) -> list[Path]:
     """All that may belong to the database at `path`: the file, what SQLite keeps beside it, copies, damaged ones."""
     return [path, *path.parent.glob(f"{glob.escape(path.name)}[-.]*")]
+
+
+def _check_rights(path: Path) -> None:
+    """Raises _OpenToOthersError when another user than root and ours may write the file or what SQLite keeps beside it.
+
+    Its rights could be mended, but not what somebody may have written already (database.md §6, item 25).
+    """
+    for file in (path.with_name(path.name + suffix) for suffix in _FILES):
+        try:
+            status = file.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid not in (0, os.geteuid()):
+            raise _OpenToOthersError(f"{file.name} belongs to user {status.st_uid}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _OpenToOthersError(f"{file.name} may be written by others, its mode is {status.st_mode & 0o777:04o}")
 
 
 def set_foreign_aside(path: Path, merged: Path | None) -> None:

@@ -5,7 +5,9 @@ import fcntl
 import glob
 import os
 import shutil
+import signal
 import tempfile
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,15 @@ from aoscore.common.errors import AlreadyExistsError, InvalidArgumentError
 def fsync_dir(path: Path) -> None:
     """Make the names inside a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -98,18 +109,54 @@ def available_bytes(path: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+_LOCK_FILE = ".lock"
+
+
+def _holders(path: Path) -> set[int]:
+    """Other processes that hold a lock on the file, as far as we may look (proc_pid_fdinfo(5))."""
+    name, found = str(path.resolve()), set()
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            for fd in (process / "fd").iterdir():
+                if str(fd.readlink()) == name and "FLOCK" in (process / "fdinfo" / fd.name).read_text():
+                    found.add(int(process.name))
+    return found
+
+
 class DirectoryLock:
     """One process per working directory: held until released or until the process ends, however it ends."""
 
     def __init__(self, directory: Path) -> None:
         """Creates the directory (0700) if needed. Raises AlreadyExistsError when another process holds it."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
             raise AlreadyExistsError(f"working directory {directory} is in use by another process") from None
+
+    @classmethod
+    def after_stop(cls, directory: Path, timeout_s: float) -> Self:
+        """The same, after whoever holds the directory was told to stop (SIGTERM) and has done so. Blocks.
+
+        Raises AlreadyExistsError when it does not within the time.
+        """
+        told: set[int] = set()
+        end_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return cls(directory)
+            except AlreadyExistsError:
+                if time.monotonic() > end_s:
+                    raise
+            for process in _holders(directory / _LOCK_FILE) - told:
+                told.add(process)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+            time.sleep(0.05)
 
     def __enter__(self) -> Self:
         return self

@@ -196,9 +196,13 @@ class Operations:
         instance: int | None = None,
         since: str | None = None,
         until: str | None = None,
+        https: bool = False,
         timeout_s: float = _LOG_TIMEOUT_S,
     ) -> dict[str, dict[str, Any]]:
-        """Ask for logs and wait; by node: status, error, text, and whether it is complete."""
+        """Ask for logs and wait; by node: status, error, text, and whether it is complete.
+
+        With `https` the Unit is to upload them instead of sending them over its link.
+        """
         found = await self._core.transact(lambda store: store.unit(unit))
         request = await self._core.transact(
             lambda store: self._core.cloud.request_log(
@@ -212,6 +216,8 @@ class Operations:
                 until=until,
             )
         )
+        if https:
+            request["uploadOptions"] = self._core.upload_options(found.system_id, request["correlationId"])
         return await self._core.wait_for_log(found, request, timeout_s)
 
     async def send(self, unit: str, data: Message) -> None:

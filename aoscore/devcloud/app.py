@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("--node", action="append", help="only this node (may be repeated)")
     logs.add_argument("--since", help="time as 2026-01-31T12:00:00.000000Z")
     logs.add_argument("--until", help="time as 2026-01-31T12:00:00.000000Z")
+    logs.add_argument("--https", action="store_true", help="have them uploaded instead of sent over the link")
     logs.add_argument("--timeout-s", type=float, default=60.0)
     call = command("call", _any_call, "run any operation of the admin API")
     call.add_argument("operation")
@@ -194,6 +195,7 @@ def _logs(arguments: argparse.Namespace) -> None:
         instance=arguments.instance,
         since=arguments.since,
         until=arguments.until,
+        https=arguments.https,
         timeout_s=arguments.timeout_s,
     )
     if not result:

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from aoscore.devcloud.cloud import Cloud
 from aoscore.devcloud.endpoints import Endpoints
 from aoscore.devcloud.faults import Faults
 from aoscore.devcloud.imagekeys import load_keys
-from aoscore.devcloud.link import Link, Message, Received
+from aoscore.devcloud.link import Link, Message, Received, utc_text
 from aoscore.devcloud.published import PublishedSchema
 from aoscore.devcloud.seal import Sealed, seal
 from aoscore.devcloud.store import ItemVersion, Store, Unit, masked
@@ -91,6 +92,7 @@ class Core:
         self._published = published
         self._sessions: dict[str, UnitSession] = {}
         self._link_tokens: dict[str, tuple[str, float]] = {}
+        self._log_tokens: dict[str, tuple[str, str, float]] = {}
         self._upload_lock = asyncio.Lock()
         self._uploads = Worker("devcloud-upload")
         remove_tree(directory / "uploads")  # what a killed cloud left there
@@ -262,6 +264,25 @@ class Core:
         return sealed
 
     # Log requests
+
+    def upload_options(self, system_id: str, correlation_id: str) -> Message:
+        """Has a Unit upload the log of one request by HTTPS; the token is for nothing else."""
+        now_s = time.monotonic()
+        self._log_tokens = {hash_: entry for hash_, entry in self._log_tokens.items() if entry[2] > now_s}
+        token = secrets.token_urlsafe(32)
+        self._log_tokens[token_hash(token)] = (system_id, correlation_id, now_s + TOKEN_LIFE_S)
+        expires_at = datetime.now(UTC) + timedelta(seconds=TOKEN_LIFE_S)
+        return {
+            "type": "https",
+            "url": self.endpoints.log_url,
+            "bearerToken": token,
+            "bearerTokenTtl": utc_text(expires_at),
+        }
+
+    def log_token_owner(self, token: str) -> tuple[str, str] | None:
+        """System id and correlation id that a token was made for, None when it is unknown or expired."""
+        system_id, correlation_id, expires_s = self._log_tokens.get(token_hash(token), ("", "", 0.0))
+        return (system_id, correlation_id) if expires_s > time.monotonic() else None
 
     async def wait_for_log(self, unit: Unit, request: Message, timeout_s: float) -> dict[str, dict[str, Any]]:
         """Send a log request and collect until every asked node has answered or the time is over."""

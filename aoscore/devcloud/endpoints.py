@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+LOGS_PATH = "/logs/"
+
 
 @dataclass
 class Endpoints:
@@ -31,6 +33,11 @@ class Endpoints:
     def blob_url(self, digest: str) -> str:
         """URL of an encrypted blob."""
         return f"{self.blob_scheme}://{self._host}:{self.blob_port}/blobs/{digest.replace(':', '/')}"
+
+    @property
+    def log_url(self) -> str:
+        """Where Units upload logs."""
+        return f"https://{self._host}:{self.rest_port}{LOGS_PATH}"
 
     def ports(self) -> dict[str, str | int]:
         """Content of ports.json."""

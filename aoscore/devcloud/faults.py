@@ -4,8 +4,8 @@
 | --- | --- | --- |
 | `silence` | a message type from the Unit | neither acked nor answered |
 | `nack` | a message type from the Unit | nack with `retry_after_ms` instead of ack |
-| `delay` | a message type from the Unit, `blob`, `discovery` | the answer comes `seconds` later |
-| `drop_connection` | a message type from the Unit, `blob`, `discovery` | the TCP connection is cut, nothing answered |
+| `delay` | a message type from the Unit, `blob`, `discovery`, `log` | the answer comes `seconds` later |
+| `drop_connection` | a message type from the Unit, `blob`, `discovery`, `log` | the TCP connection is cut, no answer |
 | `malformed_json` | a message type to the Unit | a frame that is no JSON is sent instead |
 | `text_frame` | a message type to the Unit | sent as a text frame, which AosCore 9.1 ignores |
 | `duplicate` | a message type to the Unit | sent twice with the same txn |
@@ -14,7 +14,7 @@
 | `unsigned` | `blobUrls` | no sign info |
 | `truncated_blob` | `blob` | the connection is cut after `size_bytes` bytes of the body |
 | `corrupt_blob` | `blob` | one bit of the body is flipped |
-| `http_status` | `blob`, `discovery`, `websocket` | answered with `status` |
+| `http_status` | `blob`, `discovery`, `websocket`, `log` | answered with `status` |
 """
 
 import msgspec
@@ -41,13 +41,14 @@ KINDS = frozenset(
 BLOB = "blob"
 DISCOVERY = "discovery"
 WEBSOCKET = "websocket"
+LOG = "log"
 
 
 class Fault(msgspec.Struct, forbid_unknown_fields=True):
     """One rule.
 
-    `on`: a message type, or `blob`, `discovery`, `websocket`; "*" is any. `unit`: system id, "*" is any. `digest`:
-    restricts blob and blobUrls faults to one blob. `times`: how often it acts, 0 = until removed.
+    `on`: a message type, or `blob`, `discovery`, `websocket`, `log`; "*" is any. `unit`: system id, "*" is any.
+    `digest`: restricts blob and blobUrls faults to one blob. `times`: how often it acts, 0 = until removed.
     """
 
     kind: str

@@ -22,6 +22,7 @@ from aoscore.devcloud.client import SOCKET_NAME
 from aoscore.devcloud.core import Core
 from aoscore.devcloud.endpoints import Endpoints
 from aoscore.devcloud.faults import Fault, Faults
+from aoscore.devcloud.logserver import LogServer
 from aoscore.devcloud.published import PublishedSchema
 from aoscore.devcloud.rest import Rest
 from aoscore.devcloud.store import SCHEMA
@@ -97,7 +98,9 @@ async def running(options: Options) -> AsyncIterator[Core]:
         blob_tls = without if options.blob_tls else None
         endpoints.blob_port = await listen.tcp(BlobServer(core).app(), options.blob_port, blob_tls)
         # aos-keys comes without a certificate, so the handlers demand one where it is needed.
-        endpoints.rest_port = await listen.tcp(Rest(core).app(), options.rest_port, tls(ssl.CERT_OPTIONAL))
+        rest = Rest(core).app()
+        LogServer(core).add_to(rest)
+        endpoints.rest_port = await listen.tcp(rest, options.rest_port, tls(ssl.CERT_OPTIONAL))
         await listen.unix(AdminApi(core).app(), directory)
         ports = json.dumps(endpoints.ports(), indent=2).encode() + b"\n"
         await asyncio.to_thread(write_atomic, directory / PORTS_FILE, ports, 0o644)

@@ -2,9 +2,10 @@
 
 As a program it is CM with a death built in: `python -m tests.support.unitbed POINT ARGUMENTS`. POINT is `update N` or
 `back N`: SIGKILL right before the N-th persistent step of an update, counted from its acceptance or from the moment
-when a version is found not to work; `after PHASE`: when that phase has just been stored; or `never`. Steps are: begin
-and end of each database transaction, and every rename, removal, directory and opening for writing below the directory
-of the configuration file.
+when a version is found not to work; `after PHASE`: when that phase has just been stored; `never`; or `hold`: not to
+die, but to check the blobs at the end of an update for ever, until that is broken off. Steps are: begin and end of each
+database transaction, and every rename, removal, directory and opening for writing below the directory of the
+configuration file.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import sqlite3
 import ssl
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -245,13 +247,14 @@ _FILE_EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "ope
 
 
 def _die_at(point: str, root: Path) -> None:
-    """See the module text. Number and name of each step are appended to `<root>/steps`."""
+    """See the module text. Number, phase of the update and name of each step are appended to `<root>/steps`."""
     from aoscore.cm.imagemanager.manager import ImageManager
     from aoscore.cm.updatemanager.store import UpdateStore
     from aoscore.common.db import Database
 
     begin, _, number = point.partition(" ")
     count, counting, lock = 0, False, threading.Lock()
+    phase = "downloading" if begin == "update" else "activating"
     names = os.open(root / "steps", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def note(name: str) -> None:
@@ -260,7 +263,7 @@ def _die_at(point: str, root: Path) -> None:
             return
         with lock:
             count += 1
-            os.write(names, f"{count} {name}\n".encode())
+            os.write(names, f"{count} {phase} {name}\n".encode())
             if count == int(number):
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -289,7 +292,16 @@ def _die_at(point: str, root: Path) -> None:
         counting = True
         return await original(*arguments)
 
+    save_phase: Callable[..., Any] = UpdateStore.save_phase
+
+    async def noted(self: UpdateStore, present: str) -> None:
+        nonlocal phase
+        await save_phase(self, present)
+        if counting:
+            phase = present
+
     setattr(owner, method, counted)
+    UpdateStore.save_phase = noted  # type: ignore[method-assign, assignment]
     Database.write = write  # type: ignore[method-assign]
     sys.addaudithook(audit)
 
@@ -307,12 +319,45 @@ def _die_after(phase: str) -> None:
     UpdateStore.save_phase = save_phase  # type: ignore[method-assign, assignment]
 
 
+def _hold() -> None:
+    """See the module text; as with blobs so large that their check takes long."""
+    from aoscore.cm.updatemanager.store import UpdateStore
+    from aoscore.common.aio import raise_if_abandoned
+    from aoscore.common.blobstore import BlobStore
+
+    finalizing = threading.Event()
+    save_phase: Callable[..., Any] = UpdateStore.save_phase
+    verify: Callable[..., None] = BlobStore.verify
+
+    async def noted(self: UpdateStore, present: str) -> None:
+        await save_phase(self, present)
+        if present == "finalizing":
+            finalizing.set()
+
+    def held(self: BlobStore, digest: str, *, again: bool = False) -> None:
+        if finalizing.is_set():
+            print("Held at the end of an update", flush=True)
+            try:
+                while True:
+                    raise_if_abandoned()
+                    time.sleep(0.01)
+            finally:
+                finalizing.clear()
+                BlobStore.verify = verify  # type: ignore[method-assign]
+        verify(self, digest, again=again)
+
+    UpdateStore.save_phase = noted  # type: ignore[method-assign, assignment]
+    BlobStore.verify = held  # type: ignore[method-assign, assignment]
+
+
 def _main(point: str, arguments: list[str]) -> int:
     from aoscore.cm.app import PROGRAM
     from aoscore.common.daemon import run_daemon
 
     if point.startswith("after "):
         _die_after(point.removeprefix("after "))
+    elif point == "hold":
+        _hold()
     elif point != "never":
         _die_at(point, Path(arguments[arguments.index("-c") + 1]).parent)
     return run_daemon(PROGRAM, arguments)

@@ -824,7 +824,7 @@ class EnvVarInstanceStatus(Wire, frozen=True, kw_only=True):
 
 
 class OverrideEnvVarsStatus(Message, frozen=True, kw_only=True, tag="overrideEnvVarsStatus"):
-    """Results of the overridden variables."""
+    """Results of the overridden variables; with the correlation id of their message, which AosCore 9.1 leaves out."""
 
     statuses: tuple[EnvVarInstanceStatus, ...]
 
@@ -840,12 +840,18 @@ class ExpiringCertificate(Wire, frozen=True, kw_only=True):
     serial: str = ""
     valid_till: datetime | None = None
 
+    def __post_init__(self) -> None:
+        _need("certificate", node=self.node.codename)
+
 
 class NodeSecret(Wire, frozen=True, kw_only=True):
     """Owner password of a node."""
 
     node: Identity
     secret: str = always("")
+
+    def __post_init__(self) -> None:
+        _need("secret", node=self.node.codename)
 
     def __repr__(self) -> str:
         return f"NodeSecret(node={self.node.codename!r})"
@@ -888,6 +894,9 @@ class IssuedCertificate(Wire, frozen=True, kw_only=True):
     type: CertType = always(CertType.OFFLINE)
     node: Identity
     certificate_chain: str = always("")
+
+    def __post_init__(self) -> None:
+        _need("certificate", node=self.node.codename)
 
 
 class IssuedUnitCertificates(Message, frozen=True, kw_only=True, tag="issuedUnitCertificates"):

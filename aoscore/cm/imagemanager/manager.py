@@ -161,9 +161,9 @@ class ImageManager:
     ) -> None:
         """Brings all blobs of the wanted versions into the store.
 
-        Afterwards each of them is pending, installed (it was before) or failed with its error. Versions that a failed
-        or interrupted earlier run left and nobody wants any more are forgotten. A cancelled call can be repeated:
-        partial files stay.
+        Afterwards each of them is pending, installed (it was before) or failed with its error. Versions that were not
+        installed and that nobody wants any more are forgotten first, which makes room. A cancelled call can be
+        repeated: partial files stay.
         """
         async with self._lock:
             signers = await self._worker.run(self._signers, certificates, chains)
@@ -171,9 +171,11 @@ class ImageManager:
             left_over = [
                 item
                 for item in self._items.all()
-                if item.key not in wanted and item.state in (ItemState.DOWNLOADING, ItemState.FAILED)
+                if item.key not in wanted and item.state not in (ItemState.INSTALLED, ItemState.REMOVED)
             ]
             await self._change(forget=left_over)
+            if left_over:
+                await self._remove_orphans()
             async with asyncio.TaskGroup() as group:
                 fetch = Fetch(self._fetcher, signers, group)
                 tasks = [group.create_task(self._bring(item, fetch), name=f"item {item.item_id}") for item in items]
@@ -183,7 +185,7 @@ class ImageManager:
 
     async def _bring(self, wanted: DesiredItem, fetch: Fetch) -> None:
         known = self._items.get(wanted.item_id, wanted.version)
-        if known is not None and known.type is not wanted.item_type:
+        if known is not None and known.type is not wanted.item_type and known.state in _USABLE:
             # The key of the table has no type (database.md §6, item 17).
             error = AlreadyExistsError(f"item {wanted.item_id} {wanted.version} is known as {known.type}")
             _log.error("Item can't be installed: %s", error)
@@ -196,14 +198,19 @@ class ImageManager:
             ItemState.DOWNLOADING,
             known.timestamp if known and known.state is not ItemState.REMOVED else self._now(),
         )
-        if known is not None and known.state in _USABLE and known.index_digest == wanted.index_digest:
-            item = msgspec.structs.replace(item, state=known.state)
-        await self._change(item)
+        shown = item
+        if known is not None and known.state in _USABLE:
+            if known.index_digest == wanted.index_digest:
+                shown = item = msgspec.structs.replace(item, state=known.state)
+            elif known.state is ItemState.INSTALLED:
+                # The same version with other images: there is one row for both, and what it has runs until it can go.
+                shown = known
+        await self._change(shown)
         try:
             await self._load(wanted.index_digest, fetch)
         except AosError as error:
             _log.error(kv("Item can't be downloaded", itemID=item.item_id, version=item.version, error=error))
-            await self._change(_with_error(item, error))
+            await self._change(_with_error(shown, error))
             return
         if item.state is ItemState.DOWNLOADING:
             await self._change(msgspec.structs.replace(item, state=ItemState.PENDING))

@@ -77,6 +77,13 @@ class EnvVarResults:
         self._results: dict[InstanceIdent, tuple[EnvVarStatus, ...]] = {}
         self._refused: dict[InstanceIdent, tuple[EnvVarStatus, ...]] = {}
         self._reported: tuple[EnvVarInstanceStatus, ...] = ()
+        self._repeat = False
+
+    def repeat(self, *, at_once: bool) -> None:
+        """The cloud has asked anew, so it hears of the same results again: now, or after the next word of a node."""
+        if at_once:
+            self._reported = ()
+        self._repeat = not at_once
 
     def set_refused(self, ident: InstanceIdent, refused: tuple[EnvVarStatus, ...]) -> None:
         """Variables that were not sent to the instance's node."""
@@ -85,6 +92,8 @@ class EnvVarResults:
     def add(self, statuses: Iterable[InstanceStatus]) -> None:
         """Statuses of nodes; they list the variables of an instance."""
         self._results.update((status.ident, status.env_vars) for status in statuses)
+        if self._repeat:
+            self.repeat(at_once=True)
 
     def take_report(self, idents: Sequence[InstanceIdent]) -> messages.OverrideEnvVarsStatus | None:
         """The message for the cloud when the results of these instances differ from those reported last."""

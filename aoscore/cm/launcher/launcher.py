@@ -178,6 +178,8 @@ class Launcher:
         self._book = InstanceBook(IdPool("user id", _is_system_user), IdPool("group id", _is_system_group))
         self._requests: list[RunRequest] = []
         self._overrides: list[Override] = []
+        self._overrides_id = ""
+        """Correlation id of the message that they came with."""
         self._results = EnvVarResults()
         self._confirmed: dict[str, str] = {}
         self._drivers: dict[str, NodeDriver] = {}
@@ -222,10 +224,10 @@ class Launcher:
         """What shall run now."""
         return list(self._requests)
 
-    async def override_env_vars(self, overrides: Sequence[messages.EnvVarOverride]) -> None:
+    async def override_env_vars(self, message: messages.OverrideEnvVars) -> None:
         """Replace all overridden variables; only instances whose variables change are started anew, by their SM."""
         async with self._lock:
-            await self._set_overrides([Override.of(one) for one in overrides])
+            await self._set_overrides([Override.of(one) for one in message.items], message.correlation_id)
 
     def statuses(self) -> list[UnitInstanceStatus]:
         """All wanted instances, then preinstalled components."""
@@ -298,9 +300,12 @@ class Launcher:
         stored = await self._store.load()
         self._book.restore(stored.records)
         self._requests = list(stored.requests)
-        self._overrides = list(stored.overrides)
+        self._overrides, self._overrides_id = list(stored.overrides), stored.overrides_id
         self._confirmed = stored.confirmed
         await self._flush()
+        # Nothing must start with what has expired meanwhile.
+        with log_and_continue(_log, "Can't drop expired environment variables"):
+            await self._set_overrides(self._overrides, self._overrides_id, drive=False)
         self._take_over_book()
         for record in self._book.active():
             if record.site is not None:
@@ -607,14 +612,17 @@ class Launcher:
 
     # ---- overridden variables
 
-    async def _set_overrides(self, overrides: Sequence[Override]) -> None:
+    async def _set_overrides(self, overrides: Sequence[Override], correlation_id: str, *, drive: bool = True) -> None:
         kept = without_expired(overrides, self._now())
-        if kept == self._overrides:
+        is_same, is_asked = kept == self._overrides, correlation_id != self._overrides_id
+        if is_same and not is_asked:
             return
-        await self._store.save_overrides(kept)
-        self._overrides = kept
+        await self._store.save_overrides(kept, correlation_id)
+        self._overrides, self._overrides_id = kept, correlation_id
         _log.info(kv("Environment variables overridden", filters=len(kept)))
-        if not self._hold:
+        if is_asked:
+            self._results.repeat(at_once=is_same)
+        if drive and not is_same and not self._hold:
             self._drive()
         self._report_env.set()
         self._env_wake.set()
@@ -626,7 +634,7 @@ class Launcher:
             if not await comes_within(self._env_wake, period_s):
                 with log_and_continue(_log, "Can't drop expired environment variables"):
                     async with self._lock:
-                        await self._set_overrides(self._overrides)
+                        await self._set_overrides(self._overrides, self._overrides_id)
 
     async def _report_env_vars(self) -> None:
         while True:
@@ -635,7 +643,7 @@ class Launcher:
             report = self._results.take_report([record.ident for record in self._active])
             if report is not None:
                 with log_and_continue(_log, "Can't report overridden environment variables"):
-                    await self._link.send(report)
+                    await self._link.send(msgspec.structs.replace(report, correlation_id=self._overrides_id))
 
     # ---- statuses and records
 

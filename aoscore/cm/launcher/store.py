@@ -23,6 +23,7 @@ _DELETE_INSTANCE = (
     "DELETE FROM aoscore_launcher_cached WHERE itemID = ? AND subjectID = ? AND instance = ? AND type = ?"
     " AND preinstalled = ? AND version = ?",
 )
+_SELECT_OVERRIDES_ID = "SELECT correlationID FROM aoscore_launcher_overrides"
 _SELECT_CONFIRMED = "SELECT nodeID, digest FROM aoscore_launcher_confirmed"
 
 
@@ -32,6 +33,8 @@ class Stored(msgspec.Struct, frozen=True):
     records: tuple[InstanceRecord, ...]
     requests: tuple[RunRequest, ...]
     overrides: tuple[Override, ...]
+    overrides_id: str
+    """Correlation id of the message that the overrides came with."""
     confirmed: dict[str, str]
     """Digest of the start list that each node confirmed last."""
 
@@ -49,6 +52,7 @@ class LauncherStore:
                 tuple(_load_records(connection)),
                 tuple(_load_requests(connection)),
                 tuple(_load_overrides(connection)),
+                next((str(row[0]) for row in connection.execute(_SELECT_OVERRIDES_ID)), ""),
                 {str(row[0]): str(row[1]) for row in connection.execute(_SELECT_CONFIRMED)},
             )
         )
@@ -63,9 +67,9 @@ class LauncherStore:
         """Write and delete records, all or nothing."""
         await self._database.write(lambda connection: _save_records(connection, changed, deleted))
 
-    async def save_overrides(self, overrides: Sequence[Override]) -> None:
+    async def save_overrides(self, overrides: Sequence[Override], correlation_id: str) -> None:
         """Replace all overridden variables."""
-        await self._database.write(lambda connection: _save_overrides(connection, overrides))
+        await self._database.write(lambda connection: _save_overrides(connection, overrides, correlation_id))
 
     async def save_confirmed(self, node_id: str, digest: str) -> None:
         """Note what a node confirmed."""
@@ -94,15 +98,15 @@ def _load_records(connection: apsw.Connection) -> Iterable[InstanceRecord]:
                 node_id=row[7] or "",
                 prev_node_id=row[8] or "",
                 runtime_id=row[9] or "",
-                uid=row[10],
-                gid=row[11],
+                uid=row[10] or 0,
+                gid=row[11] or 0,
                 created=from_ns(row[12]) or EPOCH,
                 state=RecordState(row[13]),
                 is_unit_subject=bool(row[14]),
                 subject_type=SubjectType(row[15] or SubjectType.GROUP),
                 owner_id=row[16] or "",
                 labels=_texts(row[17]),
-                priority=row[18],
+                priority=row[18] or 0,
                 pinned=bool(row[19]),
                 cached_since=from_ns(cached.get(tuple(row[:6]))),
             )
@@ -122,8 +126,8 @@ def _load_requests(connection: apsw.Connection) -> Iterable[RunRequest]:
                 subject_id=row[4],
                 subject_type=SubjectType(row[5] or SubjectType.GROUP),
                 is_unit_subject=bool(row[6]),
-                priority=row[7],
-                num_instances=row[8],
+                priority=row[7] or 0,
+                num_instances=row[8] or 0,
                 labels=_texts(row[9]),
             )
 
@@ -210,7 +214,9 @@ def _record_values(record: InstanceRecord) -> tuple[Any, ...]:
     )
 
 
-def _save_overrides(connection: apsw.Connection, overrides: Sequence[Override]) -> None:
+def _save_overrides(connection: apsw.Connection, overrides: Sequence[Override], correlation_id: str) -> None:
+    connection.execute("DELETE FROM aoscore_launcher_overrides")
+    connection.execute("INSERT INTO aoscore_launcher_overrides (correlationID) VALUES (?)", (correlation_id,))
     connection.execute("DELETE FROM launcher_override_envvars")
     for override in overrides:
         wanted = override.filter

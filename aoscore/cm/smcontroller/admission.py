@@ -1,10 +1,7 @@
 """Which certificate may speak for which node (cm-orchestration §10.3, items 25 and 42; observed.md, defect 8).
 
-Nothing in an Aos certificate names the node: its common name is the system id, the same for all nodes of a Unit. But a
-private key never leaves its node. So CM remembers under which node id it has seen a key, and a key that has spoken for
-one node can't speak for another. Keys of the Main Node are different: its gateway shows them for the nodes behind it,
-which it checks itself (mp.md). A node that shows a new key was renewed or provisioned anew: it is let in, and told to
-the cloud.
+CM remembers under which node id it has seen a key (`common.admission`), and a key that has spoken for one node can't
+speak for another. A node that shows a new key was renewed or provisioned anew: it is let in, and told to the cloud.
 
 key of                 verdict
 ---------------------  ---------------------------------------
@@ -24,6 +21,7 @@ from enum import Enum
 from typing import Any, Final
 
 from aoscore.cm.certnotes import CertificateNotes
+from aoscore.common.admission import speaks_for
 from aoscore.common.db import Database
 from aoscore.common.errors import SignatureError
 from aoscore.common.log import kv
@@ -46,9 +44,10 @@ class Verdict(Enum):
 
 def judge(node_id: str, *, is_main: bool, owner: str | None, is_of_unit: bool) -> Verdict:
     """The table of the module text. `owner`: the node that has shown the key before."""
-    if is_main or owner == node_id:
-        return Verdict.ACCEPT
-    return Verdict.REFUSE if owner is not None or not is_of_unit else Verdict.LEARN
+    known = speaks_for(node_id, is_main=is_main, owner=owner)
+    if known is None:
+        return Verdict.LEARN if is_of_unit else Verdict.REFUSE
+    return Verdict.ACCEPT if known else Verdict.REFUSE
 
 
 class SmAdmission:

@@ -1,11 +1,16 @@
 """Quotas and checksums in the database (database.md §2.3)."""
 
+import logging
+
 import apsw
 import msgspec
 
 from aoscore.cm.rows import ident_of, ident_values
+from aoscore.common.aio import log_and_continue
 from aoscore.common.db import Database
 from aoscore.common.types import InstanceIdent
+
+_log = logging.getLogger(__name__)
 
 _DELETE = (
     "DELETE FROM storagestate WHERE itemID = ? AND subjectID = ? AND instance = ? AND type = ? AND preinstalled = ?"
@@ -33,14 +38,18 @@ class StateStore:
         self._database = database
 
     async def load(self) -> list[StateRow]:
-        """All rows."""
+        """All rows; one that cannot be read is logged and left as it is."""
         rows = await self._database.select(
             "SELECT s.itemID, s.subjectID, s.instance, s.type, s.preinstalled, s.storageQuota, s.stateQuota,"
             " s.stateChecksum, u.checksum FROM storagestate s LEFT JOIN aoscore_state_unaccepted u"
             " ON s.itemID = u.itemID AND s.subjectID = u.subjectID AND s.instance = u.instance AND s.type = u.type"
             " AND s.preinstalled = u.preinstalled"
         )
-        return [StateRow(ident_of(row), row[5], row[6], row[7] or b"", row[8] or b"") for row in rows]
+        found = []
+        for row in rows:
+            with log_and_continue(_log, f"Can't restore quotas and state of instance {row[0]}:{row[1]}:{row[2]}"):
+                found.append(StateRow(ident_of(row), row[5] or 0, row[6] or 0, row[7] or b"", row[8] or b""))
+        return found
 
     async def put(self, row: StateRow) -> None:
         """Insert or replace a row."""

@@ -204,6 +204,8 @@ class UpdateManager:
         if not isinstance(message, DesiredStatus):
             raise InvalidArgumentError("not a desired status")
         await self._loaded.wait()
+        message, others = plan.without_other_types(message, self._images.statuses())
+        received = received._replace(message=message, problems=(*received.problems, *others))
         for problem in received.problems:
             self._alert(f"desired status: {problem}")
             if problem.path.startswith("unitConfig"):

@@ -81,6 +81,23 @@ def _name(entry: Entry) -> tuple[str, ...]:
     return (entry.identity.id,)
 
 
+def without_other_types(message: DesiredStatus, items: Sequence[Item]) -> tuple[DesiredStatus, list[Problem]]:
+    """The message without items whose id and version are known as an item of another type, and what was left out.
+
+    The key of their table has no type (database.md §6, item 17).
+    """
+    types = {item.key: item.type for item in items if item.state in _USABLE}
+    good, problems = [], []
+    for number, item in enumerate(message.items or ()):
+        known = types.get((item.item_id, item.version), item.item_type)
+        if known is item.item_type:
+            good.append(item)
+        else:
+            text = f"item {item.item_id} {item.version} is known as {known}, so it can't be a {item.item_type}"
+            problems.append(Problem(f"items[{number}].item.type", text))
+    return (msgspec.structs.replace(message, items=tuple(good)) if problems else message), problems
+
+
 def identity(desired: DesiredStatus) -> str:
     """A name for what is desired: statuses that want the same have the same."""
     return hashlib.sha256(msgspec.json.encode(_essence(desired), enc_hook=encode_hook)).hexdigest()

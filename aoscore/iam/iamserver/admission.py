@@ -15,6 +15,7 @@ from enum import Enum
 
 import msgspec
 
+from aoscore.common.admission import speaks_for
 from aoscore.common.types import NodeInfo, NodeState
 
 MAX_ID_LENGTH = 64
@@ -57,9 +58,9 @@ Verdict = Accept | Learn | SetAside | Ignore | Refuse
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What the client certificate of a stream on the protected port tells.
 
-    `present`: there is one. `local`: it is one of the Main Node's own, as the inter-node gateway shows it, which speaks
-    for the Nodes behind it and checks them itself (mp.md). `owner`: the Node whose key it has, None if unknown.
-    `same_unit`: its common name is the system id, as in every request for a certificate of the Unit.
+    `present`: there is one. `local`: it is one of the Main Node's own. `owner`: the Node whose key it has, None if
+    unknown (`common.admission`). `same_unit`: its common name is the system id, as in every request for a certificate
+    of the Unit.
     """
 
     present: bool = False
@@ -119,9 +120,10 @@ def judge_certificate(node_id: str, evidence: Evidence, record: Record, *, learn
     """
     if not evidence.present:
         return Refuse("there is no client certificate")
-    if evidence.local or evidence.owner == node_id:
+    known = speaks_for(node_id, is_main=evidence.local, owner=evidence.owner)
+    if known:
         return Accept()
-    if evidence.owner is not None:
+    if known is False:
         return Refuse(f"its certificate is that of node {evidence.owner!r}")
     if learn_keys:
         return Learn()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from tests.support.devcloud import DevcloudProcess, MiniUnit, write_service
 from tests.support.iam import Client, Iam
 from tests.support.pki import TestCa
@@ -113,4 +114,36 @@ async def test_certificates_are_renewed(tmp_path: Path, cloud: DevcloudProcess, 
         await bed.kill()
         await bed.start()
         await bed.until(lambda: "Connected to the cloud" in bed.new_log() and "SM connected" in bed.new_log())
+    assert await call(cloud, "violations", unit="unit-1") == []
+
+
+async def test_a_log_is_uploaded_by_https(tmp_path: Path, cloud: DevcloudProcess, iam: Iam) -> None:
+    """By a busy server it is taken at the second try; of a refusal the cloud hears over the link."""
+    (tmp_path / "unit").mkdir()
+    trust = {"imageManager": {"downloadCaCert": str(cloud.root_file)}}
+    async with unit_bed(tmp_path / "unit", iam, ca=TestCa(), **settings(cloud), **trust) as bed:
+        await bed.start()
+        await bed.until(lambda: "Connected to the cloud" in bed.new_log() and "SM connected" in bed.new_log())
+
+        async def log(number: int, *statuses: int) -> dict[str, Any]:
+            for status in statuses:
+                await call(cloud, "add_fault", fault={"kind": "http_status", "on": "log", "status": status})
+            asking = asyncio.create_task(call(cloud, "logs", unit="unit-1", https=True))
+            asked = await bed.sm.wait(
+                lambda sm: [one for one in sm.received if one.HasField("system_log_request")][number:], timeout_s=30
+            )
+            correlation_id = asked[0].system_log_request.correlation_id
+            bed.sm.send(log=pb.LogData(correlation_id=correlation_id, part_count=1, part=1, data=b"log", status="ok"))
+            return dict((await asking)[NODE_ID])
+
+        taken = await log(0, 503)
+        assert (taken["status"], taken["text"], taken["error"]) == ("ok", "log", None)
+        assert await call(cloud, "messages", unit="unit-1", message_type="pushLog") != []
+        sent = [line for line in bed.new_log().splitlines() if "Upload of a log is tried again" in line]
+        assert len(sent) == 1 and "answered 503" in sent[0]
+        refused = await log(1, 403)
+        assert (refused["status"], refused["text"]) == ("error", "")
+        assert "answered 403" in refused["error"]["message"]
+        journal = await call(cloud, "messages", unit="unit-1", message_type="requestLog")
+        assert len(journal) == 2 and all(one["data"]["uploadOptions"]["bearerToken"] == "***" for one in journal)
     assert await call(cloud, "violations", unit="unit-1") == []

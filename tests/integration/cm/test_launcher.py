@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import grp
+import pwd
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,11 +14,18 @@ import pytest
 from aoscore._pb.common.v2 import common_pb2 as common
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore.cm.communication import messages
-from aoscore.cm.communication.messages import EnvVar, EnvVarOverride, Identity, NodeConfig, UnitConfig
+from aoscore.cm.communication.messages import (
+    EnvVar,
+    EnvVarOverride,
+    Identity,
+    NodeConfig,
+    OverrideEnvVars,
+    UnitConfig,
+)
 from aoscore.cm.storagestate.manager import StorageState
 from aoscore.common import oci
 from aoscore.common.types import ItemType, NodeState
-from tests.support.nodehalf import NodeHalf, node_half, request
+from tests.support.nodehalf import FAST, NodeHalf, node_half, request
 from tests.support.sm import TestSm
 
 
@@ -226,7 +235,7 @@ async def test_request_that_is_not_wanted_any_more_changes_nothing(half: NodeHal
         assert await half.db.select("SELECT * FROM launcher_instances") == []
 
 
-async def test_request_does_not_wait_for_a_missing_node(tmp_path: Path) -> None:
+async def test_defect_8_request_does_not_wait_for_a_missing_node(tmp_path: Path) -> None:
     """A node that is long gone blocks every update of AosCore 9.1 (observed.md, defect 8)."""
     async with node_half(tmp_path, node_ids=("n1", "n2"), sm_timeout_s=0.3) as half:
         async with connected(half, TestSm("n1")):
@@ -383,7 +392,8 @@ async def test_overridden_variables_restart_only_whom_they_concern(half: NodeHal
             EnvVar(name="SECOND", value="2"),
             EnvVar(name="THIRD", value="3", ttl=past),
         )
-        await half.launcher.override_env_vars([EnvVarOverride(item=Identity(id="a"), variables=variables)])
+        override = OverrideEnvVars(items=(EnvVarOverride(item=Identity(id="a"), variables=variables),))
+        await half.launcher.override_env_vars(msgspec.structs.replace(override, correlation_id="c1"))
         await soon(lambda: started(sm).count("a#0") == 2)
         sent = {
             info.instance.item_id: [(v.name, v.value) for v in info.env_vars] for info in sm.updates[1].start_instances
@@ -393,14 +403,49 @@ async def test_overridden_variables_restart_only_whom_they_concern(half: NodeHal
         assert [v.name for v in sm.updates[2].start_instances[0].env_vars] == ["SECOND"]
         assert started(sm).count("b#0") == 1
 
-        def reports() -> list[list[str]]:
+        def reports() -> list[tuple[str, list[str]]]:
             return [
-                [status.name for status in one.statuses]
+                (one.correlation_id, [status.name for status in one.statuses])
                 for one in half.cloud.sent
                 if isinstance(one, messages.OverrideEnvVarsStatus)
             ]
 
-        await soon(lambda: reports() == [["FIRST", "SECOND"], ["SECOND"]])
+        await soon(lambda: reports() == [("c1", ["FIRST", "SECOND"]), ("c1", ["SECOND"])])
+        # Asked for again, nothing changes, and the cloud hears that it is so.
+        again = EnvVarOverride(item=Identity(id="a"), variables=variables[1:2])
+        await half.launcher.override_env_vars(OverrideEnvVars(items=(again,), correlation_id="c2"))
+        await soon(lambda: reports()[2:] == [("c2", ["SECOND"])])
+        await quiet(sm)
+        # Another value, the same result: told once the node has said so.
+        sm.silent = True
+        other = msgspec.structs.replace(again, variables=(EnvVar(name="SECOND", value="other"),))
+        await half.launcher.override_env_vars(OverrideEnvVars(items=(other,), correlation_id="c3"))
+        await soon(lambda: len(sm.updates) == 4)
+        assert len(reports()) == 3
+        sm.silent = False
+        sm._update(sm.updates[-1])
+        sm.send(node_instances_status=sm._full_list())
+        await soon(lambda: reports()[3:] == [("c3", ["SECOND"])])
+
+
+async def test_nothing_starts_with_a_variable_that_expired_while_cm_was_away(tmp_path: Path) -> None:
+    sm = TestSm("n1")
+    async with node_half(tmp_path) as half, connected(half, sm):
+        await half.launcher.run_instances([request("a")])
+        await half.settled()
+        soon_over = datetime.now(UTC) + timedelta(seconds=0.3)
+        variables = (EnvVar(name="FIRST", value="1", ttl=soon_over), EnvVar(name="SECOND", value="2"))
+        await half.launcher.override_env_vars(OverrideEnvVars(items=(EnvVarOverride(variables=variables),)))
+        await soon(lambda: len(sm.starts) == 2)
+    await asyncio.sleep(0.3)
+    slow = msgspec.structs.replace(FAST, check_env_vars_period_s=60.0)
+    sm.instances.clear()
+    sm.infos.clear()
+    async with node_half(tmp_path, settings=slow) as half, connected(half, sm):
+        await soon(lambda: len(sm.starts) == 3)
+        assert [one.name for one in sm.updates[-1].start_instances[0].env_vars] == ["SECOND"]
+        rows = await half.db.select("SELECT variables FROM launcher_override_envvars")
+        assert rows == [('[{"name":"SECOND","value":"2"}]',)]
 
 
 async def test_restart_touches_nothing(tmp_path: Path) -> None:
@@ -417,6 +462,65 @@ async def test_restart_touches_nothing(tmp_path: Path) -> None:
             await quiet(sm)
             assert len(sm.updates) == 1
             assert await half.db.select("SELECT * FROM launcher_instances ORDER BY itemID, instance") == rows
+
+
+async def test_node_that_stays_away_after_a_restart_is_given_up_and_its_instances_keep_their_place(
+    tmp_path: Path,
+) -> None:
+    """AosCore 9.1 takes the place away and tells nobody (cm-orchestration §10.2, item 16)."""
+    sm = TestSm("n1")
+    async with node_half(tmp_path) as half, connected(half, sm):
+        await half.launcher.run_instances([request("a")])
+        await half.settled()
+    settings = msgspec.structs.replace(FAST, nodes_connection_timeout_s=0.3)
+    async with node_half(tmp_path, settings=settings, sm_timeout_s=60) as half:
+        with half.launcher.changed.subscribe() as changes:
+            await half.until({"a#0": "failed@n1"})
+            told = await asyncio.wait_for(changes.get(), 5)
+        error = told[0].status.error
+        assert error is not None and (error.aos_code, error.message) == (7, "node n1 did not connect")
+        async with connected(half, sm):
+            await half.until({"a#0": "active@n1"})
+            assert started(sm) == ["a#0"]
+
+
+async def test_data_go_with_the_last_version_of_an_instance(tmp_path: Path) -> None:
+    """AosCore 9.1 removes them with the first outdated one (cm-orchestration §10.2, item 9)."""
+    sm = TestSm("n1")
+    configs = {"a": oci.ItemConfig(quotas=oci.Quotas(storage_limit=10))}
+    settings = msgspec.structs.replace(FAST, instance_ttl_s=0.0)
+    async with node_half(tmp_path, settings=settings, configs=configs) as half, connected(half, sm):
+        await half.launcher.run_instances([request("a")])
+        await half.settled()
+        file = tmp_path / "storages" / "a" / "subject" / "0" / "file"
+        file.touch()
+        await half.launcher.run_instances([request("a", version="2.0.0")])
+        assert await half.db.select("SELECT version FROM launcher_instances") == [("2.0.0",)]
+        assert file.exists()
+        await half.launcher.run_instances([])
+        assert await half.db.select("SELECT version FROM launcher_instances") == []
+        assert not file.exists()
+
+
+async def test_ids_of_system_accounts_are_not_given_out(half: NodeHalf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AosCore 9.1 asks for groups where users are meant, and the reverse (cm-orchestration §10.3, item 24)."""
+
+    def only(known: int) -> Callable[[int], object]:
+        def look_up(number: int) -> object:
+            if number != known:
+                raise KeyError(number)
+            return number
+
+        return look_up
+
+    monkeypatch.setattr(pwd, "getpwuid", only(5000))
+    monkeypatch.setattr(grp, "getgrgid", only(5001))
+    sm = TestSm("n1")
+    async with connected(half, sm):
+        await half.launcher.run_instances([request("a"), request("b")])
+        await half.settled()
+        (update,) = sm.updates
+        assert [(info.uid, info.gid) for info in update.start_instances] == [(5001, 5000), (5002, 5002)]
 
 
 async def test_running_instance_whose_image_is_gone_is_left_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The gRPC server for SMs, over mutual TLS, against a test SM that plays the recorded one."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,27 @@ async def test_network_calls(bed: Bed) -> None:
         assert empty.error.aos_code == 6
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_port_alone_is_served_on_addresses_of_both_kinds(bed: Bed, host: str) -> None:
+    try:
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        pytest.skip(f"this machine has no address {host}: {error}")
+    controller = SmController(
+        ":0",
+        None,
+        cloud=bed.cloud,
+        networks=bed.networks,
+        blob_url=str,
+        receivers=bed.heard.receivers(),
+        admit=None,
+    )
+    async with running(controller):
+        _, writer = await asyncio.open_connection(host, controller.port)
+        writer.close()
+
+
 async def test_client_without_our_certificate_is_refused(bed: Bed, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     foreign = TestCa("Foreign").identity(tmp_path / "foreign", "sm")
@@ -353,7 +375,7 @@ async def test_renewed_certificate_is_used_without_losing_sms(bed: Bed) -> None:
     assert [value for kind, value in bed.heard.events[:6] if kind == "lost"] == []
 
 
-async def test_a_stranger_is_refused_on_every_way(bed: Bed) -> None:
+async def test_defect_8_a_stranger_is_refused_on_every_way(bed: Bed) -> None:
     """AosCore 9.1 lets any certificate of the Unit's CA speak for any node (observed.md, defect 8)."""
     bed.strangers.add("n1")
     sm = bed.sm()

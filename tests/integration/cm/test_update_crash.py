@@ -121,6 +121,42 @@ async def one_case(bed: UnitBed, saved: Snapshot, kind: str, step: int) -> bool:
     return was_killed
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            "update",
+            {
+                "downloading": ("ItemStore.write", "open", "os.rename"),
+                "pending": ("GateStore.save",),
+                "installing": ("os.rename .aos_unit.cfg",),
+                "launching": ("save_requests", "save_records"),
+                "activating": ("UpdateStore",),
+                "finalizing": ("ItemStore.write", "os.remove"),
+            },
+        ),
+        (
+            "back",
+            {
+                "activating": ("ItemStore.write",),
+                "launching": ("save_requests", "save_records"),
+                "finalizing": ("ItemStore.write",),
+            },
+        ),
+    ],
+)
+async def test_the_steps_are_of_every_phase(bed: UnitBed, kind: str, expected: dict[str, tuple[str, ...]]) -> None:
+    """What the kills below go through: download, install, launch, activate, finalize, and the way back."""
+    assert not await one_case(bed, Snapshot(bed), kind, 10_000)
+    found: dict[str, list[str]] = {}
+    for line in (bed.directory / "steps").read_text().splitlines():
+        _, phase, name = line.split(" ", 2)
+        found.setdefault(phase, []).append(name)
+    for phase, names in expected.items():
+        for wanted in names:
+            assert any(wanted in name for name in found.get(phase, [])), (phase, wanted, found)
+
+
 @pytest.mark.parametrize(("kind", "first"), CASES)
 async def test_killed_at_every_step_the_end_is_the_same(bed: UnitBed, kind: str, first: int) -> None:
     saved = Snapshot(bed)

@@ -13,6 +13,7 @@ import tarfile
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,47 @@ def test_a_log_is_asked_for_and_put_together(cloud: DevcloudProcess, unit: MiniU
                 }
             )
         assert output.result() == "--- main: ok\nfirst line\nsecond line\n"
+
+
+def test_a_log_is_uploaded(cloud: DevcloudProcess, unit: MiniUnit) -> None:
+    with unit, ThreadPoolExecutor(1) as pool:
+        unit.report()
+        output = pool.submit(cloud.run, "logs", "unit-1", "--https", "--timeout-s", "20")
+        request = unit.receive("requestLog")["data"]
+        options = request["uploadOptions"]
+        assert options["type"] == "https" and options["bearerTokenTtl"] > datetime.now(UTC).isoformat()
+
+        def upload(content: bytes, token: str = options["bearerToken"], **changes: str) -> int:
+            part = {
+                "messageType": "pushLog",
+                "correlationId": request["correlationId"],
+                "node": {"codename": "main"},
+                "part": 1,
+                "partsCount": 1,
+                "content": base64.b64encode(content).decode(),
+                "status": "ok",
+            }
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            post = urllib.request.Request(options["url"], json.dumps(part | changes).encode(), headers, method="POST")
+            context = client_context(cloud.root_file)
+            with urllib.request.urlopen(post, context=context, timeout=20) as response:
+                return int(response.status)
+
+        for token, changes, status in (
+            ("wrong", {}, "401"),
+            (options["bearerToken"], {"correlationId": "of another request"}, "400"),
+            (options["bearerToken"], {"messageType": "newState"}, "400"),
+        ):
+            with pytest.raises(urllib.error.HTTPError, match=status):
+                upload(b"forged", token, **changes)
+        add_fault(cloud, "http_status", on="log", status=503)
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            upload(b"line\n")
+        assert upload(b"line\n") == 204
+        assert output.result() == "--- main: ok\nline\n"
+    assert len(violations(cloud)) == 2
+    journal = cloud.client.call("messages", unit="unit-1", message_type="requestLog")
+    assert options["bearerToken"] not in str(journal)
 
 
 def test_states_are_kept(cloud: DevcloudProcess, unit: MiniUnit) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import apsw
 import msgspec
+import pytest
 
 from aoscore.cm.config import Config
-from aoscore.cm.database import open_database
+from aoscore.cm.database import open_database, warn_beyond_9_1
 
 # database.md §2; key columns marked.
 TABLES = {
@@ -77,3 +78,19 @@ async def test_a_host_needs_its_network(tmp_path: Path) -> None:
             assert "FOREIGN KEY" in str(error)
         else:
             raise AssertionError("accepted")
+
+
+async def test_what_9_1_could_not_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_database(config(tmp_path)) as database:
+        for network in range(4):
+            await database.execute("INSERT INTO networks VALUES (?, '172.17.0.0/16', ?)", (f"n{network}", network))
+            for node in range(60):
+                await database.execute("INSERT INTO hosts VALUES (?, ?, '172.17.0.2')", (f"n{network}", f"node{node}"))
+        await warn_beyond_9_1(database)
+        assert caplog.text == ""
+        await database.execute("INSERT INTO networks VALUES ('n4', '172.18.0.0/16', 4)")
+        for node in range(60, 65):
+            await database.execute("INSERT INTO hosts VALUES ('n0', ?, '172.17.0.2')", (f"node{node}",))
+        await warn_beyond_9_1(database)
+    assert "what=networks, found=5, limit=4" in caplog.text
+    assert "what=nodes in one network, found=65, limit=64" in caplog.text

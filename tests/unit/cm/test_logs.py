@@ -45,7 +45,7 @@ async def test_named_nodes_and_an_answer_for_the_missing_one() -> None:
     assert answer.error_info.aos_code == 5
 
 
-async def test_no_names_mean_all_nodes() -> None:
+async def test_defect_10_no_names_mean_all_nodes() -> None:
     """AosCore 9.1 acknowledges the request and forgets it (observed.md, defect 10)."""
     source = FakeSource()
     await LogForwarder(FakeLink(), source, LogUploads(FakeLink()), node_ids=lambda: ["a", "b"]).on_request(request())

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,35 @@ def test_what_an_interrupted_write_left_is_removed(tmp_path: Path) -> None:
     remove_unfinished(tmp_path / "a.cfg")
     assert {path.name for path in tmp_path.iterdir()} == {".b.cfg.x7.tmp", "a.cfg"}
     remove_unfinished(tmp_path / "missing" / "a.cfg")
+
+
+HOLDER = """
+import signal, sys, time
+from pathlib import Path
+from aoscore.common.files import DirectoryLock
+with DirectoryLock(Path(sys.argv[1])):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else signal.SIG_DFL)
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["", "deaf"])
+def test_a_directory_is_taken_after_its_holder_was_stopped(tmp_path: Path, kind: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), kind], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        if kind:
+            with pytest.raises(AlreadyExistsError):
+                DirectoryLock.after_stop(tmp_path, 0.3)
+            assert process.poll() is None
+        else:
+            with DirectoryLock.after_stop(tmp_path, 30):
+                assert process.wait(10) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    with DirectoryLock.after_stop(tmp_path, 1):
+        pass

@@ -405,6 +405,26 @@ async def test_file_server_rules(tmp_path: Path) -> None:
             await request("GET", f"{url}/file", limit_bytes=9)
 
 
+async def test_file_server_serves_so_many_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    server = FileServer("127.0.0.1:0", lambda path: tmp_path / path[1:], max_connections=1)
+    async with running(server):
+        connections = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
+        (first, _), (second, _) = connections
+        for _, writer in connections:
+            writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await first.readuntil(b"content")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await second.read(1)
+        connections[0][1].close()
+        async with asyncio.timeout(10):
+            await second.readuntil(b"content")
+        connections[1][1].close()
+
+
 async def test_file_server_refuses_taken_ports(tmp_path: Path) -> None:
     async with file_server(tmp_path) as url:
         with pytest.raises(AlreadyExistsError):

@@ -235,9 +235,14 @@ async def test_file_of_the_go_generation_is_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "1_update.up.sql").read_text() != "nonsense"
 
 
-async def test_broken_file_is_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / FILE_NAME).write_bytes(b"\xff" * 5000)
+@pytest.mark.parametrize("damage", ["noise", "open to others"])
+async def test_broken_file_is_set_aside(tmp_path: Path, damage: str) -> None:
+    async with IamDatabase(tmp_path / "work") as database:
+        await database.save_node(FULL)
+    if damage == "noise":
+        (tmp_path / "work" / FILE_NAME).write_bytes(b"\xff" * 5000)
+    else:
+        (tmp_path / "work" / FILE_NAME).chmod(0o666)
     async with IamDatabase(tmp_path / "work") as database:
         assert await database.nodes() == [] and await database.node_keys() == {}
     assert len(list((tmp_path / "work").glob("iamanager.db.broken-*"))) == 1

@@ -127,10 +127,17 @@ async def test_file_of_the_go_generation_is_set_aside(tmp_path: Path) -> None:
     assert "nonsense" not in (tmp_path / "merged" / "1_update.up.sql").read_text()
 
 
-async def test_damaged_file_is_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "sm.db").write_bytes(b"no database at all" * 100)
+@pytest.mark.parametrize("damage", ["noise", "open to others"])
+async def test_damaged_file_is_set_aside(tmp_path: Path, damage: str) -> None:
+    async with opened(tmp_path) as database:
+        await database.execute("INSERT INTO network (networkID, vlanID) VALUES ('owner', 7)")
+    if damage == "noise":
+        (tmp_path / "sm.db").write_bytes(b"no database at all" * 100)
+    else:
+        (tmp_path / "sm.db").chmod(0o666)
     async with opened(tmp_path) as database:
         assert database.recovered is not None
+        assert await database.select("SELECT * FROM network") == []
     assert columns(tmp_path / "sm.db") == COLUMNS
 
 

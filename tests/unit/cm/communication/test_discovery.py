@@ -84,7 +84,7 @@ def test_an_answer() -> None:
 
 
 @pytest.mark.parametrize(("delay_ms", "delay_s"), [(0, None), (-1, None), (30, 1.0), (90_000, 90.0)])
-def test_the_wished_delay_has_a_floor(delay_ms: int, delay_s: float | None) -> None:
+def test_defect_5_the_wished_delay_has_a_floor(delay_ms: int, delay_s: float | None) -> None:
     """Thirty milliseconds make AosCore 9.1 connect 20 times a second (observed.md, defect 5)."""
     assert Answer(next_request_delay=delay_ms).delay_s == delay_s
 

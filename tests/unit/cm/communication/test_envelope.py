@@ -288,6 +288,48 @@ def test_the_other_messages_from_the_cloud() -> None:
     assert read({"messageType": "nack"}) == Nack(retry_after=500)
 
 
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        (
+            {"messageType": "issuedUnitCertificates", "certificates": [{"node": {}, "certificateChain": "pem"}]},
+            "certificates[0]",
+        ),
+        (
+            {
+                "messageType": "renewCertificatesNotification",
+                "certificates": [{"node": {"id": "n"}}],
+                "unitSecrets": {},
+            },
+            "certificates[0]",
+        ),
+        (
+            {
+                "messageType": "renewCertificatesNotification",
+                "certificates": [],
+                "unitSecrets": {"nodes": [{"node": {}, "secret": "hush"}]},
+            },
+            "unitSecrets.nodes[0]",
+        ),
+    ],
+)
+def test_what_is_for_no_node_is_left_out(data: dict[str, Any], path: str) -> None:
+    """IAM takes a call without a node for one to the Main Node."""
+    received = receive(data)
+    assert received.message is not None
+    (problem,) = received.problems
+    assert problem.path == path and "hush" not in problem.text
+
+
+@pytest.mark.parametrize("word", ItemType)
+def test_every_kind_of_identity_is_read(word: ItemType) -> None:
+    """The schema lacks some of them (D12)."""
+    status = read(
+        {"messageType": "desiredStatus", "instances": [{"item": {"id": "i", "type": word}, "subject": {"id": "s"}}]}
+    )
+    assert status.instances[0].item == Identity(id="i", type=word)
+
+
 def test_an_unknown_word_in_an_identity_counts_as_absent() -> None:
     received = receive(
         {

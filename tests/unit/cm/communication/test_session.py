@@ -64,7 +64,7 @@ NEW_STATE = NewState(item=Identity(id="i"), subject=Identity(id="s"), instance=0
 CSR = IssueUnitCertificates(requests=())
 
 
-def test_nothing_leaves_without_a_connection_and_all_of_it_in_order_afterwards() -> None:
+def test_defect_3_nothing_leaves_without_a_connection_and_all_of_it_in_order_afterwards() -> None:
     """And nobody looks meanwhile: AosCore 9.1 burns a core (observed.md, defect 3)."""
     bench = Bench(connected=False)
     bench.send(VARS)
@@ -151,7 +151,7 @@ def test_absurd_nack_delays_are_bounded(delay_ms: int) -> None:
     assert bench.out(600) == ["overrideEnvVarsStatus:t1"]
 
 
-def test_nacks_for_unknown_messages_are_ignored() -> None:
+def test_defect_4_nacks_for_unknown_messages_are_ignored() -> None:
     """Four of these stop AosCore 9.1 (observed.md, defect 4)."""
     bench = Bench()
     for number in range(10):
@@ -169,7 +169,7 @@ def test_a_broken_link_uses_up_no_try_until_it_is_suspicious() -> None:
     assert bench.out() == [] and bench.session.dropped == 1
 
 
-def test_a_unit_status_does_not_survive_its_connection() -> None:
+def test_defect_3_a_unit_status_does_not_survive_its_connection() -> None:
     """A stale delta must not follow the full status (observed.md, defect 3)."""
     bench = Bench()
     bench.send(UnitStatus(is_delta_info=True, items=()))

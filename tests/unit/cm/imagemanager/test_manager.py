@@ -191,6 +191,53 @@ async def test_the_old_version_stays_until_the_new_one_is_installed(bench: Bench
         assert set(bench.store.digests()) == set(V2.blobs)
 
 
+async def test_a_version_that_was_never_installed_makes_room_for_the_one_that_is_wanted_now(bench: Bench) -> None:
+    bench.cloud.publish(V1)
+    bench.cloud.publish(V2)
+    async with bench.started() as manager:
+        await bench.download(manager, desired("a", "1.0.0", V1))
+        bench.cloud.change(V2.layers[0], urls=("http://127.0.0.1:1/x",))
+        task = asyncio.create_task(bench.download(manager, desired("a", "2.0.0", V2)))
+        while V2.index not in bench.store.digests():
+            await asyncio.sleep(0.01)
+        assert states(manager) == {"a 2.0.0": "downloading"}
+        assert not (set(bench.store.digests()) - set(V2.blobs))
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_the_time_of_a_version_tells_since_when_it_is_known_or_removed(bench: Bench) -> None:
+    """AosCore 9.1 writes 0 at every other change (database.md §6, item 14)."""
+    bench.cloud.publish(V1)
+    async with bench.started() as manager:
+        await bench.download(manager, desired("a", "1.0.0", V1))
+        bench.now += timedelta(hours=1)
+        await manager.install({("a", "1.0.0")})
+        assert the(manager, "a", "1.0.0").timestamp == START
+        await manager.install(set())
+    async with bench.started() as manager:
+        assert the(manager, "a", "1.0.0").timestamp == START + timedelta(hours=1)
+
+
+async def test_a_version_with_other_images_keeps_the_ones_it_has_until_they_are_here(bench: Bench) -> None:
+    bench.cloud.publish(V1)
+    bench.cloud.publish(V2)
+    async with bench.started() as manager:
+        await bench.download(manager, desired("a", "1.0.0", V1))
+        await manager.install({("a", "1.0.0")})
+        bench.cloud.change(V2.layers[0], sign_info=None)
+        await bench.download(manager, desired("a", "1.0.0", V2))
+        item = the(manager, "a", "1.0.0")
+        assert (item.state, item.index_digest) == (ItemState.INSTALLED, V1.index)
+        assert item.error is not None and "is not signed" in item.error.message
+        await manager.install({("a", "1.0.0")})
+        assert set(bench.store.digests()) == set(V1.blobs)
+        bench.cloud.publish(V2)
+        await bench.download(manager, desired("a", "1.0.0", V2))
+        item = the(manager, "a", "1.0.0")
+        assert (item.state, item.index_digest, item.error) == (ItemState.PENDING, V2.index, None)
+
+
 async def test_a_version_that_does_not_work_leaves_its_predecessor(bench: Bench) -> None:
     bench.cloud.publish(V1)
     bench.cloud.publish(V2)
@@ -266,10 +313,12 @@ def no_manifest(cloud: BlobCloud) -> None:
         (swapped_digest, 5, "does not know blob", False),
         (lambda cloud: cloud.infos.pop(V1.index), 5, "does not know blob", False),
         (lambda cloud: cloud.change(V1.index, sha256="00" * 32), 10, "announced checksum", True),
+        # That of the content in place of the file's.
+        (lambda cloud: cloud.change(V1.index, sha256=V1.index[7:]), 10, "announced checksum", True),
         (lambda cloud: cloud.change(V1.index, sha256="junk"), 6, "neither hex nor base64", True),
         (lambda cloud: cloud.change(V1.index, sign_info=None), 10, "not signed", True),
     ],
-    ids=["truncated", "damaged", "other", "swapped", "unknown", "checksum", "junk", "unsigned"],
+    ids=["truncated", "damaged", "other", "swapped", "unknown", "checksum", "content", "junk", "unsigned"],
 )
 async def test_bad_blobs_give_a_clear_error_and_install_nothing(
     bench: Bench, spoil: Callable[[BlobCloud], None], code: int, text: str, final: bool

@@ -54,7 +54,7 @@ def test_given_up_after_an_age_without_progress() -> None:
         case.asking_failed(ERROR, 199)
 
 
-def test_wrong_content_three_times_and_never_a_wrong_signature() -> None:
+def test_defect_6_wrong_content_three_times_and_never_a_wrong_signature() -> None:
     """AosCore 9.1 repeats it 60 times a second, for ever (observed.md, defect 6)."""
     case = retries()
     wrong = ChecksumError("wrong")

@@ -268,7 +268,7 @@ class TestStability:
 
 
 class TestRoom:
-    def test_a_node_that_is_overcommitted_has_no_room_and_never_less(self) -> None:
+    def test_defect_10_a_node_that_is_overcommitted_has_no_room_and_never_less(self) -> None:
         """AosCore 9.1 logs negative figures then (observed.md, defect 10)."""
         ident = InstanceIdent("other", "subject", 0)
         loads = {(ident, "runc-a"): Usage(5000, 1 << 40)}

@@ -239,13 +239,13 @@ async def test_rows_survive(tmp_path: Path) -> None:
     async with Database(tmp_path / "cm.db", schema) as db:
         store = LauncherStore(db)
         await store.save_requests(requests)
-        await store.save_overrides(overrides)
+        await store.save_overrides(overrides, "correlation")
         await store.save_records(records, [])
         await store.save_confirmed("n", "digest")
         stored = await store.load()
         assert sorted(stored.records, key=lambda one: one.key) == records
         assert list(stored.requests) == requests
-        assert list(stored.overrides) == overrides
+        assert (list(stored.overrides), stored.overrides_id) == (overrides, "correlation")
         assert stored.confirmed == {"n": "digest"}
         rows = await db.select("SELECT variables FROM launcher_override_envvars")
         assert rows[0][0] == '[{"name":"A","value":"1","ttl":1772323200000000000},{"name":"B","value":""}]'

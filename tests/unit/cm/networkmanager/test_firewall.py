@@ -73,7 +73,7 @@ def test_wrong_connections(text: str) -> None:
         Connection.parse(text)
 
 
-def test_names_belong_to_one_item() -> None:
+def test_defect_10_names_belong_to_one_item() -> None:
     """Its instances share them; in AosCore 9.1 all but one of them fail (observed.md, defect 10)."""
     holder = endpoint("s1", "172.17.0.3", hosts=("Web",))
     assert check_names(["web", "web"], "s1", [holder]) == ("web",)

@@ -128,6 +128,16 @@ async def test_late_server_pushes_rules_once(bed: Bed) -> None:
     assert await bed.rows("pending_connections") == []
 
 
+async def test_ports_that_are_exposed_later_count(bed: Bed) -> None:
+    """AosCore 9.1 keeps those of the first time (cm-orchestration §10.3, item 27)."""
+    await start_pair(bed, server_first=False)
+    await bed.manager.allocate(SERVER, "n1", "node", NetworkWishes())
+    with bed.manager.subscribe("node") as updates:
+        assert updates.empty()
+        await bed.manager.allocate(SERVER, "n1", "node", SERVES)
+        assert updates.get_nowait() == RuleUpdate(CLIENT, RULES)
+
+
 async def test_rules_wait_for_the_subscription(bed: Bed) -> None:
     await start_pair(bed, server_first=False)
     await bed.manager.allocate(SERVER, "n1", "node", SERVES)
@@ -257,6 +267,7 @@ async def test_takes_over_a_database_of_9_1(tmp_path: Path) -> None:
                 " '172.18.0.0/16', 's1', '8080', 'tcp')"
             )
     async with open_bed(tmp_path) as bed:
+        assert len(await bed.rows("pending_connections")) == 1
         await bed.manager.get_node_network("n0", "node")
         await bed.manager.sync("node", [InstanceNetworkState(CLIENT, "n1", "172.18.0.3")])
         with bed.manager.subscribe("node") as updates:

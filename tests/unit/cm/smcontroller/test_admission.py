@@ -58,7 +58,7 @@ class Bed:
         return admission
 
 
-async def test_a_key_belongs_to_the_first_node_that_shows_it_over_restarts(db: Database) -> None:
+async def test_defect_8_a_key_belongs_to_the_first_node_that_shows_it_over_restarts(db: Database) -> None:
     """Any certificate of the Unit's CA may register any node in AosCore 9.1 (observed.md, defect 8)."""
     bed = Bed(db)
     first, second = bed.ca.issue(UNIT), bed.ca.issue(UNIT)

@@ -21,11 +21,11 @@ from aoscore.cm.communication.messages import (
 )
 from aoscore.cm.storagestate import files
 from aoscore.cm.storagestate.manager import Paths, StorageState
-from aoscore.cm.storagestate.store import StateStore
+from aoscore.cm.storagestate.store import StateRow, StateStore
 from aoscore.common.db import Database, Schema
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError, NotSupportedError
 from aoscore.common.quota import device_of
-from aoscore.common.types import InstanceIdent
+from aoscore.common.types import InstanceIdent, ItemType
 from tests.support.running import running
 from tests.unit.cm.fakes import FakeLink
 
@@ -300,6 +300,27 @@ async def test_budgets(bed: Bed) -> None:
     budgets = await bed.manager.budgets()
     assert budgets.same_partition
     assert budgets.storage_bytes == budgets.state_bytes > 0
+
+
+async def test_rows_are_told_apart_by_the_whole_identity_and_a_bad_one_is_passed_over(tmp_path: Path) -> None:
+    """An unknown word keeps AosCore 9.1 from starting (database.md §6, item 19)."""
+    component = InstanceIdent("item", "subject", 0, ItemType.COMPONENT)
+    preinstalled = InstanceIdent("item", "subject", 0, ItemType.SERVICE, True)
+    kept = [StateRow(ident, 1, 2, b"a") for ident in (IDENT, component, preinstalled)]
+    schema = Schema(create=(*database.STORAGE_STATE_TABLES, *database.OWN_TABLES))
+    async with Database(tmp_path / "cm.db", schema) as db:
+        store = StateStore(db)
+        for row in kept:
+            await store.put(row)
+        await db.execute("INSERT INTO storagestate VALUES ('x', 'subject', 0, 'gadget', 0, 1, 2, NULL)")
+        await db.execute("INSERT INTO storagestate VALUES ('y', 'subject', 0, 'service', 0, NULL, NULL, NULL)")
+        nulls = StateRow(InstanceIdent("y", "subject", 0))
+        assert {row.ident: row for row in await store.load()} == {row.ident: row for row in (*kept, nulls)}
+        await store.remove(component)
+        assert {row.ident for row in await store.load()} == {IDENT, preinstalled, nulls.ident}
+        assert ("x",) in await db.select("SELECT itemID FROM storagestate")
+    async with open_bed(tmp_path) as bed:
+        assert bed.manager.checksum(IDENT) == b"a".hex()
 
 
 def test_device_of_a_path(tmp_path: Path) -> None:

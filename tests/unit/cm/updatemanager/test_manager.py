@@ -12,15 +12,23 @@ import pytest
 
 from aoscore.cm.communication.envelope import Received
 from aoscore.cm.communication.messages import (
+    AlertRules,
     CertificateChain,
     DesiredInstance,
     DesiredItem,
     DesiredNode,
     DesiredNodeState,
     DesiredStatus,
+    DesiredSubject,
     Identity,
     ItemState,
+    NodeConfig,
+    PartitionRule,
+    PercentRule,
+    PointRule,
+    ResourceRatios,
     SigningCertificate,
+    SubjectType,
     UnitConfig,
     UnitConfigStatus,
 )
@@ -690,6 +698,22 @@ async def test_a_wish_with_unreadable_parts(tmp_path: Path) -> None:
         assert unit.attempts[0].error_info is not None and "version" in unit.attempts[0].error_info.message
 
 
+async def test_an_item_that_is_known_under_another_type_stays_what_it_is(tmp_path: Path) -> None:
+    """Its key has no type (database.md §6, item 17)."""
+    unit = Unit()
+    async with manager_of(unit, tmp_path) as manager:
+        await apply(manager, desired(("a", "1"), ("b", "1")))
+        status = desired(("a", "1"), ("b", "2"))
+        assert status.items is not None
+        component = msgspec.structs.replace(status.items[0], item=Identity(id="a", type=ItemType.COMPONENT))
+        await apply(manager, msgspec.structs.replace(status, items=(component, status.items[1])))
+        assert unit.view == {"a 1": "installed", "b 2": "installed"}
+        assert unit.running == {"a": "1", "b": "2"} and unit.items["a", "1"].type is ItemType.SERVICE
+        assert unit.alerts == [
+            "desired status: items[0].item.type: item a 1 is known as service, so it can't be a component"
+        ]
+
+
 async def test_too_many_removals(tmp_path: Path) -> None:
     unit = Unit()
     async with manager_of(unit, tmp_path, max_remove_percent=50) as manager:
@@ -712,6 +736,37 @@ async def test_the_row_is_in_the_form_of_9_1(tmp_path: Path) -> None:
         {"item": {"id": "a", "type": "service"}, "version": "1", "owner": {"id": "owner"}, "indexDigest": "d1"}
     ]
     assert document["instances"] == [{"item": {"id": "a"}, "subject": {"id": "s"}, "priority": 0, "numInstances": 1}]
+
+
+async def test_every_part_of_a_wish_survives(tmp_path: Path) -> None:
+    part = NodeConfig(
+        node=Identity.of_codename("n1"),
+        node_group_subject=Identity.of_codename("main"),
+        alert_rules=AlertRules(
+            cpu=PercentRule(min_threshold=70.5, max_threshold=80.0, min_timeout=Duration(90)),
+            partitions=(PartitionRule(name="p", min_threshold=1.0, max_threshold=2.0),),
+            download=PointRule(min_threshold=1, max_threshold=2**40),
+        ),
+        resource_ratios=ResourceRatios(cpu=50.0),
+        labels=("l1", "l2"),
+        priority=7,
+    )
+    instance = DesiredInstance(
+        item=Identity(id="a"), subject=Identity(id="s"), priority=5, num_instances=0, labels=("l1",)
+    )
+    status = DesiredStatus(
+        nodes=(DesiredNode(item=Identity.of_codename("n1"), state=DesiredNodeState.PAUSED),),
+        unit_config=UnitConfig(format_version="1", version="1.0.0", nodes=(part,)),
+        items=(wanted_item("a", "1", "d"),),
+        instances=(instance,),
+        subjects=(DesiredSubject(identity=Identity(id="s"), type=SubjectType.USER, is_reported_from_unit=True),),
+        certificates=(SigningCertificate(certificate=bytes(range(256)), fingerprint="f"),),
+        certificate_chains=(CertificateChain(name="c", fingerprints=("f", "g")),),
+    )
+    async with Database(tmp_path / "cm.db", SCHEMA) as database:
+        store = UpdateStore(database)
+        await store.save(msgspec.structs.replace(status, correlation_id="c"), Phase.ACTIVATING)
+        assert await store.load() == (status, Phase.ACTIVATING)
 
 
 # Firmware and software at different times
