@@ -5,9 +5,9 @@ Documented in the plain twin, ``_plain/sampler.py``.
 """
 
 from libc.errno cimport EBADMSG, ENODEV, ENOMEM, errno
-from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memchr, memcmp, strdup, strlen
+from libc.string cimport memchr, memcmp, memcpy, strdup, strlen
 from posix.types cimport dev_t, ino_t, off_t
 from posix.unistd cimport close, pread
 
@@ -595,3 +595,91 @@ cdef int64_t column(const char *text, int wanted) noexcept nogil:
         while text[0] != c" " and text[0] != c"\n" and text[0] != 0:
             text += 1
     return ABSENT
+
+
+# Traffic: the kernel's named counters, as it lists them (netlink(7), linux/netfilter/nf_tables.h)
+
+cdef enum:
+    NLMSG_HEADER_BYTES = 16
+    NFGENMSG_BYTES = 4
+    ATTRIBUTE_HEADER_BYTES = 4
+    NLMSG_ERROR = 2
+    NLMSG_DONE = 3
+    NEW_OBJECT = 10 << 8 | 18  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWOBJ
+    DUMP_INTERRUPTED = 0x10  # NLM_F_DUMP_INTR
+    KIND_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+    OBJECT_NAME = 2
+    OBJECT_DATA = 4
+    COUNTER_BYTES = 1
+
+cdef struct Attribute:
+    int kind
+    const unsigned char *value
+    Py_ssize_t size
+
+
+cdef Py_ssize_t attribute_at(const unsigned char *data, Py_ssize_t at, Py_ssize_t end, Attribute *found) except -1:
+    """Where the next one begins."""
+    cdef uint16_t size, kind
+    memcpy(&size, data + at, 2)
+    memcpy(&kind, data + at + 2, 2)
+    if size < ATTRIBUTE_HEADER_BYTES or size > end - at:
+        raise ValueError(f"attribute of {size} bytes in a list of counters")
+    found.kind = kind & KIND_MASK
+    found.value = data + at + ATTRIBUTE_HEADER_BYTES
+    found.size = size - ATTRIBUTE_HEADER_BYTES
+    return at + ((size + 3) & ~3)
+
+
+cdef int take_counter(const unsigned char *data, Py_ssize_t at, Py_ssize_t end, dict found) except -1:
+    cdef Attribute attribute, inner
+    cdef Py_ssize_t inside
+    cdef uint64_t value = 0
+    cdef int which, has_value = 0
+    name = None
+    while end - at >= ATTRIBUTE_HEADER_BYTES:
+        at = attribute_at(data, at, end, &attribute)
+        if attribute.kind == OBJECT_NAME:
+            name = attribute.value[: attribute.size].rstrip(b"\0")
+        elif attribute.kind == OBJECT_DATA:
+            inside = 0
+            while attribute.size - inside >= ATTRIBUTE_HEADER_BYTES:
+                inside = attribute_at(attribute.value, inside, attribute.size, &inner)
+                if inner.kind == COUNTER_BYTES and inner.size == 8:
+                    value = 0
+                    for which in range(8):
+                        value = value << 8 | inner.value[which]
+                    has_value = 1
+    if name is not None and has_value:
+        found[name.decode("utf-8", "replace")] = value
+    return 0
+
+
+def take_counters(bytes data not None, dict found not None):
+    """See the plain twin."""
+    cdef const unsigned char *message = <const unsigned char *><const char *>data
+    cdef Py_ssize_t left = len(data)
+    cdef uint32_t length
+    cdef uint16_t kind, flags
+    cdef int32_t code
+    while left >= NLMSG_HEADER_BYTES:
+        memcpy(&length, message, 4)
+        memcpy(&kind, message + 4, 2)
+        memcpy(&flags, message + 6, 2)
+        if length < NLMSG_HEADER_BYTES or length > left:
+            raise ValueError(f"message of {length} bytes in a list of counters")
+        if flags & DUMP_INTERRUPTED:
+            raise InterruptedError("counters changed while they were listed")
+        if kind == NLMSG_DONE:
+            return True
+        if kind == NLMSG_ERROR:
+            if length < NLMSG_HEADER_BYTES + 4:
+                raise ValueError("an error without a number in a list of counters")
+            memcpy(&code, message + NLMSG_HEADER_BYTES, 4)
+            raise OSError(-code, os.strerror(-code))
+        if kind == NEW_OBJECT:
+            take_counter(message, NLMSG_HEADER_BYTES + NFGENMSG_BYTES, length, found)
+        length = (length + 3) & ~3
+        message += length
+        left -= length
+    return False

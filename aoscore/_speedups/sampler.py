@@ -13,8 +13,17 @@ from aoscore._speedups.sampler_types import (
 )
 
 if TYPE_CHECKING or native_wanted("_sampler"):
-    from aoscore._speedups._sampler import Sampler
+    from aoscore._speedups._sampler import Sampler, take_counters
 else:
-    from aoscore._speedups._plain.sampler import Sampler
+    from aoscore._speedups._plain.sampler import Sampler, take_counters
 
-__all__ = ["MAX_INSTANCES", "Filesystem", "InstanceSample", "NodeSample", "Sample", "SampleError", "Sampler"]
+__all__ = [
+    "MAX_INSTANCES",
+    "Filesystem",
+    "InstanceSample",
+    "NodeSample",
+    "Sample",
+    "SampleError",
+    "Sampler",
+    "take_counters",
+]

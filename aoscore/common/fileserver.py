@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable
 from http import HTTPStatus
@@ -11,7 +12,8 @@ from typing import BinaryIO
 
 import h11
 
-from aoscore.common.aio import log_and_continue
+from aoscore._speedups.chunker import send_file
+from aoscore.common.aio import Worker, log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError
 from aoscore.common.rpc import plain_ip, split_address
 
@@ -20,6 +22,9 @@ _log = logging.getLogger(__name__)
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _HEAD_TIMEOUT_S = 30.0
 _SEND_TIMEOUT_S = 600.0
+_THREADS = 2
+_STEP_BYTES = 1024 * 1024
+"""What one call sends: the threads serve all connections in turn."""
 
 
 class FileServer:
@@ -43,10 +48,15 @@ class FileServer:
         self._allow = allow
         self._slots = asyncio.Semaphore(max_connections)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._worker = Worker("files", _THREADS)
         self.port = 0
 
     async def run(self, started: Callable[[], None]) -> None:
-        """Serve until cancelled; open transfers are cut then, clients resume."""
+        """Serve until cancelled, once; open transfers are cut then, clients resume."""
+        async with self._worker:
+            await self._serve_all(started)
+
+    async def _serve_all(self, started: Callable[[], None]) -> None:
         try:
             server = await asyncio.start_server(self._accept, self._host, self._wanted_port)
         except OSError as error:
@@ -143,8 +153,40 @@ class FileServer:
         self, connection: h11.Connection, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int
     ) -> None:
         if length:
-            await send_part(connection, writer, file, first, length)
+            await self._send_part(connection, writer, file, first, length)
         writer.write(connection.send(h11.EndOfMessage()) or b"")
+
+    async def _send_part(
+        self, connection: h11.Connection, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int
+    ) -> None:
+        """Send so many bytes of a file, at least one, as the next part of a body. Raises TimeoutError, OSError."""
+        for part in connection.send_with_data_passthrough(h11.Data(data=_Counted(length))) or ():  # type: ignore[arg-type]
+            if isinstance(part, _Counted):
+                # The kernel sends the bytes; h11 only counts them.
+                async with asyncio.timeout(_SEND_TIMEOUT_S):
+                    await self._send_bytes(writer, file, first, length)
+            else:
+                writer.write(part)
+
+    async def _send_bytes(self, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int) -> None:
+        """Behind all that was written before. In a thread: asyncio's own waits for the disk in the loop."""
+        writer.transport.set_write_buffer_limits(high=0)
+        await writer.drain()
+        # Of our own: the loop does not let us wait for the one that the transport uses.
+        descriptor = os.dup(writer.get_extra_info("socket").fileno())
+        try:
+            while length:
+                try:
+                    sent = await self._worker.run(send_file, descriptor, file.fileno(), first, min(length, _STEP_BYTES))
+                except BlockingIOError:
+                    await _until_writable(descriptor)
+                    continue
+                if not sent:
+                    raise OSError(f"file {file.name} became shorter while it was sent")
+                first += sent
+                length -= sent
+        finally:
+            os.close(descriptor)
 
     def _find(self, target: str) -> Path | None:
         try:
@@ -154,18 +196,14 @@ class FileServer:
             return None
 
 
-async def send_part(
-    connection: h11.Connection, writer: asyncio.StreamWriter, file: BinaryIO, first: int, length: int
-) -> None:
-    """Send so many bytes of a file, at least one, as the next part of a body. Raises TimeoutError, OSError."""
-    for part in connection.send_with_data_passthrough(h11.Data(data=_Counted(length))) or ():  # type: ignore[arg-type]
-        if isinstance(part, _Counted):
-            # The kernel sends the bytes; h11 only counts them.
-            await writer.drain()
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await asyncio.get_running_loop().sendfile(writer.transport, file, first, length)
-        else:
-            writer.write(part)
+async def _until_writable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    writable = asyncio.Event()
+    loop.add_writer(descriptor, writable.set)
+    try:
+        await writable.wait()
+    finally:
+        loop.remove_writer(descriptor)
 
 
 class _Counted:

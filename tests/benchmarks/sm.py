@@ -190,8 +190,8 @@ when it has lived so long. "Network" is the time in which at least one network w
 mounts) and "start" (conmon and crun) are means per instance at {PARALLEL} at a time. conmon and crun of a start are not
 SM's children in the end, so their CPU time is not in the table.
 
-A round of monitoring over {COUNTS[-1]} instances takes {own:.1f} ms of CPU time in SM (goal 15) and {programs:.1f} ms
-in nft, which reads the traffic counters; medians of {ROUNDS}."""
+A round of monitoring over {COUNTS[-1]} instances, with their traffic, takes {own:.1f} ms of CPU time in SM (goal 15)
+and {programs:.1f} ms in programs that it runs; medians of {ROUNDS}."""
 
 
 def table(titles: Sequence[str], rows: Iterable[str]) -> str:

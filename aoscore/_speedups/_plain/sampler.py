@@ -2,8 +2,10 @@
 
 import errno
 import os
+import struct
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,16 @@ from aoscore._speedups.sampler_types import MAX_INSTANCES, Filesystem, InstanceS
 
 _READ_BYTES = 1 << 16
 _MAX_COUNTER = (1 << 63) - 1
+# netlink(7): length, kind and flags of a message, with its sequence and sender; size and kind of an attribute.
+_MESSAGE = struct.Struct("=IHH8x")
+_ATTRIBUTE = struct.Struct("=HH")
+_GENERIC_BYTES = 4
+_ERROR, _DONE = 2, 3
+_NEW_OBJECT = 10 << 8 | 18
+_DUMP_INTERRUPTED = 0x10
+_KIND_MASK = 0x3FFF
+_OBJECT_NAME, _OBJECT_DATA = 2, 4
+_COUNTER_BYTES = 1
 
 
 class _Gone(Exception):
@@ -291,3 +303,53 @@ def _tagged_sum(text: bytes, tag: bytes) -> int:
         total += _leading_number(text[start : start + 20]) or 0
         at = text.find(b" " + tag, start)
     return total
+
+
+def take_counters(data: bytes, found: dict[str, int]) -> bool:
+    """Takes the counters out of a part of the kernel's answer to NFT_MSG_GETOBJ (linux/netfilter/nf_tables.h).
+
+    data: whole netlink messages, as one `recv` gives them. found: gets the bytes of each counter by its name. Returns
+    whether the answer ends here. Raises OSError with what the kernel says; InterruptedError when the counters changed
+    while they were listed: what was found is of no use then; ValueError for what no kernel sends.
+    """
+    at = 0
+    while len(data) - at >= _MESSAGE.size:
+        length, kind, flags = _MESSAGE.unpack_from(data, at)
+        if not _MESSAGE.size <= length <= len(data) - at:
+            raise ValueError(f"message of {length} bytes in a list of counters")
+        if flags & _DUMP_INTERRUPTED:
+            raise InterruptedError("counters changed while they were listed")
+        if kind == _DONE:
+            return True
+        if kind == _ERROR:
+            if length < _MESSAGE.size + 4:
+                raise ValueError("an error without a number in a list of counters")
+            code = -int.from_bytes(data[at + _MESSAGE.size : at + _MESSAGE.size + 4], sys.byteorder, signed=True)
+            raise OSError(code, os.strerror(code))
+        if kind == _NEW_OBJECT:
+            _take_counter(data[at + _MESSAGE.size + _GENERIC_BYTES : at + length], found)
+        at += length + 3 & ~3
+    return False
+
+
+def _take_counter(data: bytes, found: dict[str, int]) -> None:
+    name = value = None
+    for kind, content in _attributes(data):
+        if kind == _OBJECT_NAME:
+            name = bytes(content).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == _OBJECT_DATA:
+            for inner, number in _attributes(content):
+                if inner == _COUNTER_BYTES and len(number) == 8:
+                    value = int.from_bytes(number, "big")
+    if name is not None and value is not None:
+        found[name] = value
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while len(data) - at >= _ATTRIBUTE.size:
+        size, kind = _ATTRIBUTE.unpack_from(data, at)
+        if not _ATTRIBUTE.size <= size <= len(data) - at:
+            raise ValueError(f"attribute of {size} bytes in a list of counters")
+        yield kind & _KIND_MASK, data[at + _ATTRIBUTE.size : at + size]
+        at += size + 3 & ~3

@@ -24,7 +24,7 @@ from aoscore.common.errors import (
     InvalidArgumentError,
     NoSpaceError,
 )
-from aoscore.common.fileserver import FileServer, send_part
+from aoscore.common.fileserver import FileServer
 from aoscore.common.log import kv
 from aoscore.common.oci import Descriptor
 from aoscore.mp.communication.connection import ChannelClosedError
@@ -325,7 +325,7 @@ class BlobServer(FileServer):
             while True:
                 if sent < transfer.written:
                     part_bytes = min(transfer.written - sent, _SEND_BYTES)
-                    await send_part(connection, writer, file, sent, part_bytes)
+                    await self._send_part(connection, writer, file, sent, part_bytes)
                     sent += part_bytes
                 elif transfer.is_complete:
                     writer.write(connection.send(h11.EndOfMessage()) or b"")

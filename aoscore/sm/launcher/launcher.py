@@ -227,6 +227,7 @@ class Launcher:
             self._wake.clear()
             self._idle.clear()
             await self._check_offline()
+            planned_s = self._clock()
             steps = plan(self._situation())
             for key in steps.install:
                 self._installing[key] = tasks.create_task(self._install(key), name=f"install {key}")
@@ -246,7 +247,7 @@ class Launcher:
                     await self._store.keep_copy()
             if not self._installing:
                 self._idle.set()
-            await self._sleep()
+            await self._sleep(planned_s)
 
     async def _reboot_when_due(self, runtime: Runtime) -> None:
         """A reboot in the middle of an update would only make it longer (sm.md §4.6)."""
@@ -259,13 +260,14 @@ class Launcher:
             # It comes any moment, or was refused: then it is asked for again.
             await asyncio.sleep(backoff.next())
 
-    async def _sleep(self) -> None:
-        now_s = self._clock()
+    async def _sleep(self, planned_s: float) -> None:
+        """Until there is something to do. A pause that has ended since the plan was made counts: it is not in it."""
         due = (
-            self._retries.next_s(now_s),
-            self._install_retries.next_s(now_s),
+            self._retries.next_s(planned_s),
+            self._install_retries.next_s(planned_s),
             self._offline.next_s(self._offline_limits_s()),
         )
+        now_s = self._clock()
         delays_s = [max(0.0, moment_s - now_s) for moment_s in due if moment_s is not None]
         await comes_within(self._wake, min(delays_s) + 0.001 if delays_s else None)
 

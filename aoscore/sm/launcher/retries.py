@@ -40,5 +40,5 @@ class Retries(Generic[K]):
         return {key for key, (_, until_s) in self._entries.items() if until_s > now_s}
 
     def next_s(self, now_s: float) -> float | None:
-        """When the first pause ends; None when nothing rests."""
+        """When the first of the pauses ends that had not ended at `now_s`; None when there is none."""
         return min((until_s for _, until_s in self._entries.values() if until_s > now_s), default=None)

@@ -62,10 +62,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TRAFFIC_PERIOD_S = 60.0
-# Changes in one round: enough to share what is done once, few enough that the first need not wait for the last. The
-# first round is small, since nothing else goes on until it has ended.
-_FIRST_ROUND = 8
-_ROUND = 32
+# Changes in one round: many, since each round writes the whole firewall; few enough that the first need not wait for
+# the last of hundreds. Starts that run beside small rounds make all of it slower than one after the other.
+_ROUND = 64
 _IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 _IPV6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 
@@ -275,16 +274,14 @@ class NetworkManager:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            limit = _FIRST_ROUND
-            while changes := self._next_round(limit):
+            while changes := self._next_round():
                 async with self._links_lock:
                     await self._make(changes)
-                limit = _ROUND
 
-    def _next_round(self, limit: int) -> list["_Change"]:
+    def _next_round(self) -> list["_Change"]:
         """At most one change of an instance, in the order in which they came."""
         taken: dict[str, _Change] = {}
-        while self._waiting and len(taken) < limit and self._waiting[0].instance_id not in taken:
+        while self._waiting and len(taken) < _ROUND and self._waiting[0].instance_id not in taken:
             change = self._waiting.popleft()
             if not change.done.done():
                 taken[change.instance_id] = change

@@ -95,7 +95,7 @@ class Traffic:
         self._stored = {total.chain: total for total in await self._store.load_traffic()}
         self._counted = {counted.name: counted for counted in adopted}
         self._since = self._start_of_period(now)
-        kernel = await nft.counters(TABLE) or {}
+        kernel = await nft.counters(TABLE)
         last = max((total.time for total in self._stored.values()), default=now)
         # Counters that went on over the end of a period are of no use; the last save tells which one they are of.
         self._values = kernel if self._start_of_period(last) == self._since else {}
@@ -135,7 +135,7 @@ class Traffic:
 
     async def refresh(self, now: datetime) -> None:
         """Read the counters, begin a new period when it is due, block and unblock by the limits."""
-        kernel = await nft.counters(TABLE) or {}
+        kernel = await nft.counters(TABLE)
         is_new = self._start_of_period(now) != self._since
         if is_new:
             self._since = self._start_of_period(now)

@@ -264,6 +264,9 @@ async def test_floods_its_log(rogues: Rogues) -> None:
         print(f"{'beside one that floods its log':34}{text}")
         print(f"{'':34}its files: {', '.join(map(str, sizes))} bytes, limit {OUTPUT_LIMIT}")
         assert max(sizes) <= 2 * OUTPUT_LIMIT
+        alert = await rogues.alert("instance_alert", "floods")
+        print(f"{'':34}CM hears: {alert.message}")
+        assert alert.message.startswith("its log is flooded")
 
 
 def _size(folder: Path) -> int:

@@ -329,6 +329,22 @@ async def test_outside_world(tmp_path: Path) -> None:
         world.kill()
 
 
+async def test_counters_are_those_that_nft_lists() -> None:
+    table = nft.Table("counted")
+    assert await nft.counters(table) == {}, "no table, no counters"
+    # More than one message of the kernel's holds.
+    wanted = {f"in_{number:032x}": number * 1_000_003 for number in range(600)}
+    await nft.apply(
+        [*table.begin(), *(table.add("counter", name, packets=1, bytes=size) for name, size in wanted.items())]
+    )
+    await nft.apply([*nft.Table("other").begin(), nft.Table("other").add("counter", "foreign", packets=0, bytes=7)])
+    listed = subprocess.run(
+        ["nft", "-j", "list", "counters", "table", "inet", "counted"], check=True, capture_output=True
+    )
+    entries = [entry["counter"] for entry in json.loads(listed.stdout)["nftables"] if "counter" in entry]
+    assert await nft.counters(table) == wanted == {entry["name"]: entry["bytes"] for entry in entries}
+
+
 class MemoryStore:
     """Traffic totals in memory."""
 

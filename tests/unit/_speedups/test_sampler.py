@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,4 +300,83 @@ def test_nodes_agree_on_any_content(tmp_path: Path, cpu: str, memory: str, net: 
                 results.append(sampler.sample().node)
             except SampleError as error:
                 results.append((error.errno, error.filename))
+    assert results[0] == results[1]
+
+
+# Counters of traffic: the kernel's messages, put together by hand. That real ones are understood is shown by
+# tests/integration/sm/test_networks.py.
+
+TAKE_COUNTERS: dict[str, Any] = {"native": _sampler.take_counters, "plain": plain_sampler.take_counters}
+
+
+def attribute(kind: int, content: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
+
+
+def message(kind: int, content: bytes, flags: int = 2) -> bytes:
+    return struct.pack("=IHHII", 16 + len(content), kind, flags, 0, 0) + content + bytes(-len(content) % 4)
+
+
+def counter(name: str, size: int) -> bytes:
+    numbers = attribute(1, size.to_bytes(8, "big")) + attribute(2, bytes(8))
+    parts = (attribute(1, b"table\0"), attribute(2, f"{name}\0".encode()), attribute(3, bytes(4)))
+    return message(10 << 8 | 18, bytes(4) + b"".join(parts) + attribute(4 | 0x8000, numbers))
+
+
+DONE = message(3, bytes(4))
+
+
+@pytest.fixture(params=TAKE_COUNTERS)
+def take_counters(request: pytest.FixtureRequest) -> Any:
+    return TAKE_COUNTERS[request.param]
+
+
+def test_counters_are_taken_part_by_part(take_counters: Any) -> None:
+    found: dict[str, int] = {}
+    assert not take_counters(counter("in_a", 0) + counter("out_a", 2**64 - 1), found)
+    assert take_counters(counter("in_long_name", 7) + message(99, b"else") + DONE + b"not looked at", found)
+    assert found == {"in_a": 0, "out_a": 2**64 - 1, "in_long_name": 7}
+
+
+def test_what_the_kernel_refuses_is_its_error(take_counters: Any) -> None:
+    with pytest.raises(PermissionError):
+        take_counters(message(2, struct.pack("=i", -1)), {})
+
+
+def test_a_list_that_changed_while_it_was_made_is_of_no_use(take_counters: Any) -> None:
+    with pytest.raises(InterruptedError):
+        take_counters(message(3, bytes(4), flags=2 | 0x10), {})
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        struct.pack("=IHHII", 15, 3, 2, 0, 0),
+        struct.pack("=IHHII", 17, 3, 2, 0, 0),
+        struct.pack("=IHHII", 2**32 - 1, 3, 2, 0, 0),
+        message(2, b"")[:16],
+        message(10 << 8 | 18, bytes(4) + struct.pack("=HH", 3, 2)),
+        message(10 << 8 | 18, bytes(4) + struct.pack("=HH", 9, 2) + bytes(4)),
+        message(10 << 8 | 18, bytes(4) + attribute(4, struct.pack("=HH", 0, 1))),
+    ],
+)
+def test_damaged_messages_are_refused(take_counters: Any, damaged: bytes) -> None:
+    with pytest.raises(ValueError, match="list of counters"):
+        take_counters(damaged, {})
+
+
+@given(data=st.data(), parts=st.lists(st.sampled_from((counter("in_a", 5), counter("b", 2**40), DONE)), max_size=4))
+def test_whatever_comes_both_make_the_same_of_it(data: st.DataObject, parts: list[bytes]) -> None:
+    answer = bytearray(b"".join(parts))
+    for place in data.draw(st.lists(st.integers(0, max(0, len(answer) - 1)), max_size=4)) if answer else ():
+        answer[place] = data.draw(st.integers(0, 255))
+    del answer[data.draw(st.integers(0, len(answer))) :]
+    results = []
+    for take in TAKE_COUNTERS.values():
+        found: dict[str, int] = {}
+        try:
+            ended: Any = take(bytes(answer), found)
+        except (OSError, ValueError) as error:
+            ended = type(error), str(error)
+        results.append((ended, found))
     assert results[0] == results[1]

@@ -338,6 +338,19 @@ async def test_failed_start_is_reported_and_tried_again(bed: Bed) -> None:
         await until(lambda: launcher.statuses().statuses[0].state is InstanceState.ACTIVE)
 
 
+async def test_a_pause_that_ends_while_the_database_is_copied_is_not_missed(bed: Bed) -> None:
+    class SlowStore(LauncherStore):
+        async def keep_copy(self) -> None:
+            await asyncio.sleep(3 * bed.pause_s)
+
+    bed.store_type = SlowStore
+    bed.runtime.start_errors["1.0.0"] = FailedError("no such device")
+    async with bed.launcher() as launcher:
+        await update(launcher, A)
+        bed.runtime.start_errors.clear()
+        await until(lambda: launcher.statuses().statuses[0].state is InstanceState.ACTIVE)
+
+
 async def test_the_end_of_an_update_does_not_wait_for_what_is_tried_again(bed: Bed) -> None:
     bed.pause_s = 0.0
     bed.runtime.start_errors["1.0.0"] = FailedError("no such device")

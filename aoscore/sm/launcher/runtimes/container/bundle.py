@@ -75,7 +75,7 @@ class Bundle:
         self.remove()
         self.path.mkdir(mode=0o755, parents=True)
         self.rootfs.mkdir()
-        self.mounts.mkdir()
+        _make_folders(self.mounts)
 
     def write_record(self, record: BundleRecord) -> None:
         """Persist what adoption needs."""
@@ -117,7 +117,7 @@ class Bundle:
     def write_host_files(self, hosts: str, resolv_conf: str) -> None:
         """``/etc/hosts`` and ``/etc/resolv.conf`` in the top layer."""
         folder = self.mounts / "etc"
-        folder.mkdir(exist_ok=True)
+        _make_folders(folder)
         for name, content in (("hosts", hosts), ("resolv.conf", resolv_conf)):
             (folder / name).write_text(content)
             (folder / name).chmod(0o644)
@@ -133,18 +133,22 @@ class Bundle:
         """
         for mount in mounts:
             relative = str(mount["destination"]).lstrip("/")
-            below = [*layers, *([Path("/")] if relative.split("/")[0] in host_binds else [])]
+            top = relative.partition("/")[0]
+            below = [*layers, *([Path("/")] if top in host_binds else [])]
             if any((tree / relative).exists() for tree in below):
                 continue
-            inside = safe_join(self.mounts, relative)
+            place = self._below_mounts(top, relative)
             if mount["type"] in _VIRTUAL_TYPES or stat.S_ISDIR(Path(mount["source"]).stat().st_mode):
-                inside.mkdir(parents=True, exist_ok=True)
+                _make_folders(place)
             else:
-                inside.parent.mkdir(parents=True, exist_ok=True)
-                inside.touch(mode=0o644)
-        # Readable for the service's user whatever our umask is.
-        for folder, _, _ in os.walk(self.mounts):
-            Path(folder).chmod(0o755)
+                _make_folders(place.parent)
+                place.touch(mode=0o644)
+
+    def _below_mounts(self, top: str, relative: str) -> Path:
+        """A place in the top layer, which is new: its links are at its top, and looking for more is what costs."""
+        if top and ".." not in relative and "\0" not in relative and not (self.mounts / top).is_symlink():
+            return self.mounts / relative
+        return safe_join(self.mounts, relative)
 
     def plan_overlays(
         self, layers: Sequence[Path], host_binds: Sequence[str], *, host_root: Path = Path("/")
@@ -162,7 +166,7 @@ class Bundle:
                 if not any((layer / name).exists() for layer in layers):
                     (self.mounts / name).symlink_to(host.readlink())
             elif host.is_dir():
-                (self.mounts / name).mkdir(exist_ok=True)
+                _make_folders(self.mounts / name)
                 inner = [layer / name for layer in layers if (layer / name).is_dir()]
                 overlays.append(Overlay(name, (self.mounts / name, *inner, host)))
         return tuple(overlays)
@@ -213,6 +217,18 @@ class Bundle:
                 if error.errno != errno.EBUSY or last:
                     raise
                 time.sleep(0.05)
+
+
+def _make_folders(path: Path) -> None:
+    """A directory and what lacks above it, readable for the service's user whatever our umask is."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        _make_folders(path.parent)
+        path.mkdir()
+    path.chmod(0o755)
 
 
 def prepare_state(root: Path, relative: str, uid: int, gid: int) -> Path | None:

@@ -39,9 +39,9 @@ _EXIT_CODE_WAIT_S = 2.0
 _CRUN_LOG = "crun.log"
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-
-# Words after it: crun, three options, conmon's "create", and what belongs to that.
-_RUN = 'root=$1 manager=$2 log=$3; shift 4; exec "$0" "$root" "$manager" "$log" run --detach "$@"'
+# conmon has a container created only, by words that it puts behind ours: "create --bundle PATH …". Behind these they
+# have the same crun run it at once, which saves a program per start: "create" is a bundle that gives way to PATH.
+_RUN = ("run", "--detach", "--bundle")
 
 
 class _Created(msgspec.Struct, frozen=True):
@@ -65,11 +65,8 @@ class Crun:
             str(config.crun_state_root),
             "--cgroup-manager=cgroupfs",
         )
-        # conmon has a container created only. The same crun runs it at once, which saves a program per start. Its words
-        # go to a file: where the output is the journal's, conmon has no other way to tell them.
-        prefix, root = layout.runtime_prefix(), f"--root={config.crun_state_root}"
-        options = (root, "--cgroup-manager=cgroupfs", f"--log={_CRUN_LOG}")
-        self._run_command = (*prefix, "/bin/sh", "-c", _RUN, config.crun_executable, *options)
+        # crun's words go to a file: where the output is the journal's, conmon has no other way to tell them.
+        self._run_command = (*self._command, f"--log={_CRUN_LOG}", *_RUN)
         self._layout = layout
 
     def check(self) -> None:

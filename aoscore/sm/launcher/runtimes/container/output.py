@@ -5,12 +5,14 @@ senders and stores their control group as trusted field (sm-runtime.md §2.10). 
 identifier, so entries are found without trusted fields too.
 
 Files: conmon writes ``<dir>/<instanceID>/output.log`` with a time stamp per line. When it has grown to half the limit
-it is renamed to ``output.log.1`` and conmon told to go on in a new one.
+it is renamed to ``output.log.1`` and conmon told to go on in a new one. A service that floods its log is told of: what
+is lost then is not what nobody wanted any more.
 """
 
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +27,8 @@ _JOURNAL_STREAM = Path("/run/systemd/journal/stdout")
 _PRIORITY_INFO = 6
 # conmon's control pipe: "2 0 0" asks it to open its log file anew.
 _REOPEN_LOG = b"2 0 0\n"
+_FLOOD_S = 60.0
+"""Whoever fills half of the limit faster than that floods its log."""
 
 
 class ConmonOutput(msgspec.Struct, frozen=True):
@@ -42,8 +46,11 @@ class ContainerOutput(Protocol):
         """What conmon is started with; descriptors are closed on our side when the block ends."""
         ...
 
-    def tend(self, instance_id: str, bundle: Path) -> None:
-        """Called now and then for each running instance: keep its files within their limit."""
+    def tend(self, instance_id: str, bundle: Path) -> bool:
+        """Called now and then for each running instance: keep its files within their limit.
+
+        Returns whether it writes so much that what was said a minute ago is lost.
+        """
         ...
 
 
@@ -56,8 +63,9 @@ class JournalOutput:
         with _journal_stream(instance_id) as stdout, _journal_stream(instance_id) as stderr:
             yield ConmonOutput(("--log-path", "passthrough"), stdout.fileno(), stderr.fileno())
 
-    def tend(self, instance_id: str, bundle: Path) -> None:
+    def tend(self, instance_id: str, bundle: Path) -> bool:
         """journald has limits of its own."""
+        return False
 
 
 class FileOutput:
@@ -66,6 +74,8 @@ class FileOutput:
     def __init__(self, root: Path, max_size_bytes: int) -> None:
         self._root = root
         self._max_size_bytes = max_size_bytes
+        self._seen: dict[str, tuple[int, int]] = {}
+        """Number and size of each file when it was looked at last."""
 
     @contextlib.contextmanager
     def prepare(self, instance_id: str) -> Iterator[ConmonOutput]:
@@ -75,19 +85,31 @@ class FileOutput:
         arguments = ("--log-path", f"k8s-file:{folder / LOG_NAME}", "--log-size-max", str(self._max_size_bytes))
         yield ConmonOutput((*arguments, "--no-sync-log"))
 
-    def tend(self, instance_id: str, bundle: Path) -> None:
+    def tend(self, instance_id: str, bundle: Path) -> bool:
         """Rename a file that has reached half the limit."""
         log = self._root / instance_id / LOG_NAME
+        old = log.with_name(OLD_LOG_NAME)
+        seen = self._seen.pop(instance_id, None)
+        try:
+            now = log.stat()
+        except FileNotFoundError:
+            return False
+        # Not by us: conmon had to start over since the last look.
+        floods = seen is not None and (now.st_ino != seen[0] or now.st_size < seen[1])
+        if now.st_size < self._max_size_bytes // 2:
+            self._seen[instance_id] = now.st_ino, now.st_size
+            return floods
         with contextlib.suppress(FileNotFoundError):
-            if log.stat().st_size < self._max_size_bytes // 2:
-                return
             # Without a reader on the pipe there is no conmon, hence nobody who would go on in a new file.
             control = os.open(bundle / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                log.rename(log.with_name(OLD_LOG_NAME))
+                with contextlib.suppress(FileNotFoundError):
+                    floods = floods or time.time() - old.stat().st_mtime < _FLOOD_S
+                log.rename(old)
                 os.write(control, _REOPEN_LOG)
             finally:
                 os.close(control)
+        return floods
 
 
 def choose_output(kind: OutputKind, root: Path, max_size_bytes: int) -> ContainerOutput:

@@ -23,6 +23,7 @@ from aoscore.common.errors import FailedError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.oci import ItemConfig
 from aoscore.common.types import (
+    InstanceAlert,
     InstanceIdent,
     InstanceInfo,
     InstanceState,
@@ -62,6 +63,8 @@ _THREADS = 4
 # Programs of the engine at a time.
 PARALLEL = 8
 _TEND_PERIOD_S = 10.0
+_FLOOD_PERIOD_S = 60.0
+"""Between alerts that an instance floods its log."""
 
 
 class Networks(Protocol):
@@ -107,7 +110,7 @@ class ContainerRuntime:
         disk_quotas: DiskQuotas,
         output: ContainerOutput,
         history: RunHistory,
-        send_alert: Callable[[ResourceAllocateAlert], Awaitable[None]],
+        send_alert: Callable[[ResourceAllocateAlert | InstanceAlert], Awaitable[None]],
         engine: Engine | None = None,
     ) -> None:
         """`engine` is crun unless another one is given."""
@@ -132,6 +135,8 @@ class ContainerRuntime:
         self._locks: dict[str, asyncio.Lock] = {}
         self._restarts: dict[str, int] = {}
         """Of instances that ended while no SM was there, until they are started."""
+        self._floods: dict[str, float] = {}
+        """When it was told of instances that flood their log."""
         self._slots = asyncio.Semaphore(PARALLEL)
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -146,9 +151,18 @@ class ContainerRuntime:
             started()
             while True:
                 await asyncio.sleep(_TEND_PERIOD_S)
+                self._floods = {name: told for name, told in self._floods.items() if name in self._containers}
                 for container in list(self._containers.values()):
                     with log_and_continue(_log, f"Can't tend output of instance {container.id}"):
-                        await self._worker.run(self._tools.output.tend, container.id, container.bundle.path)
+                        if await self._worker.run(self._tools.output.tend, container.id, container.bundle.path):
+                            await self._tell_flood(container)
+
+    async def _tell_flood(self, container: Container) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._floods.get(container.id, -_FLOOD_PERIOD_S) >= _FLOOD_PERIOD_S:
+            self._floods[container.id] = now_s
+            text = "its log is flooded: what it said a minute ago is lost"
+            await self._send_alert(InstanceAlert(datetime.now(UTC), container.info.ident, container.info.version, text))
 
     async def reboot(self) -> None:
         """Containers never ask for one."""
