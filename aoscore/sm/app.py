@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -18,7 +19,7 @@ from aoscore.common.errors import AosError, ConfigError, InvalidArgumentError
 from aoscore.common.files import DirectoryLock
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.log import kv
-from aoscore.common.types import LogRequest, NodeInfo, SMInfo
+from aoscore.common.types import CoreAlert, LogRequest, NodeInfo, SMInfo
 from aoscore.sm import cgroups, config, journal
 from aoscore.sm.alerts.journalalerts import CursorStore, JournalAlerts
 from aoscore.sm.alerts.limitalerts import LimitAlerts
@@ -252,6 +253,11 @@ async def build_core(settings: Config, stack: contextlib.AsyncExitStack) -> Core
     sm_client = client.SmClient(
         settings.cm_server_url, node.node_id, certificates, reconnect_pause_s=settings.cm_reconnect_timeout_s
     )
+    if database.recovered is not None:
+        # The journal's alert about it may be missed: SM's place in the journal was in that file.
+        text = f"database was damaged, or others may write it; the old one is {database.recovered.name}"
+        await sm_client.send(CoreAlert(datetime.now(UTC), "SM", text))
+        await database.forget_recovery()
     image_worker = await stack.enter_async_context(Worker("images", _IMAGE_THREADS))
     images = ImageManager(
         await image_worker.run(ImageStore, settings.images_dir, Owners(settings.image_manager.owners)),

@@ -77,6 +77,22 @@ async def test_order_of_registration(bed: SmBed) -> None:
         await bed.cm.wait(lambda cm: "SubscribeInstanceNetworkUpdates node-main-0001" in cm.calls)
 
 
+async def test_a_damaged_database_is_told(bed: SmBed) -> None:
+    path = bed.config().database_path
+    async with sm(bed):
+        await bed.cm.connected(1)
+    path.write_bytes(b"not a database" * 1000)
+    async with sm(bed):
+        alert = (await bed.cm.frame("alert")).core_alert
+        (broken,) = path.parent.glob(f"{path.name}.broken-*")
+        assert alert.core_component == "SM"
+        assert broken.name in alert.message
+    told = len(bed.cm.connections)
+    async with sm(bed) as one:
+        await bed.cm.connected(told + 1)
+        assert one.core.database.recovered is None
+
+
 async def test_recorded_conversation(bed: SmBed) -> None:
     """The questions of recorded/sm-against-test-cm.txt and their answers."""
     async with sm(bed):
