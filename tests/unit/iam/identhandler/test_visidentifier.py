@@ -102,8 +102,10 @@ async def test_boot_without_the_service_knows_what_it_said_last(tmp_path: Path, 
         assert await again.system_info() == INFO and await again.subjects() == ("s1",)
         changes = again.subjects_changes.values()
         vis.values[SUBJECTS] = ["s1"]
+        # The connection before may have been cut before its first request.
+        vis.requests.clear()
         async with vis.running():
-            await until(lambda: vis.connections == 3 and len(vis.requests) >= 12)
+            await until(lambda: vis.connections == 3 and len(vis.requests) == 4)
             assert path.stat().st_mtime_ns == written, "what did not change is not written"
             await vis.set(SUBJECTS, ["s2"])
             assert await asyncio.wait_for(anext(changes), 5) == ("s2",)
