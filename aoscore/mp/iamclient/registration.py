@@ -52,6 +52,7 @@ def open_iam_relay(port: int, address: str, ways: Sequence[Way], interface: Inte
             return False
         kind, state = outgoing.WhichOneof("IAMOutgoingMessage"), getattr(outgoing.node_info, interface.state)
         if kind not in _OPEN_KINDS or (kind == "node_info" and state != NodeState.UNPROVISIONED):
+            connection.counters.refused += 1
             _log.warning(kv("Not allowed on the open channel, dropped", peer=connection.peer, kind=kind, state=state))
             return False
         return True
@@ -74,6 +75,7 @@ def secure_iam_relay(
             return False
         if outgoing.WhichOneof("IAMOutgoingMessage") == "node_info":
             if getattr(outgoing.node_info, interface.state) == NodeState.UNPROVISIONED:
+                connection.counters.refused += 1
                 _log.warning(kv("Unprovisioned node on the secure channel, dropped", peer=connection.peer))
                 return False
             if not outgoing.node_info.node_id:
@@ -102,5 +104,6 @@ def _parse(
     try:
         return interface.message.FromString(message)
     except DecodeError as error:
+        connection.counters.refused += 1
         _log.warning(kv("Message of node is malformed, dropped", peer=connection.peer, error=error))
         return None
