@@ -5,6 +5,7 @@ Documented in the plain twin, ``_plain/frames.py``.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -278,6 +279,11 @@ cdef size_t record_bytes(const unsigned char *data, size_t position, size_t leng
     if record > length - position or record > MOST_PAYLOAD:
         raise ValueError(f"TLS record of {record} bytes is cut or does not fit a frame")
     return record
+
+
+def new_buffer(size_t size):
+    """A buffer to write to, with anything in it: clearing a large one costs as much as filling it."""
+    return PyByteArray_FromStringAndSize(NULL, <Py_ssize_t>size)
 
 
 def encode_pieces(request_id, offset, data, piece_bytes):

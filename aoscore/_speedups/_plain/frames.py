@@ -114,6 +114,11 @@ def encode_records(port: int, records: "ReadableBuffer", most_bytes: int) -> lis
     return found
 
 
+def new_buffer(size: int) -> bytearray:
+    """A buffer to write to, with anything in it: clearing a large one costs as much as filling it."""
+    return bytearray(size)
+
+
 def encode_pieces(request_id: int, offset: int, data: "ReadableBuffer", piece_bytes: int) -> bytes:
     """Part of a download, from its byte `offset` on, as messages of at most `piece_bytes` with their lengths before.
 

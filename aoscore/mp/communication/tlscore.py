@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Sequence
 from typing import cast
 
+from aoscore._speedups.frames import new_buffer
 from aoscore.common.errors import FailedError
 from aoscore.mp.communication.frames import Bytes
 
@@ -51,7 +52,7 @@ class TlsCore:
         for payload in payloads:
             self._incoming.write(payload)
         # Plaintext is shorter than its records, so all of it has room.
-        plain = memoryview(bytearray(sum(map(len, payloads)) + _RECORD_BYTES))
+        plain = memoryview(new_buffer(sum(map(len, payloads)) + _RECORD_BYTES))
         size = 0
         incoming, tls = self._incoming, self._tls
         try:

@@ -13,7 +13,7 @@ from aoscore._speedups import chunker, frames, memory, sampler, unpack
 
 PUBLIC = {
     "chunker": ["Digest", "copy_file", "hash_file", "hash_file_all", "read_chunks", "send_file"],
-    "frames": ["FrameCutter", "encode_pieces", "encode_records", "join_pieces"],
+    "frames": ["FrameCutter", "encode_pieces", "encode_records", "join_pieces", "new_buffer"],
     "memory": ["release_code"],
     "sampler": ["Sampler"],
     "unpack": ["unpack_layer"],

@@ -118,6 +118,14 @@ def test_what_is_no_buffer_is_refused(module: ModuleType) -> None:
         module.FrameCutter().feed("text")
 
 
+@pytest.mark.parametrize("size", [0, 1, 100_000])
+def test_buffer_can_be_filled(module: ModuleType, size: int) -> None:
+    buffer = module.new_buffer(size)
+    assert (type(buffer), len(buffer)) == (bytearray, size)
+    buffer[:] = bytes(size)
+    assert buffer == bytes(size)
+
+
 # Records
 
 RECORDS = st.lists(st.binary(max_size=400).map(record), max_size=10).map(b"".join)
