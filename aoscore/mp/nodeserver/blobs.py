@@ -27,11 +27,11 @@ from aoscore.common.errors import (
 )
 from aoscore.common.fileserver import FileServer, send_part
 from aoscore.common.log import kv
-from aoscore.common.oci import Descriptor
+from aoscore.common.oci import Descriptor, ImageManifest
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.nodeserver.calls import CallClient, CallError
 from aoscore.mp.nodeserver.downloads import DownloadClient
-from aoscore.mp.nodeserver.store import NodeStore
+from aoscore.mp.nodeserver.store import NodeStore, named_by
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +76,15 @@ class Transfer:
         await self._progress.wait()
 
 
+class _Image:
+    """What a manifest names, on its way ahead of SM; `diff_ids` by blob once `is_known`."""
+
+    def __init__(self, manifest: ImageManifest) -> None:
+        self.manifest = manifest
+        self.diff_ids: dict[str, str] = {}
+        self.is_known = asyncio.Event()
+
+
 class Blobs:
     """Gives blobs to readers: from the store, or from the one transfer that brings them.
 
@@ -100,7 +109,7 @@ class Blobs:
         self._downloads = downloads
         self._clean_period_s = clean_period_s
         self._unpacker = unpacker
-        self._ahead: asyncio.Queue[tuple[str, Descriptor]] = asyncio.Queue(_AHEAD_MOST)
+        self._ahead: asyncio.Queue[tuple[_Image, Descriptor]] = asyncio.Queue(_AHEAD_MOST)
         self._sizes: dict[str, int] = {}
         """What manifests said of blobs."""
         self._asked = 0
@@ -160,32 +169,47 @@ class Blobs:
     async def _look_ahead(self, digest: str) -> None:
         if self._unpacker is None:
             return
-        for named in await self.worker.run(self.store.named_by, digest):
+        manifest = await self.worker.run(self.store.manifest, digest)
+        if manifest is None:
+            return
+        image = _Image(manifest)
+        for named in named_by(manifest):
             if named.size:
                 self._sizes[named.digest] = named.size
             if self._ahead.full():
                 _log.warning(kv("Too much to fetch ahead, left to SM", digest=named.digest))
-                return
-            self._ahead.put_nowait((digest, named))
+                break
+            self._ahead.put_nowait((image, named))
         while len(self._sizes) > _MOST_SIZES:
             del self._sizes[next(iter(self._sizes))]
 
     async def _fetch_ahead(self, unpacker: Worker) -> None:
         while True:
-            manifest, named = await self._ahead.get()
+            image, named = await self._ahead.get()
             await self._idle.wait()
             with log_and_continue(_log, f"Can't fetch {named.digest} ahead"):
-                if await self.worker.run(self.store.use, named.digest):
-                    continue
-                # Known before the first byte: what does not fit is not begun.
-                await self.worker.run(self.store.make_room, named.size)
-                async with self.reading(named.digest) as transfer:
-                    while not transfer.is_over:
-                        await transfer.progress()
-                    # What SM reads at the same time it is going to unpack itself.
-                    is_ours = transfer.is_complete and transfer.readers == 1
-                if is_ours:
-                    await unpacker.run(self.store.unpack_ahead, manifest, named.digest)
+                try:
+                    is_ours = await self._fetched_ahead(named)
+                finally:
+                    if named is image.manifest.config:
+                        image.diff_ids = await self.worker.run(self.store.diff_ids, image.manifest)
+                        image.is_known.set()
+                if is_ours and named in image.manifest.layers:
+                    # Came out of the queue before it, so it is there or on its way.
+                    await image.is_known.wait()
+                    if diff_id := image.diff_ids.get(named.digest):
+                        await unpacker.run(self.store.unpack_ahead, named, diff_id)
+
+    async def _fetched_ahead(self, named: Descriptor) -> bool:
+        """Bring a blob; whether it came, and SM does not read it: what it reads it is going to unpack itself."""
+        if await self.worker.run(self.store.use, named.digest):
+            return False
+        # Known before the first byte: what does not fit is not begun.
+        await self.worker.run(self.store.make_room, named.size)
+        async with self.reading(named.digest) as transfer:
+            while not transfer.is_over:
+                await transfer.progress()
+            return transfer.is_complete and transfer.readers == 1
 
     async def _bring(self, digest: str, transfer: Transfer) -> None:
         backoff = self._backoff()

@@ -27,13 +27,14 @@ from aoscore.common.oci import (
     MEDIA_TYPE_LAYER_TAR,
     MEDIA_TYPE_LAYER_ZSTD,
     Descriptor,
+    ImageManifest,
     parse_image_config,
     parse_manifest,
 )
 
 _log = logging.getLogger(__name__)
 
-_MANIFEST_LIMIT_BYTES = 1024 * 1024
+_DOCUMENT_LIMIT_BYTES = 1024 * 1024
 _LAYERS = (MEDIA_TYPE_LAYER_TAR, MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_LAYER_ZSTD)
 
 
@@ -69,17 +70,18 @@ class NodeStore:
             return False
         return True
 
-    def named_by(self, digest: str) -> tuple[Descriptor, ...]:
-        """What a blob names if it is the manifest of an image (OCI image-spec), in order of use; else nothing."""
+    def manifest(self, digest: str) -> ImageManifest | None:
+        """What a blob says if it is the manifest of an image (OCI image-spec)."""
         path = self._blobs.path(digest)
         try:
-            if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
-                return ()
+            if path.stat().st_size > _DOCUMENT_LIMIT_BYTES:
+                return None
             manifest = parse_manifest(path.read_bytes(), what=f"blob {digest}")
-            named = (manifest.config, manifest.aos_item_config, *manifest.layers)
-            return tuple(one for one in named if one is not None and check_digest(one.digest) and one.size >= 0)
+            for one in named_by(manifest):
+                check_digest(one.digest)
+            return manifest
         except (OSError, InvalidArgumentError):
-            return ()  # something else than a manifest: most blobs are
+            return None  # something else than a manifest: most blobs are
 
     def open_growing(self, digest: str) -> BinaryIO:
         """The file of a blob that grows, or has just become whole."""
@@ -113,37 +115,29 @@ class NodeStore:
         with contextlib.suppress(FileNotFoundError):
             _set_used(self._blobs.path(digest), 0)
 
-    def unpack_ahead(self, manifest_digest: str, digest: str) -> None:
-        """Unpack a layer of an image for SM, unless it is, SM has fetched the blob, or it is no layer of a service.
+    def diff_ids(self, manifest: ImageManifest) -> dict[str, str]:
+        """Diff digests of an image's layers by the digests of their blobs; nothing for what is no service.
 
-        Raises what LayerStore.unpack raises.
+        SM would say what is wrong with the documents of the image; here they just give less.
         """
-        for layer, diff_id in self._layers_of(manifest_digest):
-            blob = self._blobs.path(digest)
-            if layer.digest != digest or self._layers.tree(diff_id).exists() or blob.stat().st_atime_ns == 0:
-                continue
-            self.make_room(min(unpacked_bytes(blob, layer.media_type), MAX_LAYER_BYTES))
-            self._layers.unpack(
-                blob, digest, diff_id, layer.media_type, max_bytes=MAX_LAYER_BYTES, progress=self._check_space
-            )
-            _log.info(kv("Layer is unpacked for SM", digest=digest, diffID=diff_id))
-
-    def _layers_of(self, manifest_digest: str) -> list[tuple[Descriptor, str]]:
-        """Layers of a service with their diff digests, as far as its documents are here."""
         try:
-            manifest = parse_manifest(
-                self._blobs.read(manifest_digest, _MANIFEST_LIMIT_BYTES), what=f"manifest {manifest_digest}"
-            )
-            config = parse_image_config(
-                self._blobs.read(manifest.config.digest, _MANIFEST_LIMIT_BYTES), what=f"config of {manifest_digest}"
-            )
-            return [
-                (layer, check_digest(diff_id))
-                for layer, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=False)
-                if layer.media_type in _LAYERS
-            ]
+            data = self._blobs.read(manifest.config.digest, _DOCUMENT_LIMIT_BYTES)
+            config = parse_image_config(data, what=f"image config {manifest.config.digest}")
+            pairs = zip(manifest.layers, config.rootfs.diff_ids, strict=False)
+            return {layer.digest: check_digest(diff_id) for layer, diff_id in pairs if layer.media_type in _LAYERS}
         except (NotFoundError, InvalidArgumentError):
-            return []  # SM has taken them, or will say what is wrong with them
+            return {}
+
+    def unpack_ahead(self, layer: Descriptor, diff_id: str) -> None:
+        """Unpack a layer for SM, unless it is unpacked, or SM has fetched its blob. Raises as LayerStore.unpack."""
+        blob = self._blobs.existing(layer.digest)
+        if self._layers.tree(diff_id).exists() or blob.stat().st_atime_ns == 0:
+            return
+        self.make_room(min(unpacked_bytes(blob, layer.media_type), MAX_LAYER_BYTES))
+        self._layers.unpack(
+            blob, layer.digest, diff_id, layer.media_type, max_bytes=MAX_LAYER_BYTES, progress=self._check_space
+        )
+        _log.info(kv("Layer is unpacked for SM", digest=layer.digest, diffID=diff_id))
 
     def _check_space(self, _: int) -> None:
         if available_bytes(self._tmp) < self._min_free_bytes:
@@ -214,6 +208,12 @@ class NodeStore:
             with contextlib.suppress(FileNotFoundError):
                 path = self._layers.path(diff_id)
                 yield path, path.stat().st_mtime, self._layers.size_bytes(diff_id)
+
+
+def named_by(manifest: ImageManifest) -> tuple[Descriptor, ...]:
+    """The blobs of an image, in order of use."""
+    named = (manifest.config, manifest.aos_item_config, *manifest.layers)
+    return tuple(one for one in named if one is not None and one.size >= 0)
 
 
 def _set_used(path: Path, time_ns: int) -> None:
