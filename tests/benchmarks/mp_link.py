@@ -67,15 +67,15 @@ async def serve(port: int, size: int, identity: TlsIdentity) -> None:
 
 
 @contextlib.contextmanager
-def gateway_end(identity: TlsIdentity, size: int) -> Iterator[int]:
-    """The process; its port."""
+def gateway_end(identity: TlsIdentity, size: int) -> Iterator[tuple[int, int]]:
+    """The process; its port and its number."""
     port = free_port()
     files = [str(identity.ca_file), identity.cert_url, identity.key_url]
     command = [sys.executable, "-m", "tests.benchmarks.mp_link", str(port), str(size), *files]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout and process.stdout.readline() == "ready\n"
-            yield port
+            yield port, process.pid
         finally:
             process.kill()
 
