@@ -368,7 +368,7 @@ class MiniUnit:
         public.verify(base64.b64decode(sign["value"]), plain, padding.PKCS1v15(), hashes.SHA256())
 
 
-def write_service(folder: Path, version: str = "1.0.0", codename: str = "hello") -> Path:
+def write_service(folder: Path, version: str = "1.0.0", codename: str = "hello", **configuration: Any) -> Path:
     """A folder with config.yaml and a small root file system, for `aos-devcloud upload`."""
     bin_folder = folder / codename / "rootfs" / "bin"
     bin_folder.mkdir(parents=True, exist_ok=True)
@@ -386,7 +386,7 @@ def write_service(folder: Path, version: str = "1.0.0", codename: str = "hello")
                         "images": [
                             {"sourceFolder": "rootfs", "archInfo": {"architecture": "amd64"}, "cmd": "/bin/app"}
                         ],
-                        "configuration": {"instances": {"minInstances": 1}},
+                        "configuration": {"instances": {"minInstances": 1}, **configuration},
                     }
                 ],
             }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import msgspec
 from aoscore.cm.communication.messages import BlobInfo, BlobUrls, DownloadProgressAlert, DownloadState, ErrorInfo
 from aoscore.cm.imagemanager.retries import BlobRetries, Next
 from aoscore.cm.imagemanager.space import Space
-from aoscore.common.aio import Worker
+from aoscore.common.aio import Worker, raise_if_abandoned
 from aoscore.common.blobstore import BlobStore, check_digest
 from aoscore.common.download import Downloader, HttpStatusError
 from aoscore.common.errors import (
@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 DIGESTS_PER_REQUEST: Final = 16
 PROGRESS_PERIOD_S: Final = 30.0
+_COPY_BYTES: Final = 1024 * 1024
 
 
 class UrlSource(Protocol):
@@ -329,7 +330,7 @@ class Fetcher:
                 # Side by side, since each takes as long as the other.
                 checked, actual = await asyncio.gather(
                     self._worker.run(check_transfer, partial, info.sha256),
-                    self._worker.run(_unpack, partial, target, info),
+                    self._worker.run(unpack, partial, target, info),
                     return_exceptions=True,
                 )
                 if isinstance(checked, BaseException):
@@ -363,11 +364,16 @@ class Fetcher:
         )
 
 
-def _unpack(source: Path, target: Path, info: BlobInfo) -> str:
-    """The digest of what was written; empty when it was not taken."""
+def unpack(source: Path, target: Path, info: BlobInfo) -> str:
+    """Writes what a downloaded file holds, and returns its digest. Blocks: call it in a worker."""
     if info.decrypt_info is not None:
         from aoscore.cm.imagemanager.crypto import decrypt
 
         return decrypt(source, target, info.decrypt_info)
-    shutil.copyfile(source, target)
-    return ""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_COPY_BYTES):
+            raise_if_abandoned()
+            digest.update(chunk)
+            writer.write(chunk)
+    return f"sha256:{digest.hexdigest()}"

@@ -10,9 +10,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from aoscore.cm.communication.messages import DesiredItem, DownloadProgressAlert, DownloadState, ItemState
+from aoscore.cm.communication.messages import (
+    BlobInfo,
+    DesiredItem,
+    DownloadProgressAlert,
+    DownloadState,
+    ItemState,
+)
 from aoscore.cm.database import IMAGE_MANAGER_TABLES, OWN_TABLES
-from aoscore.cm.imagemanager.fetcher import Fetcher, FetchSettings
+from aoscore.cm.imagemanager.fetcher import Fetcher, FetchSettings, unpack
 from aoscore.cm.imagemanager.manager import ImageManager, ImageManagerSettings
 from aoscore.cm.imagemanager.platforms import RuntimePlatform
 from aoscore.cm.imagemanager.retries import BlobRetries
@@ -97,6 +103,16 @@ class Bench:
             async with running(manager):
                 yield manager
 
+    @contextlib.asynccontextmanager
+    async def with_first_installed(self) -> AsyncIterator[ImageManager]:
+        """Version 1.0.0 of item a has the first image; the cloud has both."""
+        self.cloud.publish(V1)
+        self.cloud.publish(V2)
+        async with self.started() as manager:
+            await self.download(manager, desired("a", "1.0.0", V1))
+            await manager.install({("a", "1.0.0")})
+            yield manager
+
     async def download(self, manager: ImageManager, *items: DesiredItem) -> None:
         certificates = self.signer.certificates if self.signer else ()
         chains = self.signer.chains if self.signer else ()
@@ -178,11 +194,7 @@ async def test_shared_blobs_come_once_and_survive_the_removal_of_one_owner(bench
 
 
 async def test_the_old_version_stays_until_the_new_one_is_installed(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         await bench.download(manager, desired("a", "2.0.0", V2))
         assert states(manager) == {"a 1.0.0": "installed", "a 2.0.0": "pending"}
         assert set(bench.store.digests()) == set(V1.blobs) | set(V2.blobs)
@@ -220,11 +232,7 @@ async def test_the_time_of_a_version_tells_since_when_it_is_known_or_removed(ben
 
 
 async def test_a_version_with_other_images_keeps_the_ones_it_has_until_they_are_here(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         bench.cloud.change(V2.layers[0], sign_info=None)
         await bench.download(manager, desired("a", "1.0.0", V2))
         item = the(manager, "a", "1.0.0")
@@ -239,11 +247,7 @@ async def test_a_version_with_other_images_keeps_the_ones_it_has_until_they_are_
 
 
 async def test_a_version_that_does_not_work_leaves_its_predecessor(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         await bench.download(manager, desired("a", "2.0.0", V2))
         await manager.fail("a", "2.0.0", DeadlineError("did not become active"))
         await manager.install({("a", "2.0.0")})
@@ -443,6 +447,24 @@ async def test_a_cancelled_download_keeps_what_it_has(bench: Bench) -> None:
         assert bench.cloud.asked[asked:] == [[V1.layers[0]]]
 
 
+async def test_a_plain_file_moves_to_another_disk_whole_or_not_at_all(tmp_path: Path) -> None:
+    """However large it is, who has it moved can break that off at once."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"content")
+    info = BlobInfo(digest=sha256(b"content"), urls=("http://x",))
+    async with Worker("images") as worker:
+        assert await worker.run(unpack, source, target, info) == sha256(b"content")
+        assert target.read_bytes() == b"content"
+        with source.open("wb") as file:
+            file.truncate(1 << 40)
+        moving = asyncio.create_task(worker.run(unpack, source, target, info))
+        while target.stat().st_size < 2_000_000:
+            await asyncio.sleep(0.01)
+        moving.cancel()
+        await asyncio.wait({moving}, timeout=10)
+        assert moving.cancelled()
+
+
 async def test_verified_blobs_are_not_hashed_again_unless_the_stop_was_unclean(bench: Bench) -> None:
     bench.cloud.publish(V1)
     async with bench.started() as manager:
@@ -505,11 +527,7 @@ async def test_a_full_disk_is_a_clear_error_and_heals(bench: Bench) -> None:
 
 
 async def test_removed_items_and_stale_partials_give_way_when_space_runs_short(bench: Bench) -> None:
-    bench.cloud.publish(V1)
-    bench.cloud.publish(V2)
-    async with bench.started() as manager:
-        await bench.download(manager, desired("a", "1.0.0", V1))
-        await manager.install({("a", "1.0.0")})
+    async with bench.with_first_installed() as manager:
         await manager.install(set())
         assert states(manager) == {"a 1.0.0": "removed"}
         stale = bench.tmp_path / "download" / ("0" * 64)
