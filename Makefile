@@ -10,7 +10,7 @@ TOOLS := .venv-tools
 LAYER := .venv-layer
 BIN := $(VENV)/bin
 JOBS ?= 2
-SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi])
+SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi] aoscore/_speedups/*.h)
 
 .PHONY: help field demo demo-down qemu guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
 

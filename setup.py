@@ -53,6 +53,7 @@ def extensions() -> list[Extension]:
     libraries = {
         "_unpack": ["isal" if isal else "z", "zstd", "crypto"],
         "_chunker": ["crypto"],
+        "_frames": ["crypto"],
         "_vchan": ["xenvchan", "xenstore"],
     }
     return cythonize(
@@ -61,6 +62,7 @@ def extensions() -> list[Extension]:
                 f"aoscore._speedups.{path.stem}",
                 [str(path.relative_to(ROOT))],
                 libraries=libraries.get(path.stem, []),
+                depends=[str(one.relative_to(ROOT)) for one in path.parent.glob("*.h")],
                 define_macros=[("AOSCORE_ISAL", "1")] if isal else [],
                 extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
             )

@@ -2,13 +2,14 @@
 
 Callers import the public module and get whichever is there::
 
-    from aoscore._speedups import chunker, memory, sampler, unpack
+    from aoscore._speedups import chunker, frames, memory, sampler, unpack
 
 =========  =================================================  ================  =================
 public     what for                                           native            twin
 =========  =================================================  ================  =================
 unpack     unpack an image layer and compute both digests     ``_unpack.pyx``   ``_plain/unpack``
 chunker    hash, copy and send files                          ``_chunker.pyx``  ``_plain/chunker``
+frames     frames of MP's link, pieces of downloads in them   ``_frames.pyx``   ``_plain/frames``
 sampler    read node and instance metrics                     ``_sampler.pyx``  ``_plain/sampler``
 memory     give back pages that only start-up needed          ``_memory.pyx``   ``_plain/memory``, does nothing
 =========  =================================================  ================  =================

@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator
 from aoscore.common.errors import DeadlineError, FailedError
 from aoscore.common.tls import TokenContext
 
+# What is read of a socket at a time, so that reading need not pause after each time.
+_LIMIT_BYTES = 256 * 1024
+
 
 @contextlib.asynccontextmanager
 async def open_connection(
@@ -26,10 +29,12 @@ async def open_connection(
                     from aoscore.common.relay import tls_pipe
 
                     near = await stack.enter_async_context(tls_pipe(host, port, context))
-                    reader, writer = await asyncio.open_connection(sock=near)
+                    reader, writer = await asyncio.open_connection(sock=near, limit=_LIMIT_BYTES)
                 else:
                     name = host if context is not None else None
-                    reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=name)
+                    reader, writer = await asyncio.open_connection(
+                        host, port, ssl=context, server_hostname=name, limit=_LIMIT_BYTES
+                    )
         except TimeoutError:
             raise DeadlineError(f"can't connect to {where} within {timeout_s:g} s") from None
         except ssl.SSLError as error:

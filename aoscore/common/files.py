@@ -1,6 +1,7 @@
 """Files that survive power loss, paths that cannot escape, directories with one owner."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -101,6 +102,17 @@ def _remove_deep_tree(path: Path) -> None:
                 left.append(Path(entry.path).rename(path / f".{uuid.uuid4().hex}"))
             else:
                 Path(entry.path).unlink()
+
+
+def move(source: Path, target: Path) -> bool:
+    """Rename a file or directory; False when it is not there or lies on another file system."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EXDEV):
+            return False
+        raise
+    return True
 
 
 def available_bytes(path: Path) -> int:

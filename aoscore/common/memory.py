@@ -10,7 +10,7 @@ from aoscore._speedups.memory import release_code
 
 # mallopt(3). Above the thresholds, memory of a buffer goes back to the kernel with the buffer.
 _M_ARENA_MAX, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -8, -1, -3
-_KEEP_BYTES = 1024 * 1024
+_KEEP_BYTES = 4 * 1024 * 1024
 _OBJECTS_BETWEEN_LOOKS = 20_000
 
 _INTERVAL_S = 10

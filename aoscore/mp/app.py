@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from aoscore.common.aio import Backoff, Broadcast, Service, Worker
-from aoscore.common.daemon import Option, Program, leave, run_daemon
+from aoscore.common.daemon import EXIT_OK, Option, Program, leave, run_daemon
 from aoscore.common.download import Downloader
 from aoscore.common.errors import ConfigError
 from aoscore.common.files import DirectoryLock
@@ -38,7 +38,7 @@ from aoscore.mp.nodeserver.link import NodeLink
 from aoscore.mp.nodeserver.services import cm_services, node_services
 from aoscore.mp.nodeserver.smmessages import SmMessages
 from aoscore.mp.nodeserver.store import NodeStore
-from aoscore.mp.status import Status
+from aoscore.mp.status import Status, ask
 
 _XENSTORE_THREADS = 4
 # Where mp.cfg does not say it (mp.md §12).
@@ -80,7 +80,7 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
 
 async def _build_gateway(config: Config, settings: LinkSettings, stack: contextlib.AsyncExitStack) -> Sequence[Service]:
     ca_file, iam, cm = _ca_file(config), config.iam_config, config.cm_config
-    ids, status = NodeIds(), Status()
+    ids, status = NodeIds(), Status(config.working_dir)
     address = iam.iam_main_public_server_url
     if settings.provisioning:
         # The main IAM is in provisioning mode as well, or has just left it.
@@ -150,7 +150,7 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
     iam, node = config.iam_config, config.node
     channels = config.ports.certificates(iam=iam.cert_storage, sm=config.cert_storage)
     link = NodeLink(channels)
-    clock, status = ClockSync(node.clock_sync, link, config.cm_config.open_port), Status()
+    clock, status = ClockSync(node.clock_sync, link, config.cm_config.open_port), Status(config.working_dir)
     open_nodes = node_services(link, iam.open_port)
     if settings.provisioning:
         end = Node(settings, {}, link, clock, (), status)
@@ -170,7 +170,8 @@ async def _build_node(config: Config, settings: LinkSettings, stack: contextlib.
             max_size_bytes=images.max_size,
         )
     )
-    blobs = Blobs(store, worker, calls, downloads, clean_period_s=images.ttl_s / 4, prefetch=node.prefetch)
+    unpacker = await stack.enter_async_context(Worker("unpack")) if node.prefetch else None
+    blobs = Blobs(store, worker, calls, downloads, clean_period_s=images.ttl_s / 4, unpacker=unpacker)
     blob_server = BlobServer(node.blob_server_url, blobs)
     end = Node(
         settings,
@@ -257,13 +258,24 @@ def _client_context(certificate: Certificate) -> ssl.SSLContext:
     return certificate.identity.ssl_client_context(check_hostname=False)
 
 
+def _print_status(config: Config, options: argparse.Namespace) -> int | None:
+    if not options.status:
+        return None
+    print(ask(config.working_dir), end="")
+    return EXIT_OK
+
+
 PROGRAM = Program(
     name="aos_messageproxy",
     title="MP",
     default_config="/etc/aos/mp.cfg",
     load=load,
     build=build,
-    options=(Option("provisioning", "p", "provisioning mode: no certificates yet"),),
+    options=(
+        Option("provisioning", "p", "provisioning mode: no certificates yet"),
+        Option("status", "s", "print what the running MP knows of its links, and exit"),
+    ),
+    before=_print_status,
 )
 
 

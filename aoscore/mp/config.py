@@ -112,7 +112,7 @@ class ClockSyncConfig(_Section, frozen=True):
 class NodeConfig(_Section, frozen=True):
     """Addresses that SM and IAM of a Secondary Node use instead of those of the Main Node.
 
-    `prefetch`: bring what a manifest names before SM asks for it.
+    `prefetch`: bring what a manifest names before SM asks for it, and unpack the layers.
     """
 
     cm_proxy_url: str = "localhost:8093"

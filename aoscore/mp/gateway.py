@@ -21,6 +21,7 @@ from aoscore.common.rpc import LazyChannel
 from aoscore.common.tls import TlsIdentity
 from aoscore.mp.cmclient.calls import CallServer
 from aoscore.mp.communication.connection import Connection, Contexts, LinkSettings, restart_on_renewal
+from aoscore.mp.communication.connector import Reader
 from aoscore.mp.communication.relay import ServerRelay
 from aoscore.mp.filechunker.downloads import DownloadServer, clock_sync
 from aoscore.mp.legacy import LegacyGateway
@@ -112,7 +113,7 @@ class Gateway:
         self._status = status
         self._renewals = renewals
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def serve(self, reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         """One node, from its connection to the end of its link. Raises AosError or OSError when the link breaks."""
         connection = Connection(reader, writer, self._settings, self._contexts, peer=peer)
         try:
@@ -146,6 +147,7 @@ class Gateway:
                         if _is_clock_request(message):
                             await stream.send(clock_sync().SerializeToString())
                         else:
+                            connection.counters.refused += 1
                             _log.warning(kv("Only the clock is on the open channel, dropped", peer=connection.peer))
             except AosError as error:
                 _log.debug(kv("Clock channel is off", peer=connection.peer, reason=error))

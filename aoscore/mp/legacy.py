@@ -169,6 +169,7 @@ class LegacySm(ServerRelay):
         try:
             outgoing = pb.SMOutgoingMessages.FromString(message)
         except DecodeError as error:
+            connection.counters.refused += 1
             _log.warning(kv("Message of node is malformed, dropped", peer=connection.peer, error=error))
             return False
         kind = outgoing.WhichOneof("SMOutgoingMessage")
@@ -193,6 +194,7 @@ class LegacySm(ServerRelay):
                 self._take_log(outgoing.log)
                 return False
             case "clock_sync_request":
+                connection.counters.refused += 1
                 _log.warning(kv("The clock has a channel of its own, dropped", peer=connection.peer))
                 return False
         return True
@@ -323,6 +325,7 @@ class LegacyGateway:
                     if answer is not None:
                         await stream.send(answer)
                     else:
+                        connection.counters.refused += 1
                         _log.warning(kv("Only the clock is on the open channel, dropped", peer=connection.peer))
             except ChannelClosedError as error:
                 _log.debug(kv("Clock channel is off", peer=connection.peer, reason=error))

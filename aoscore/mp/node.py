@@ -7,6 +7,7 @@ from aoscore.common.aio import Broadcast
 from aoscore.common.tls import TlsIdentity
 from aoscore.mp.clock import ClockSync
 from aoscore.mp.communication.connection import Connection, Contexts, LinkSettings, restart_on_renewal
+from aoscore.mp.communication.connector import Reader
 from aoscore.mp.nodeserver.calls import CallClient
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
@@ -34,7 +35,7 @@ class Node:
         self._status = status
         self._renewals = renewals
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def serve(self, reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         """One link, from its connection to its end. Raises AosError or OSError when it breaks."""
         connection = Connection(reader, writer, self._settings, self._contexts, peer=peer)
         with self._status.watching(connection):

@@ -260,7 +260,12 @@ async def build_core(settings: Config, stack: contextlib.AsyncExitStack) -> Core
         await database.forget_recovery()
     image_worker = await stack.enter_async_context(Worker("images", _IMAGE_THREADS))
     images = ImageManager(
-        await image_worker.run(ImageStore, settings.images_dir, Owners(settings.image_manager.owners)),
+        await image_worker.run(
+            ImageStore,
+            settings.images_dir,
+            Owners(settings.image_manager.owners),
+            settings.image_manager.staging_dir,
+        ),
         ItemTable(database),
         sm_client,
         Downloader(image_worker),

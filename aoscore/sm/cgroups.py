@@ -5,13 +5,19 @@ Target images have cgroup v2 only. Developer machines may still have v1, or v1 w
 namespace of its own without it. Decided by the mount table alone.
 """
 
+import contextlib
+import errno
+import os
 import shutil
+import time
 from pathlib import Path
 
 import msgspec
 
-from aoscore.common.errors import NotSupportedError
+from aoscore.common.errors import FailedError, NotSupportedError
 
+_REMOVE_TIMEOUT_S = 10.0
+_REMOVE_PAUSE_S = 0.05
 _CONTROLLER_FOR_PIDS = ("pids", "memory", "devices")
 _V1_CONTROLLERS = frozenset(
     ("blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "hugetlb", "memory", "net_cls", "net_prio", "pids")
@@ -59,6 +65,28 @@ class CgroupLayout(msgspec.Struct, frozen=True):
             else _read(self.controllers.get("memory"), cgroup, "memory.oom_control")
         )
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+
+    def remove(self, cgroup: str) -> None:
+        """End what lives in a v2 cgroup and delete it with all below it; an absent one is success. Blocking.
+
+        Raises FailedError when something in it does not end.
+        """
+        if self.version == 1:
+            return
+        top = Path(f"{self.unified}/{cgroup.lstrip('/')}")
+        deadline_s = time.monotonic() + _REMOVE_TIMEOUT_S
+        while top.exists():
+            try:
+                for folder, _, _ in os.walk(top, topdown=False):
+                    Path(folder).rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                    raise FailedError(f"control group {cgroup} can't be removed: {error.strerror}") from error
+                with contextlib.suppress(OSError):
+                    (top / "cgroup.kill").write_text("1")
+                time.sleep(_REMOVE_PAUSE_S)
 
     def _any_tree(self) -> Path | None:
         return next((self.controllers[name] for name in _CONTROLLER_FOR_PIDS if name in self.controllers), None)

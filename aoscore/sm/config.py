@@ -39,7 +39,9 @@ class ImageManagerConfig(_Section, frozen=True):
     `images_part_limit_percent` bounds the store to a share of its file system, 0 means no bound.
     `first_layer_on_top` (own key): the first layer of a manifest covers the later ones, as AosCore 9.1 stacks them and
     cloud images are built (sm-runtime.md §2.6); false takes the OCI order. `owners` (own key): ``root`` owns what is
-    unpacked, as with AosCore 9.1, or with ``archive`` whom the layers name.
+    unpacked, as with AosCore 9.1, or with ``archive`` whom the layers name. `staging_dir` (own key): the
+    `imageStoreDir` of the MP of this node, which fetches and unpacks ahead; what is ready there is taken, if it is on
+    the same file system.
     """
 
     image_path: Path | None = None
@@ -48,6 +50,7 @@ class ImageManagerConfig(_Section, frozen=True):
     remove_outdated_period_s: Duration = msgspec.field(name="removeOutdatedPeriod", default=Duration(86400))
     first_layer_on_top: bool = True
     owners: Literal["root", "archive"] = "root"
+    staging_dir: Path | None = None
 
 
 class LoggingConfig(_Section, frozen=True):

@@ -35,6 +35,7 @@ from tests.support.links import PORTS, contexts
 from tests.support.running import running, until
 
 _CHUNK = bytes(range(256)) * 1024
+_TOGETHER_BYTES = 1024 * 1024
 
 
 async def chunks(size: int) -> AsyncIterator[bytes]:
@@ -54,8 +55,8 @@ async def serve(port: int, size: int, identity: TlsIdentity) -> None:
                     while True:
                         request = pb.ProxyOutgoingMessages.FromString(await stream.receive()).download_request
                         if request.request_id:
-                            chunker = Chunker(request.offset, skip=request.offset)
-                            await send_pieces(stream, request.request_id, chunker, chunks(size))
+                            chunker = Chunker(request.request_id, request.offset, skip=request.offset)
+                            await send_pieces(stream, chunker, chunks(size))
 
     async def on_link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
         await Connection(reader, writer, settings, contexts("gateway", identity), peer=peer).run(serve_channels)
@@ -66,15 +67,15 @@ async def serve(port: int, size: int, identity: TlsIdentity) -> None:
 
 
 @contextlib.contextmanager
-def gateway_end(identity: TlsIdentity, size: int) -> Iterator[int]:
-    """The process; its port."""
+def gateway_end(identity: TlsIdentity, size: int) -> Iterator[tuple[int, int]]:
+    """The process; its port and its number."""
     port = free_port()
     files = [str(identity.ca_file), identity.cert_url, identity.key_url]
     command = [sys.executable, "-m", "tests.benchmarks.mp_link", str(port), str(size), *files]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout and process.stdout.readline() == "ready\n"
-            yield port
+            yield port, process.pid
         finally:
             process.kill()
 
@@ -98,15 +99,20 @@ async def link_rate(downloads: DownloadClient, size: int, *, digest: bool) -> fl
     hasher = hashlib.sha256()
     count = 0
     waiting: list[bytes] = []
+
+    def add() -> None:
+        for one in waiting:
+            hasher.update(one)
+        waiting.clear()
+
     async with Worker("hash") as worker, contextlib.aclosing(downloads.fetch("blob", 0)) as pieces:
         async for piece in pieces:
             count += len(piece)
             if digest:
                 waiting.append(piece)
-                if len(waiting) == 64:
-                    await worker.run(hasher.update, b"".join(waiting))
-                    waiting.clear()
-        hasher.update(b"".join(waiting))
+                if sum(map(len, waiting)) >= _TOGETHER_BYTES:
+                    await worker.run(add)
+        add()
     if count != size or (digest and hasher.hexdigest() != _digest(size)):
         raise RuntimeError(f"{count} bytes came, not the ones that were sent")
     return size / 1e6 / (time.perf_counter() - begin)

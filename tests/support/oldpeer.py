@@ -12,7 +12,7 @@ import struct
 from collections.abc import AsyncIterator
 
 from aoscore.common.tls import TlsIdentity
-from aoscore.mp.communication.frames import encode_frame, encode_message, split_records
+from aoscore.mp.communication.frames import encode_frame, encode_message
 
 MAX_PAYLOAD = 66_560
 _HEADER = struct.Struct("<II32s")
@@ -74,8 +74,11 @@ class OldChannel:
         self.tls = context.wrap_bio(self.incoming, self.outgoing)
 
     def _flush(self) -> None:
-        for record in split_records(self.outgoing.read()):
-            self.peer.writer.write(encode_frame(self.port, bytes(record)))
+        rest = self.outgoing.read()
+        while rest:
+            size = 5 + int.from_bytes(rest[3:5], "big")
+            self.peer.writer.write(encode_frame(self.port, rest[:size]))
+            rest = rest[size:]
 
     async def _feed(self) -> None:
         payload = await self.peer.payloads[self.port].get()

@@ -34,6 +34,11 @@ def through_mp(node: Node) -> bool:
     return not node.is_main and node.has("mp")
 
 
+def _mp_images(node: Node) -> str:
+    """Where MP keeps what it fetches for SM, which takes it from there (mp.md §7)."""
+    return f"{node.var}/workdirs/mp/images"
+
+
 def health_services(node: Node) -> list[str]:
     """Units that must be active for an update of the node to count as good (yocto.md §5)."""
     return [f"aos-{name}.service" for name in ("cm", "iam", "sm") if node.has(name)]
@@ -127,7 +132,10 @@ def sm(node: Node) -> dict[str, Any]:
         "nodeConfigFile": f"{work}/aos_node.cfg",
         "resourcesConfigFile": f"{node.etc}/resources.cfg",
         "monitoring": {"pollPeriod": node.monitoring_period, "averageWindow": node.monitoring_period},
-        "imageManager": {"imagePath": f"{work}/images"},
+        "imageManager": {
+            "imagePath": f"{work}/images",
+            **({"stagingDir": _mp_images(node)} if through_mp(node) else {}),
+        },
         "migration": {"mergedMigrationPath": f"{work}/migration"},
         "runtimes": [_runtime(node, name, work) for name in node.runtimes],
     }
@@ -165,7 +173,7 @@ def mp(node: Node) -> dict[str, Any]:
         "caCert": node.ca_file,
         "certStorage": "sm",
         "workingDir": work,
-        "imageStoreDir": f"{work}/images",
+        "imageStoreDir": _mp_images(node),
         "role": "gateway" if node.is_main else "node",
         "iamConfig": {
             "iamPublicServerUrl": f"{node.hostname}:8090",

@@ -21,6 +21,7 @@ def sm_relay(port: int, address: str, way: Way, claim: Callable[[Connection, str
         try:
             outgoing = pb.SMOutgoingMessages.FromString(message)
         except DecodeError as error:
+            connection.counters.refused += 1
             _log.warning(kv("Message of node is malformed, dropped", peer=connection.peer, error=error))
             return False
         if outgoing.WhichOneof("SMOutgoingMessage") == "sm_info":

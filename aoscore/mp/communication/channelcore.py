@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from aoscore._speedups.frames import encode_records
 from aoscore.common.errors import AosError, InvalidArgumentError, WrongStateError
 from aoscore.mp.communication.frames import (
     LENGTH_BYTES,
     MAX_OPEN_MESSAGE_BYTES,
     Bytes,
-    Message,
     MessageDecoder,
+    encode_frame,
     encode_message,
 )
 from aoscore.mp.communication.tlscore import TlsCore, is_client_hello
@@ -46,7 +47,7 @@ class Opened:
 class Received:
     """Messages came, at least one."""
 
-    messages: Sequence[bytes]
+    messages: Sequence[Bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,11 @@ Event = Opened | Received | Closed | Ready
 class Wire(Protocol):
     """The link below the channels."""
 
-    def push(self, port: int, payload: Bytes) -> None:
-        """Queue a payload."""
+    quantum_bytes: int
+    """How much of a channel should be queued in one piece at most: nothing goes between its frames."""
+
+    def push(self, port: int, frames: bytes, count: int) -> None:
+        """Queue frames of one channel, `count` of them."""
 
     def drop(self, port: int) -> None:
         """Forget what is queued of a channel."""
@@ -83,6 +87,8 @@ LEGACY_LIMIT_BYTES = 1024 * 1024
 """Largest message that we take from a peer of the older kind (mp-wire §5)."""
 LEGACY_SECURE_SEND_BYTES = 16_380
 """Largest message for one on a secure channel: it reads one record and takes that for all (mp-wire §3, rule 4)."""
+# What pieces of a download and TLS add to a quantum of it.
+_ADDED_BYTES = 2048
 
 
 class ChannelCore(ABC):
@@ -111,7 +117,7 @@ class ChannelCore(ABC):
         self._messages = MessageDecoder(self._limit_bytes)
         return self._begin()
 
-    def feed(self, *payloads: bytes) -> Iterator[Event]:
+    def feed(self, *payloads: Bytes) -> Iterator[Event]:
         """Take payloads of the peer, at least one, in their order."""
         if self.state is State.IDLE and self.accepts:
             before = next((index for index, one in enumerate(payloads) if self._is_beginning(one)), None)
@@ -127,16 +133,20 @@ class ChannelCore(ABC):
         except AosError as error:
             yield from self.close(str(error))
 
-    def send(self, *messages: Message) -> None:
+    def send(self, *messages: bytes) -> None:
         """Queue messages. Raises InvalidArgumentError above the limit, WrongStateError on a closed channel."""
-        if self.state is not State.OPEN:
-            raise WrongStateError(f"channel {self.port} is not open")
         encoded = [encode_message(message) for message in messages]
         largest = max(map(len, encoded)) - LENGTH_BYTES
         if largest > self._send_limit_bytes:
             raise InvalidArgumentError(
                 f"message of {largest} bytes for channel {self.port}, {self._send_limit_bytes} is most"
             )
+        self.send_encoded(*encoded)
+
+    def send_encoded(self, *encoded: bytes) -> None:
+        """Queue messages that have their lengths before them already. Raises WrongStateError on a closed channel."""
+        if self.state is not State.OPEN:
+            raise WrongStateError(f"channel {self.port} is not open")
         self._write(encoded)
 
     def close(self, reason: str) -> Iterator[Event]:
@@ -175,9 +185,9 @@ class ChannelCore(ABC):
             yield Closed(reason)
             yield Ready()
 
-    def _deliver(self, pieces: Iterable[bytes]) -> Iterator[Event]:
+    def _deliver(self, pieces: Iterable[Bytes]) -> Iterator[Event]:
         """What is complete with the next pieces of the channel's stream; also what comes before an error in it."""
-        messages: list[bytes] = []
+        messages: list[Bytes] = []
         error = None
         try:
             for data in pieces:
@@ -194,13 +204,13 @@ class ChannelCore(ABC):
         """Tell a peer that knows no Reset, behind what is queued, where there is a way to."""
 
     @abstractmethod
-    def _is_beginning(self, payload: bytes) -> bool: ...
+    def _is_beginning(self, payload: Bytes) -> bool: ...
 
     @abstractmethod
     def _begin(self) -> Iterator[Event]: ...
 
     @abstractmethod
-    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]: ...
+    def _take(self, payloads: Sequence[Bytes]) -> Iterator[Event]: ...
 
     @abstractmethod
     def _write(self, encoded: Iterable[bytes]) -> None: ...
@@ -215,19 +225,19 @@ class OpenChannel(ChannelCore):
     def _say_end(self) -> None:
         pass
 
-    def _is_beginning(self, payload: bytes) -> bool:
+    def _is_beginning(self, payload: Bytes) -> bool:
         return True
 
     def _begin(self) -> Iterator[Event]:
         self.state = State.OPEN
         yield Opened()
 
-    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]:
+    def _take(self, payloads: Sequence[Bytes]) -> Iterator[Event]:
         return self._deliver(payloads)
 
     def _write(self, encoded: Iterable[bytes]) -> None:
         for data in encoded:
-            self._wire.push(self.port, data)
+            self._wire.push(self.port, encode_frame(self.port, data), 1)
 
 
 class SecureChannel(ChannelCore):
@@ -262,7 +272,7 @@ class SecureChannel(ChannelCore):
         """The peer's certificate (DER) on an open channel."""
         return self._present().peer_der
 
-    def _is_beginning(self, payload: bytes) -> bool:
+    def _is_beginning(self, payload: Bytes) -> bool:
         return is_client_hello(payload)
 
     def _begin(self) -> Iterator[Event]:
@@ -276,14 +286,14 @@ class SecureChannel(ChannelCore):
         except AosError as error:
             yield from self.close(str(error))
 
-    def _take(self, payloads: Sequence[bytes]) -> Iterator[Event]:
+    def _take(self, payloads: Sequence[Bytes]) -> Iterator[Event]:
         tls = self._present()
         plain = tls.feed(payloads)
         self._flush(tls)
         if tls.is_ready and self.state is State.OPENING:
             self.state = State.OPEN
             yield Opened()
-        yield from self._deliver(plain)
+        yield from self._deliver((plain,))
         if tls.failure is not None:
             raise tls.failure
         if tls.is_closed:
@@ -294,13 +304,14 @@ class SecureChannel(ChannelCore):
 
     def _write(self, encoded: Iterable[bytes]) -> None:
         tls = self._present()
-        for data in encoded:
+        # Peers of the older kind read one record and take that for a message; for ours records may be full.
+        for data in encoded if self.is_legacy else (b"".join(encoded),):
             tls.write(data)
         self._flush(tls)
 
     def _say_end(self) -> None:
         if self._tls is None:
-            self._wire.push(self.port, _INTERNAL_ERROR)
+            self._wire.push(self.port, encode_frame(self.port, _INTERNAL_ERROR), 1)
         else:
             self._tls.close()
             self._flush(self._tls)
@@ -311,5 +322,6 @@ class SecureChannel(ChannelCore):
         return self._tls
 
     def _flush(self, tls: TlsCore) -> None:
-        for record in tls.records():
-            self._wire.push(self.port, record)
+        most_bytes = self._wire.quantum_bytes + _ADDED_BYTES
+        for frames, count in encode_records(self.port, tls.output(), most_bytes):
+            self._wire.push(self.port, frames, count)

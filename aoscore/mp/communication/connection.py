@@ -22,7 +22,6 @@ from aoscore.common.errors import (
     FailedError,
     NotSupportedError,
     OutOfMemoryError,
-    OutOfRangeError,
     first_cause,
 )
 from aoscore.common.log import kv
@@ -38,15 +37,14 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
+from aoscore.mp.communication.connector import Reader
 from aoscore.mp.communication.control import SILENCE_LIMIT_S, Control, Role
 from aoscore.mp.communication.frames import (
     MAX_OPEN_MESSAGE_BYTES,
     Bytes,
-    Frame,
     FrameDecoder,
-    Message,
     MessageDecoder,
-    encode_header,
+    encode_frame,
     encode_message,
 )
 from aoscore.mp.communication.ports import CONTROL, PROXY, RPC, Ports
@@ -66,7 +64,7 @@ _CONTROL_LIMIT_BYTES = 64 * 1024
 # What goes to the link in one go: each go costs as much as the bytes of some frames. Little of a download waits here,
 # so that what is more urgent does not wait behind it in the kernel either: more only while the link takes it at once.
 _LEAST_QUANTUM_BYTES = 64 * 1024
-_MOST_QUANTUM_BYTES = 128 * 1024
+_MOST_QUANTUM_BYTES = 256 * 1024
 _AT_ONCE_S = 0.005
 
 
@@ -103,7 +101,11 @@ class ChannelClosedError(FailedError):
 
 
 class Counters(msgspec.Struct):
-    """What became of a link so far: frames with their bytes, frames that were dropped, channels, bytes of downloads."""
+    """What became of a link so far.
+
+    Frames and their bytes; frames that were damaged or of no known channel; messages that were not allowed; uses of
+    channels that began and ended; bytes of downloads.
+    """
 
     frames_in: int = 0
     frames_out: int = 0
@@ -111,6 +113,7 @@ class Counters(msgspec.Struct):
     bytes_out: int = 0
     damaged: int = 0
     unknown: int = 0
+    refused: int = 0
     opened: int = 0
     closed: int = 0
     download_bytes: int = 0
@@ -141,7 +144,7 @@ class Stream:
     def __init__(self, connection: "Connection", slot: "_Slot") -> None:
         self._connection = connection
         self._slot = slot
-        self._messages: deque[bytes] = deque()
+        self._messages: deque[Bytes] = deque()
         self._bytes = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -172,32 +175,44 @@ class Stream:
 
     async def receive(self) -> bytes:
         """The next message. Raises ChannelClosedError after the last one."""
-        while not self._messages:
-            if self._reason is not None:
-                raise ChannelClosedError(self._reason)
-            self._news.clear()
-            await self._news.wait()
+        await self._some()
         message = self._messages.popleft()
         self._bytes -= len(message)
         if self._bytes <= self._connection.settings.channel_buffer_bytes:
             self._room.set()
-        return message
+        return bytes(message)
 
-    async def receive_all(self) -> list[bytes]:
+    async def receive_all(self) -> list[Bytes]:
         """The next message and all that came behind it. Raises ChannelClosedError after the last one."""
-        messages = [await self.receive(), *self._messages]
+        await self._some()
+        messages = [*self._messages]
         self._messages.clear()
         self._bytes = 0
         self._room.set()
         return messages
 
-    async def send(self, *messages: Message) -> None:
+    async def _some(self) -> None:
+        while not self._messages:
+            if self._reason is not None:
+                raise ChannelClosedError(self._reason)
+            self._news.clear()
+            await self._news.wait()
+
+    async def send(self, *messages: bytes) -> None:
         """Queue messages, waiting for room. Raises ChannelClosedError, InvalidArgumentError for one too large."""
+        await self._has_room()
+        self._slot.core.send(*messages)
+
+    async def send_encoded(self, messages: bytes) -> None:
+        """The same for messages that have their lengths before them already."""
+        await self._has_room()
+        self._slot.core.send_encoded(messages)
+
+    async def _has_room(self) -> None:
         bulk = self.port == PROXY
         await self._drained(self.quantum_bytes if bulk else self._connection.settings.channel_buffer_bytes)
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
-        self._slot.core.send(*messages)
 
     def send_soon(self, message: bytes) -> None:
         """Queue a small message without waiting; nothing happens on a closed channel."""
@@ -240,7 +255,7 @@ class Stream:
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
 
-    async def on_messages(self, messages: Sequence[bytes]) -> None:
+    async def on_messages(self, messages: Sequence[Bytes]) -> None:
         """Take messages; waits while the reader is far behind, and with it the whole link (mp-wire §3)."""
         if self._reason is not None:
             return
@@ -279,7 +294,7 @@ class Connection:
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
+        reader: Reader,
         writer: asyncio.StreamWriter,
         settings: LinkSettings,
         contexts: Contexts,
@@ -455,9 +470,9 @@ class Connection:
 
     # For the channels: channelcore.Wire
 
-    def push(self, port: int, payload: Bytes) -> None:
-        """Queue a payload."""
-        self._scheduler.push(port, payload)
+    def push(self, port: int, frames: bytes, count: int) -> None:
+        """Queue frames of one channel, `count` of them."""
+        self._scheduler.push(port, frames, count)
         self._filled.set()
 
     def drop(self, port: int) -> None:
@@ -478,7 +493,7 @@ class Connection:
     def _send_control(self, message: pb.Control) -> None:
         if self._scheduler.pending_bytes(CONTROL) > _CONTROL_LIMIT_BYTES:
             raise OutOfMemoryError(f"{self.peer} does not read what it asks for")
-        self.push(CONTROL, encode_message(message.SerializeToString()))
+        self.push(CONTROL, encode_frame(CONTROL, encode_message(message.SerializeToString())), 1)
 
     async def _say_bye(self) -> None:
         if self._control.is_over or self.is_legacy:
@@ -502,32 +517,31 @@ class Connection:
             self._heard_s = self._now()
             self._control.on_bytes(self._heard_s)
             self._is_reading = False
-            for port, payloads in _runs(decoder.feed(data)):
+            for port, payloads in decoder.feed(data):
                 await self._on_frames(port, payloads)
             self._is_reading = True
         raise FailedError(self._shut_reason or "the peer closed the link")
 
     async def _write(self) -> None:
         while True:
-            frames: list[Bytes] = []
+            bursts: list[bytes] = []
             size = 0
             ports = set()
-            while size < self.quantum_bytes and (item := self._scheduler.pop()):
-                port, payload = item
-                frames += (encode_header(port, payload), payload)
-                size += len(payload)
-                ports.add(port)
-            if not frames:
+            while size < self.quantum_bytes and (burst := self._scheduler.pop()):
+                bursts.append(burst.frames)
+                size += len(burst.frames)
+                ports.add(burst.port)
+                self.counters.frames_out += burst.number
+                if burst.port == PROXY:
+                    self.counters.download_bytes += len(burst.frames)
+            if not bursts:
                 self._filled.clear()
                 await self._filled.wait()
                 continue
             for port in ports & self._slots.keys():
                 self._slots[port].sent.set()
-            self.counters.frames_out += len(frames) // 2
             self.counters.bytes_out += size
-            if PROXY in ports:
-                self.counters.download_bytes += size
-            self._writer.write(b"".join(frames))
+            self._writer.writelines(bursts)
             self._wrote.set()
             began_s = self._now()
             await self._writer.drain()
@@ -545,7 +559,7 @@ class Connection:
                 self._control.on_bytes(now_s)
             if not self.is_legacy:
                 self._control.tick(now_s)
-            elif self._is_reading and self._decoder.has_begun and now_s - self._heard_s > SILENCE_LIMIT_S:
+            elif self._is_reading and self._decoder.begun_bytes and now_s - self._heard_s > SILENCE_LIMIT_S:
                 # A vchan that a node attaches to again may hold the rest of a frame of before (vchan.md §2).
                 raise DeadlineError(f"half a frame, and nothing more for {SILENCE_LIMIT_S:g} s")
             for slot in self._slots.values():
@@ -555,7 +569,7 @@ class Connection:
                 elif slot.core.state is State.CLOSING and waited_s > _ANSWER_TIMEOUT_S:
                     self._apply_now(slot, slot.core.on_no_more())
 
-    async def _on_frames(self, port: int, payloads: Sequence[bytes]) -> None:
+    async def _on_frames(self, port: int, payloads: Sequence[Bytes]) -> None:
         """Frames of one channel that came one after the other; no payload stands for a damaged frame."""
         self.counters.frames_in += len(payloads) or 1
         slot = self._slots.get(port)
@@ -570,7 +584,7 @@ class Connection:
         if port == CONTROL and not self.is_legacy:
             for payload in payloads:
                 for message in self._control_messages.feed(payload):
-                    self._control.receive(message)
+                    self._control.receive(bytes(message))
             if self._control.peer is not None:
                 self._introduced.set()
         elif slot is None:
@@ -646,29 +660,6 @@ def _look_at_error(task: asyncio.Task[None]) -> None:
     """Also when we are cancelled while the link breaks, its error counts as seen."""
     if not task.cancelled():
         task.exception()
-
-
-def _runs(frames: Iterable[Frame]) -> Iterator[tuple[int, list[bytes]]]:
-    """Frames of one channel that come one after the other, together; a damaged one alone and without payload."""
-    run: list[bytes] = []
-    run_port = 0
-    error = None
-    try:
-        for port, payload, is_intact in frames:
-            if run and (port != run_port or not is_intact):
-                yield run_port, run
-                run = []
-            run_port = port
-            if is_intact:
-                run.append(payload)
-            else:
-                yield port, []
-    except OutOfRangeError as caught:
-        error = caught
-    if run:
-        yield run_port, run
-    if error is not None:
-        raise error
 
 
 async def restart_on_renewal(connection: Connection, changed: Broadcast[TlsIdentity], ports: Sequence[int]) -> None:

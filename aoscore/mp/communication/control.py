@@ -6,8 +6,8 @@ from typing import Literal
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.transport.v1 import transport_pb2 as pb
+from aoscore._speedups.frames import MAX_PAYLOAD_BYTES
 from aoscore.common.errors import DeadlineError, FailedError, InvalidArgumentError, NotSupportedError
-from aoscore.mp.communication.frames import MAX_PAYLOAD_BYTES
 
 Role = Literal["gateway", "node"]
 

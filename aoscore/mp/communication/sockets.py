@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import mmap
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -10,14 +11,16 @@ from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
 from aoscore.common.log import kv
 from aoscore.common.rpc import split_address
-from aoscore.mp.communication.connector import Handler, Streams
+from aoscore.mp.communication.connector import Handler, Reader, Streams
 
 _log = logging.getLogger(__name__)
 
 MAX_LINKS = 64
 _CONNECT_TIMEOUT_S = 10.0
 STREAM_LIMIT_BYTES = 256 * 1024
-_BUFFER_BYTES = 128 * 1024
+# Of each half of an input, and the most that is read at a time: with room for two nobody has to wait for the reader.
+_BUFFER_BYTES = 512 * 1024
+_READ_BYTES = 256 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024
 _NOT_SENT_BYTES = 128 * 1024
 # What is on its way of a download is what an urgent message waits for: the kernel's own choice would be megabytes.
@@ -43,21 +46,89 @@ def _tune(writer: asyncio.StreamWriter) -> None:
         sock.setsockopt(level, option, value)
 
 
-class _Protocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
-    """Streams whose transport reads into one buffer that stays: a new one for each read costs more than the reading."""
+class _Input:
+    """What came in, in one half of a buffer; the other half is with the reader, so that nothing is copied."""
 
-    def __init__(
-        self, connected: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None
-    ) -> None:
-        self.reader = asyncio.StreamReader(limit=STREAM_LIMIT_BYTES)
-        super().__init__(self.reader, connected)
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+    def __init__(self) -> None:
+        # Memory that costs nothing before it is used: on most links little comes at a time.
+        self._filling, self._reading = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
+        self._filled = 0
+        self._rest = self._reading[:0]
+        self._news = asyncio.Event()
+        self._transport: asyncio.ReadTransport | None = None
+        self._is_paused = False
+        self._is_over = False
+        self._error: Exception | None = None
+
+    async def read(self, n: int, /) -> memoryview:
+        """See connector.Reader. Raises the OSError that the connection ended with."""
+        if not self._rest:
+            while not (self._filled or self._is_over):
+                self._news.clear()
+                await self._news.wait()
+            if self._error is not None and not self._filled:
+                raise self._error
+            self._filling, self._reading = self._reading, self._filling
+            self._rest, self._filled = self._reading[: self._filled], 0
+            if self._is_paused and self._transport is not None:
+                self._is_paused = False
+                self._transport.resume_reading()
+        data, self._rest = self._rest[:n], self._rest[n:]
+        return data
+
+    # Of the protocol
+
+    def begin(self, transport: asyncio.ReadTransport) -> None:
+        self._transport = transport
+
+    def room(self) -> memoryview:
+        return self._filling[self._filled : self._filled + _READ_BYTES]
+
+    def add(self, count: int) -> None:
+        self._filled += count
+        self._news.set()
+        if self._filled == _BUFFER_BYTES and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def end(self, error: Exception | None) -> None:
+        self._is_over = True
+        self._error = self._error or error
+        self._news.set()
+
+
+class _Protocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
+    """That of a StreamWriter, with an input of its own. `connected` is called like that of asyncio.start_server."""
+
+    def __init__(self, connected: Callable[[Reader, asyncio.StreamWriter], Awaitable[None]] | None = None) -> None:
+        self.input = _Input()
+        # Gets no data, but has the error that the connection ends with: the writer raises it.
+        self.reader = asyncio.StreamReader()
+
+        async def begin(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert connected is not None  # noqa: S101 - without it we are not called
+            await connected(self.input, writer)
+
+        super().__init__(self.reader, begin if connected else None)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a socket's goes both ways
+        self.input.begin(transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
+        return self.input.room()
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.reader.feed_data(self._buffer[:nbytes])
+        self.input.add(nbytes)
+
+    def eof_received(self) -> bool | None:
+        self.input.end(None)
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.input.end(exc)
+        super().connection_lost(exc)
 
 
 class Listener:
@@ -92,7 +163,7 @@ class Listener:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
         host, port, *_ = writer.get_extra_info("peername")
         peer = f"{host}:{port}"
         if len(self._tasks) >= MAX_LINKS:
@@ -112,7 +183,7 @@ class Listener:
             self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def _serve(self, reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         try:
             await self._handler(reader, writer, peer)
             reason = "ended"
@@ -136,6 +207,6 @@ async def connected(address: str) -> AsyncIterator[Streams]:
     try:
         writer = asyncio.StreamWriter(transport, protocol, protocol.reader, loop)
         _tune(writer)
-        yield protocol.reader, writer
+        yield protocol.input, writer
     finally:
         transport.abort()

@@ -4,19 +4,23 @@ Chains are checked, names are not: the channel's peer is known by its certificat
 """
 
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from typing import cast
 
+from aoscore._speedups.frames import new_buffer
 from aoscore.common.errors import FailedError
-from aoscore.mp.communication.frames import Bytes, split_records
+from aoscore.mp.communication.frames import Bytes
 
-_READ_BYTES = 16 * 1024
-"""Of plaintext, which is the most that a record holds (RFC 8446 §5.1)."""
+_RECORD_BYTES = 16 * 1024 + 256 + 5
+"""The longest record (RFC 5246 §6.2.3): so much may be left over from the payloads before."""
+_MOST_BYTES = 16 * 1024
+"""Of plaintext in one (RFC 8446 §5.1)."""
 _HANDSHAKE_RECORD = 22
 _CLIENT_HELLO = 1
 _TYPE_OFFSET = 5
 
 
-def is_client_hello(payload: bytes) -> bool:
+def is_client_hello(payload: Bytes) -> bool:
     """Whether a payload begins a TLS handshake (RFC 8446 §4): anything else belongs to a connection that is over."""
     return len(payload) > _TYPE_OFFSET and payload[0] == _HANDSHAKE_RECORD and payload[_TYPE_OFFSET] == _CLIENT_HELLO
 
@@ -40,22 +44,26 @@ class TlsCore:
         """The peer's certificate, once ready."""
         return self._tls.getpeercert(binary_form=True) or b""
 
-    def feed(self, payloads: Iterable[bytes]) -> list[bytes]:
-        """Take payloads, give the plaintext in them, by record. No payload begins the handshake of a client.
+    def feed(self, payloads: Sequence[Bytes]) -> Bytes:
+        """Take payloads, give the plaintext in them. No payload begins the handshake of a client.
 
         What came before TLS failed is given, too: look at `failure`.
         """
         for payload in payloads:
             self._incoming.write(payload)
-        pieces: list[bytes] = []
+        # Plaintext is shorter than its records, so all of it has room.
+        plain = memoryview(new_buffer(sum(map(len, payloads)) + _RECORD_BYTES))
+        size = 0
+        incoming, tls = self._incoming, self._tls
         try:
             if not self.is_ready:
-                self._tls.do_handshake()
+                tls.do_handshake()
                 self.is_ready = True
-            while piece := self._tls.read(_READ_BYTES):
-                pieces.append(piece)
-                if not self._incoming.pending and not self._tls.pending():
-                    break  # asking for more would end in an exception, which costs as much as the piece
+            # Into a buffer, as SSLSocket.recv_into does; how the types are declared leaves that out.
+            while count := cast("int", tls.read(_MOST_BYTES, cast("bytearray", plain[size:]))):
+                size += count
+                if not incoming.pending and not tls.pending():
+                    break  # asking for more would end in an exception, which costs as much as a record
             else:
                 self.is_closed = True
         except ssl.SSLZeroReturnError:
@@ -64,7 +72,7 @@ class TlsCore:
             pass
         except ssl.SSLError as error:
             self.failure = FailedError(f"TLS failed: {_reason(error)}")
-        return pieces
+        return plain[:size]
 
     def write(self, data: bytes) -> None:
         """Encrypt plaintext."""
@@ -77,9 +85,9 @@ class TlsCore:
         except ssl.SSLError:
             pass  # the peer has not answered yet, or TLS has failed: either way there is nothing more to say
 
-    def records(self) -> Iterator[Bytes]:
-        """The records to send now, one per frame."""
-        return split_records(self._outgoing.read())
+    def output(self) -> bytes:
+        """The records to send now."""
+        return self._outgoing.read()
 
 
 def _reason(error: ssl.SSLError) -> str:

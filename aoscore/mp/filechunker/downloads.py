@@ -5,7 +5,6 @@ it. It keeps nothing: a node that comes back says how far it got.
 """
 
 import asyncio
-import itertools
 import logging
 import re
 from collections.abc import AsyncIterator, Container
@@ -30,7 +29,7 @@ from aoscore.common.log import kv
 from aoscore.mp.clock import main_time
 from aoscore.mp.communication.connection import Connection, Stream, end_tasks
 from aoscore.mp.communication.ports import PROXY
-from aoscore.mp.filechunker.chunker import PIECE_BYTES, Chunker, PieceEncoder
+from aoscore.mp.filechunker.chunker import Chunker
 
 _log = logging.getLogger(__name__)
 
@@ -121,19 +120,19 @@ class DownloadServer:
                 # Nothing lies behind the offset: the node has it all, and will check it.
                 await stream.send(_content(request.request_id, request.offset, state=pb.COMPLETED))
                 return
-            chunker = Chunker(request.offset, _bytes_before(answer, request.offset))
-            await send_pieces(stream, request.request_id, chunker, answer.chunks(_IDLE_TIMEOUT_S))
+            chunker = Chunker(request.request_id, request.offset, _bytes_before(answer, request.offset))
+            await send_pieces(stream, chunker, answer.chunks(_IDLE_TIMEOUT_S))
 
 
-async def send_pieces(stream: Stream, request_id: int, chunker: Chunker, chunks: AsyncIterator[bytes]) -> None:
+async def send_pieces(stream: Stream, chunker: Chunker, chunks: AsyncIterator[bytes]) -> None:
     """Send a download to its end."""
-    encode = PieceEncoder(request_id).encode
     async for chunk in chunks:
-        pieces = chunker.feed(chunk)
-        while some := list(itertools.islice(pieces, stream.quantum_bytes // PIECE_BYTES)):
-            await stream.send(*itertools.starmap(encode, some))
-    offset, data = chunker.last()
-    await stream.send(_content(request_id, offset, data, state=pb.COMPLETED))
+        rest = chunker.wanted(chunk)
+        while rest:
+            quantum_bytes = stream.quantum_bytes
+            await stream.send_encoded(chunker.encode(rest[:quantum_bytes]))
+            rest = rest[quantum_bytes:]
+    await stream.send(_content(chunker.request_id, chunker.offset, state=pb.COMPLETED))
 
 
 def clock_sync() -> pb.ProxyIncomingMessages:
@@ -162,8 +161,8 @@ def _parse(message: bytes) -> pb.ProxyOutgoingMessages:
         raise InvalidArgumentError(f"message is malformed: {error}") from error
 
 
-def _content(request_id: int, offset: int = 0, data: bytes = b"", state: pb.DownloadState = pb.IN_PROGRESS) -> bytes:
-    content = pb.DownloadContent(request_id=request_id, offset=offset, data=data, state=state)
+def _content(request_id: int, offset: int = 0, *, state: pb.DownloadState) -> bytes:
+    content = pb.DownloadContent(request_id=request_id, offset=offset, state=state)
     return pb.ProxyIncomingMessages(download_content=content).SerializeToString()
 
 

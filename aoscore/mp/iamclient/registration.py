@@ -52,6 +52,7 @@ def open_iam_relay(port: int, address: str, ways: Sequence[Way], interface: Inte
             return False
         kind, state = outgoing.WhichOneof("IAMOutgoingMessage"), getattr(outgoing.node_info, interface.state)
         if kind not in _OPEN_KINDS or (kind == "node_info" and state != NodeState.UNPROVISIONED):
+            connection.counters.refused += 1
             _log.warning(kv("Not allowed on the open channel, dropped", peer=connection.peer, kind=kind, state=state))
             return False
         return True
@@ -74,6 +75,7 @@ def secure_iam_relay(
             return False
         if outgoing.WhichOneof("IAMOutgoingMessage") == "node_info":
             if getattr(outgoing.node_info, interface.state) == NodeState.UNPROVISIONED:
+                connection.counters.refused += 1
                 _log.warning(kv("Unprovisioned node on the secure channel, dropped", peer=connection.peer))
                 return False
             if not outgoing.node_info.node_id:
@@ -100,7 +102,14 @@ def _parse(
     connection: Connection, message: bytes, interface: Interface
 ) -> v6.IAMOutgoingMessages | v5.IAMOutgoingMessages | None:
     try:
-        return interface.message.FromString(message)
+        outgoing = interface.message.FromString(message)
     except DecodeError as error:
+        connection.counters.refused += 1
         _log.warning(kv("Message of node is malformed, dropped", peer=connection.peer, error=error))
         return None
+    is_info = outgoing.WhichOneof("IAMOutgoingMessage") == "node_info"
+    if interface is LEGACY and is_info and not getattr(outgoing.node_info, interface.state):
+        # Where the older interface has it, the newer one has a number (mp-wire §9).
+        connection.shut("the peer began like one of the older kind and speaks a newer interface")
+        raise InvalidArgumentError("the IAM of a peer of the older kind does not speak iamanager.v5")
+    return outgoing

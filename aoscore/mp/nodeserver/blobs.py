@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -26,11 +27,11 @@ from aoscore.common.errors import (
 )
 from aoscore.common.fileserver import FileServer
 from aoscore.common.log import kv
-from aoscore.common.oci import Descriptor
+from aoscore.common.oci import Descriptor, ImageManifest
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.nodeserver.calls import CallClient, CallError
 from aoscore.mp.nodeserver.downloads import DownloadClient
-from aoscore.mp.nodeserver.store import NodeStore
+from aoscore.mp.nodeserver.store import NodeStore, named_by
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ _WRITE_BYTES = 1024 * 1024
 _SEND_BYTES = 256 * 1024
 _AHEAD_PARALLEL = 2
 _AHEAD_MOST = 256
+_MOST_SIZES = 1024
 _CONTENT_TYPE = "application/octet-stream"
 _GET_BLOBS_INFOS = "/servicemanager.v5.SMService/GetBlobsInfos"
 
@@ -74,10 +76,20 @@ class Transfer:
         await self._progress.wait()
 
 
+class _Image:
+    """What a manifest names, on its way ahead of SM; `diff_ids` by blob once `is_known`."""
+
+    def __init__(self, manifest: ImageManifest) -> None:
+        self.manifest = manifest
+        self.diff_ids: dict[str, str] = {}
+        self.is_known = asyncio.Event()
+
+
 class Blobs:
     """Gives blobs to readers: from the store, or from the one transfer that brings them.
 
-    With `prefetch` what a manifest names is brought before anybody asks, while nobody waits for a blob (mp.md §7).
+    With `prefetch` what a manifest names is brought before anybody asks, while nobody waits for a blob, and its layers
+    are unpacked, in `unpacker` (mp.md §7).
     """
 
     def __init__(
@@ -88,7 +100,7 @@ class Blobs:
         downloads: DownloadClient,
         *,
         clean_period_s: float,
-        prefetch: bool = False,
+        unpacker: Worker | None = None,
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 5.0),
     ) -> None:
         self.store = store
@@ -96,8 +108,10 @@ class Blobs:
         self._calls = calls
         self._downloads = downloads
         self._clean_period_s = clean_period_s
-        self._prefetch = prefetch
-        self._ahead: asyncio.Queue[Descriptor] = asyncio.Queue(_AHEAD_MOST)
+        self._unpacker = unpacker
+        self._ahead: asyncio.Queue[tuple[_Image, Descriptor]] = asyncio.Queue(_AHEAD_MOST)
+        self._sizes: dict[str, int] = {}
+        """What manifests said of blobs."""
         self._asked = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,8 +123,9 @@ class Blobs:
         """Own the transfers, and clean the store now and then."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            for _ in range(_AHEAD_PARALLEL if self._prefetch else 0):
-                tasks.create_task(self._fetch_ahead())
+            if self._unpacker is not None:
+                for _ in range(_AHEAD_PARALLEL):
+                    tasks.create_task(self._fetch_ahead(self._unpacker))
             started()
             while True:
                 with log_and_continue(_log, "Can't clean the image store"):
@@ -135,6 +150,10 @@ class Blobs:
                 # What has come stays for the next time.
                 transfer.task.cancel()
 
+    def size_bytes(self, digest: str) -> int | None:
+        """Size of a blob, as far as a manifest has said it."""
+        return self._sizes.get(digest)
+
     @contextlib.contextmanager
     def asked(self) -> Iterator[None]:
         """Somebody waits for a blob during the block: nothing is begun ahead meanwhile."""
@@ -148,26 +167,49 @@ class Blobs:
                 self._idle.set()
 
     async def _look_ahead(self, digest: str) -> None:
-        if not self._prefetch:
+        if self._unpacker is None:
             return
-        for named in await self.worker.run(self.store.named_by, digest):
+        manifest = await self.worker.run(self.store.manifest, digest)
+        if manifest is None:
+            return
+        image = _Image(manifest)
+        for named in named_by(manifest):
+            if named.size:
+                self._sizes[named.digest] = named.size
             if self._ahead.full():
                 _log.warning(kv("Too much to fetch ahead, left to SM", digest=named.digest))
-                return
-            self._ahead.put_nowait(named)
+                break
+            self._ahead.put_nowait((image, named))
+        while len(self._sizes) > _MOST_SIZES:
+            del self._sizes[next(iter(self._sizes))]
 
-    async def _fetch_ahead(self) -> None:
+    async def _fetch_ahead(self, unpacker: Worker) -> None:
         while True:
-            named = await self._ahead.get()
+            image, named = await self._ahead.get()
             await self._idle.wait()
             with log_and_continue(_log, f"Can't fetch {named.digest} ahead"):
-                if await self.worker.run(self.store.use, named.digest):
-                    continue
-                # Known before the first byte: what does not fit is not begun.
-                await self.worker.run(self.store.make_room, named.size)
-                async with self.reading(named.digest) as transfer:
-                    while not transfer.is_over:
-                        await transfer.progress()
+                try:
+                    is_ours = await self._fetched_ahead(named)
+                finally:
+                    if named is image.manifest.config:
+                        image.diff_ids = await self.worker.run(self.store.diff_ids, image.manifest)
+                        image.is_known.set()
+                if is_ours and named in image.manifest.layers:
+                    # Came out of the queue before it, so it is there or on its way.
+                    await image.is_known.wait()
+                    if diff_id := image.diff_ids.get(named.digest):
+                        await unpacker.run(self.store.unpack_ahead, named, diff_id)
+
+    async def _fetched_ahead(self, named: Descriptor) -> bool:
+        """Bring a blob; whether it came, and SM does not read it: what it reads it is going to unpack itself."""
+        if await self.worker.run(self.store.use, named.digest):
+            return False
+        # Known before the first byte: what does not fit is not begun.
+        await self.worker.run(self.store.make_room, named.size)
+        async with self.reading(named.digest) as transfer:
+            while not transfer.is_over:
+                await transfer.progress()
+            return transfer.is_complete and transfer.readers == 1
 
     async def _bring(self, digest: str, transfer: Transfer) -> None:
         backoff = self._backoff()
@@ -215,12 +257,19 @@ class Blobs:
                     async for piece in pieces:
                         waiting.append(piece)
                         size += len(piece)
+                        if transfer.written + size > (self.size_bytes(digest) or sys.maxsize):
+                            raise ChecksumError(f"blob {digest} has more bytes than its manifest says")
                         if size >= _WRITE_BYTES:
                             await self._write(part, waiting, transfer)
                             size = 0
-            finally:
-                # Also when the link broke: what has come need not come again.
+            except ChecksumError:
+                await self.worker.run(self.store.drop_part, digest)
+                raise
+            except BaseException:
+                # When the link broke, for example: what has come need not come again.
                 await self._write(part, waiting, transfer)
+                raise
+            await self._write(part, waiting, transfer)
         finally:
             await self.worker.run(part.close)
         await self.worker.run(self.store.adopt, digest, part.digest)
@@ -262,9 +311,9 @@ class _Part:
         return self._digest.size_bytes
 
     def write(self, pieces: list[bytes]) -> None:
-        data = b"".join(pieces)
-        self._store.make_room(len(data))
-        self._digest.write(self._file.fileno(), data)
+        self._store.make_room(sum(map(len, pieces)))
+        for piece in pieces:
+            self._digest.write(self._file.fileno(), piece)
 
     def close(self) -> None:
         self._file.close()
@@ -309,7 +358,7 @@ class BlobServer(FileServer):
             await self._blobs.worker.run(self._blobs.store.handed_over, digest)
 
     async def _pass_on(self, connection: h11.Connection, writer: asyncio.StreamWriter, transfer: Transfer) -> None:
-        """Send what is there and what is still coming. Always from the first byte: the size is not known yet."""
+        """Send what is there and what is still coming, always from the first byte: not all is there to choose from."""
         while not (transfer.written or transfer.is_over):
             await transfer.progress()
         if transfer.error is not None:
@@ -318,16 +367,20 @@ class BlobServer(FileServer):
             return
         file = await self._blobs.worker.run(self._blobs.store.open_growing, transfer.digest)
         sent = 0
+        headers = [("Content-Type", _CONTENT_TYPE)]
+        size_bytes = self._blobs.size_bytes(transfer.digest)
+        if size_bytes is not None:
+            headers.append(("Content-Length", str(size_bytes)))
         with file:
-            writer.write(
-                connection.send(h11.Response(status_code=200, headers=[("Content-Type", _CONTENT_TYPE)])) or b""
-            )
+            writer.write(connection.send(h11.Response(status_code=200, headers=headers)) or b"")
             while True:
                 if sent < transfer.written:
                     part_bytes = min(transfer.written - sent, _SEND_BYTES)
                     await self._send_part(connection, writer, file, sent, part_bytes)
                     sent += part_bytes
                 elif transfer.is_complete:
+                    if sent != (size_bytes or sent):
+                        raise FailedError(f"blob {transfer.digest} has {sent} bytes, its manifest says {size_bytes}")
                     writer.write(connection.send(h11.EndOfMessage()) or b"")
                     return
                 elif transfer.error is not None:

@@ -14,6 +14,7 @@ from aoscore._pb.transport.v1 import transport_pb2 as pb
 from aoscore.common.errors import AosError, DeadlineError, FailedError, InvalidArgumentError
 from aoscore.common.log import kv
 from aoscore.mp.communication.connection import ChannelClosedError
+from aoscore.mp.communication.frames import Bytes
 from aoscore.mp.communication.ports import RPC
 from aoscore.mp.communication.relay import unavailable
 from aoscore.mp.nodeserver.link import NodeLink, OnDemandChannel
@@ -110,9 +111,9 @@ class CallClient:
         for call in self._calls.values():
             call.end(error=ChannelClosedError(reason))
 
-    async def _take(self, messages: list[bytes]) -> None:
+    async def _take(self, messages: list[Bytes]) -> None:
         for message in messages:
-            self._take_one(message)
+            self._take_one(bytes(message))
 
     def _take_one(self, message: bytes) -> None:
         try:

@@ -10,12 +10,13 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore._speedups.frames import join_pieces
 from aoscore.common import convert
-from aoscore.common.aio import comes_within
 from aoscore.common.errors import (
     AosError,
     DeadlineError,
@@ -24,18 +25,34 @@ from aoscore.common.errors import (
     from_error_info,
 )
 from aoscore.mp.communication.connection import ChannelClosedError, Stream
+from aoscore.mp.communication.frames import Bytes
 from aoscore.mp.communication.ports import PROXY
 from aoscore.mp.nodeserver.link import NodeLink, OnDemandChannel
 
-_WAITING_PIECES = 256
+_WAITING_BYTES = 4 * 1024 * 1024
+# Pieces that come together are handed on together; not larger than what malloc keeps for the next ones.
+_JOINED_BYTES = 256 * 1024
 # The most that a reader which falls behind holds up the link, and with it what is more urgent.
 _HELD_UP_S = 0.002
 _IDLE_TIMEOUT_S = 90.0
 
 
+class _Piece(NamedTuple):
+    """What came of a download; `state` and `error` as in DownloadContent."""
+
+    offset: int
+    data: bytes
+    state: pb.DownloadState = pb.IN_PROGRESS
+    error: AosError | None = None
+
+
 class _Download:
-    def __init__(self) -> None:
-        self.pieces: deque[pb.DownloadContent] = deque()
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._now = asyncio.get_running_loop().time
+        self._heard_s = self._now()
+        self.pieces: deque[_Piece] = deque()
+        self.waiting_bytes = 0
         self.news = asyncio.Event()
         self.room = asyncio.Event()
         self.room.set()
@@ -43,26 +60,37 @@ class _Download:
         self.is_behind = False
         """Pieces were left out: what follows the ones that wait has to be asked for again."""
 
-    def add(self, piece: pb.DownloadContent) -> None:
+    def add(self, piece: _Piece) -> None:
         self.pieces.append(piece)
+        self._heard_s = self._now()
+        self.waiting_bytes += len(piece.data)
         self.news.set()
-        if len(self.pieces) >= _WAITING_PIECES:
+        if self.waiting_bytes >= _WAITING_BYTES:
             self.room.clear()
 
     def fail(self, error: AosError) -> None:
         self.error = self.error or error
         self.news.set()
 
-    async def take(self, url: str) -> pb.DownloadContent:
-        """The next piece. Raises the error after the last, DeadlineError when nothing comes."""
-        if not (self.pieces or self.error):
+    async def fail_in_silence(self) -> None:
+        """Give it up when nothing comes for too long; until cancelled. Cheaper than a time limit for each piece."""
+        while True:
+            left_s = self._heard_s + _IDLE_TIMEOUT_S - self._now()
+            if left_s <= 0 and not self.pieces:
+                break
+            await asyncio.sleep(max(left_s, 1.0))
+        self.fail(DeadlineError(f"nothing of {self._url} came for {_IDLE_TIMEOUT_S:g} s"))
+
+    async def take(self) -> _Piece:
+        """The next piece. Raises the error after the last."""
+        while not (self.pieces or self.error):
             self.news.clear()
-            if not await comes_within(self.news, _IDLE_TIMEOUT_S):
-                raise DeadlineError(f"nothing of {url} came for {_IDLE_TIMEOUT_S:g} s")
+            await self.news.wait()
         if not self.pieces and self.error is not None:
             raise self.error
         piece = self.pieces.popleft()
-        if len(self.pieces) <= _WAITING_PIECES // 2:
+        self.waiting_bytes -= len(piece.data)
+        if self.waiting_bytes <= _WAITING_BYTES // 2:
             self.room.set()
         return piece
 
@@ -87,20 +115,21 @@ class DownloadClient:
         """
         is_complete = False
         while not is_complete:
-            async with contextlib.aclosing(self._fetch_once(url, offset)) as contents:
-                async for content in contents:
-                    if content.data and content.offset != offset:
-                        raise FailedError(f"the gateway sent byte {content.offset} where {offset} was due")
-                    is_complete = content.state == pb.COMPLETED
-                    if data := content.data:
-                        offset += len(data)
-                        yield data
+            async with contextlib.aclosing(self._fetch_once(url, offset)) as pieces:
+                async for piece in pieces:
+                    if piece.data and piece.offset != offset:
+                        raise FailedError(f"the gateway sent byte {piece.offset} where {offset} was due")
+                    is_complete = piece.state == pb.COMPLETED
+                    if piece.data:
+                        offset += len(piece.data)
+                        yield piece.data
 
-    async def _fetch_once(self, url: str, offset: int) -> AsyncGenerator[pb.DownloadContent, None]:
+    async def _fetch_once(self, url: str, offset: int) -> AsyncGenerator[_Piece, None]:
         """Until it is complete, or we have fallen behind."""
         stream = await self._channel.stream()
-        request_id, download = next(self._ids), _Download()
+        request_id, download = next(self._ids), _Download(url)
         self._downloads[request_id] = download
+        watching = asyncio.create_task(download.fail_in_silence())
         is_over = False
         try:
             request = pb.DownloadRequest(url=url, request_id=request_id, offset=offset)
@@ -109,16 +138,16 @@ class DownloadClient:
                 if download.is_behind and not download.pieces:
                     is_over = True  # it is cancelled already
                     return
-                content = await download.take(url)
-                is_over = content.state != pb.IN_PROGRESS
-                match content.state:
+                piece = await download.take()
+                is_over = piece.state != pb.IN_PROGRESS
+                match piece.state:
                     case pb.FAILED:
-                        error = convert.error_from_pb(content.error)
-                        raise from_error_info(error) or FailedError(f"the gateway can't fetch {url}")
+                        raise piece.error or FailedError(f"the gateway can't fetch {url}")
                     case pb.CANCELED:
                         raise FailedError(f"the gateway gave up {url}")
-                yield content
+                yield piece
         finally:
+            watching.cancel()
             del self._downloads[request_id]
             if not is_over:
                 self._cancel(request_id)
@@ -130,9 +159,14 @@ class DownloadClient:
     async def _introduce(self, stream: Stream) -> None:
         await stream.send(pb.ProxyOutgoingMessages(node_id=self._link.node_id).SerializeToString())
 
-    async def _take(self, messages: list[bytes]) -> None:
-        for message in messages:
-            self._take_one(message)
+    async def _take(self, messages: list[Bytes]) -> None:
+        for piece in join_pieces(messages, _JOINED_BYTES):
+            if isinstance(piece, tuple):
+                self._add(piece[0], _Piece(*piece[1:]))
+            else:
+                self._take_one(bytes(piece))
+        if all(download.room.is_set() for download in self._downloads.values()):
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HELD_UP_S):
                 for download in list(self._downloads.values()):
@@ -152,9 +186,13 @@ class DownloadClient:
         if incoming.WhichOneof("ProxyIncomingMessage") != "download_content":
             return
         content = incoming.download_content
-        download = self._downloads.get(content.request_id)
+        failure = from_error_info(convert.error_from_pb(content.error))
+        self._add(content.request_id, _Piece(content.offset, content.data, content.state, failure))
+
+    def _add(self, request_id: int, piece: _Piece) -> None:
+        download = self._downloads.get(request_id)
         if download is not None and not download.is_behind:
-            download.add(content)
+            download.add(piece)
 
     def _lost(self, reason: str) -> None:
         for download in self._downloads.values():

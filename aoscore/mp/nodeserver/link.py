@@ -8,6 +8,7 @@ from aoscore.common.aio import comes_within
 from aoscore.common.errors import AosError
 from aoscore.common.log import kv
 from aoscore.mp.communication.connection import ChannelClosedError, Connection, Stream
+from aoscore.mp.communication.frames import Bytes
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class OnDemandChannel:
         port: int,
         *,
         begin: Callable[[Stream], Awaitable[None]] | None = None,
-        take: Callable[[list[bytes]], Awaitable[None]],
+        take: Callable[[list[Bytes]], Awaitable[None]],
         lost: Callable[[str], None],
     ) -> None:
         self._link = link

@@ -20,6 +20,7 @@ from aoscore.common.blobstore import check_digest
 from aoscore.common.download import Downloader
 from aoscore.common.errors import AosError, ChecksumError, InvalidArgumentError, NotFoundError, OutOfRangeError
 from aoscore.common.files import available_bytes
+from aoscore.common.layers import MAX_LAYER_BYTES
 from aoscore.common.log import kv
 from aoscore.common.oci import (
     MAX_DOCUMENT_BYTES,
@@ -34,7 +35,7 @@ from aoscore.common.types import CoreAlert, ItemType
 from aoscore.sm.imagemanager.items import ItemRow, ItemTable
 from aoscore.sm.imagemanager.model import InstalledImage, ItemKey, Payload
 from aoscore.sm.imagemanager.space import Space, Usage, kept_bytes
-from aoscore.sm.imagemanager.store import MAX_LAYER_BYTES, ImageStore
+from aoscore.sm.imagemanager.store import ImageStore
 
 _log = logging.getLogger(__name__)
 
@@ -274,8 +275,9 @@ class ImageManager:
         digest = check_digest(descriptor.digest)
         keep(digest)
         async with self._locked(digest):
-            if not await self._is_good_blob(digest):
-                await self._download(descriptor, limit_bytes)
+            if await self._is_good_blob(digest) or await self._worker.run(self._store.take_blob, digest):
+                return
+            await self._download(descriptor, limit_bytes)
 
     async def _is_good_blob(self, digest: str) -> bool:
         try:
@@ -328,6 +330,8 @@ class ImageManager:
             except ChecksumError as error:
                 _log.warning(kv("Stored layer is damaged, fetching it again", error=error))
             await self._worker.run(self._store.forget_layer, digest, diff_id)
+            if await self._worker.run(self._store.take_layer, digest, diff_id):
+                return
             await self._blob(descriptor, keep)
             wanted_bytes = await self._worker.run(self._store.unpacked_bytes, digest, descriptor.media_type)
             if wanted_bytes > MAX_LAYER_BYTES:

@@ -14,6 +14,7 @@ import pytest
 
 from aoscore._pb.iamanager.v5 import iamanager_pb2 as iam
 from aoscore._pb.iamanager.v5 import iamanager_pb2_grpc as iam_stubs
+from aoscore._pb.iamanager.v6 import iamanager_pb2 as v6
 from aoscore._pb.servicemanager.v4 import servicemanager_pb2 as pb
 from aoscore._pb.servicemanager.v4 import servicemanager_pb2_grpc as sm_stubs
 from aoscore._pb.transport.v1 import transport_pb2 as transport_pb
@@ -273,7 +274,13 @@ async def test_peer_that_mixes_the_interfaces_is_cut_off(unit: OldUnit) -> None:
             channel = await secure(peer, unit.bed, 4, ssl.TLSVersion.TLSv1_2)
             channel.send(b"\x0a\x08\x0a\x06zephyr")
             await asyncio.wait_for(peer.is_over.wait(), 20)
-        assert not unit.cm.streams
+        async with unit.peer() as peer:
+            await clock(peer)
+            channel = await secure(peer, unit.bed, 2, ssl.TLSVersion.TLSv1_2)
+            info = v6.NodeInfo(node_id=NODE, max_dmips=1000, state="provisioned")
+            channel.send(v6.IAMOutgoingMessages(node_info=info).SerializeToString())
+            await asyncio.wait_for(peer.is_over.wait(), 20)
+        assert not unit.cm.streams and not any(stream.messages for stream in unit.secure_nodes.streams)
 
 
 async def test_rest_of_an_earlier_session_is_not_taken_for_a_new_one(unit: OldUnit) -> None:

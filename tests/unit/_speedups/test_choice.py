@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from aoscore._speedups import chunker, memory, sampler, unpack
+from aoscore._speedups import chunker, frames, memory, sampler, unpack
 
 PUBLIC = {
     "chunker": ["Digest", "copy_file", "hash_file", "hash_file_all", "read_chunks", "send_file"],
+    "frames": ["FrameCutter", "encode_pieces", "encode_records", "join_pieces", "new_buffer"],
     "memory": ["release_code"],
     "sampler": ["Sampler"],
     "unpack": ["unpack_layer"],
@@ -24,6 +25,7 @@ def test_the_native_modules_are_used() -> None:
     assert sampler.Sampler.__module__ == "aoscore._speedups._sampler"
     assert memory.release_code.__module__ == "aoscore._speedups._memory"
     assert chunker.Digest.__module__ == "aoscore._speedups._chunker"
+    assert frames.FrameCutter.__module__ == "aoscore._speedups._frames"
     assert unpack.unpack_layer.__module__ == "aoscore._speedups._unpack"
 
 

@@ -1,5 +1,6 @@
 """Lines about links: what they count, when they come."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from aoscore.mp.status import Status
+from aoscore.common.errors import FailedError
+from aoscore.mp.status import Status, ask
 from tests.support.links import contexts, linked
 from tests.support.pki import TestCa
 from tests.support.running import running, until
@@ -43,3 +45,23 @@ async def test_lines_come_by_themselves(tmp_path: Path, caplog: pytest.LogCaptur
         with status.watching(link.node):
             await until(lambda: caplog.text.count("Status of link: nodeID") >= 2)
     assert "there is none" not in caplog.text
+
+
+async def test_somebody_else_asks(tmp_path: Path) -> None:
+    ca = TestCa()
+    tls = contexts("gateway", ca.identity(tmp_path, "main")), contexts("node", ca.identity(tmp_path, "second"))
+    # Deeper than the path of a socket may be long.
+    directory = tmp_path.joinpath(*["deep" * 20] * 3)
+    directory.mkdir(parents=True)
+    (directory / "status.sock").write_text("left over")
+    status = Status(directory)
+    async with running(status), linked(*tls) as link:
+        assert await asyncio.to_thread(ask, directory) == "Status of link: there is none\n"
+        with status.watching(link.gateway), status.watching(link.node):
+            first, second = (await asyncio.to_thread(ask, directory)).splitlines()
+            assert "peer=node" in first and "peer=gateway" in second
+        assert (directory / "status.sock").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FailedError, match="no MP answers"):
+        await asyncio.to_thread(ask, directory)
+    with pytest.raises(FailedError, match="no MP answers"):
+        await asyncio.to_thread(ask, tmp_path / "absent")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aoscore.common.errors import NotSupportedError
+from aoscore.common.errors import FailedError, NotSupportedError
 from aoscore.sm.cgroups import CgroupLayout, parse_layout
 
 V2 = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid,nodev,noexec,relatime 0 0\n"
@@ -47,6 +47,24 @@ def test_which_limits_there_can_be(tmp_path: Path) -> None:
     assert [unified.has(name) for name in ("memory", "pids")] == [True, False]
     older = CgroupLayout(tmp_path, {"pids": tmp_path})
     assert [older.has(name) for name in ("memory", "pids")] == [False, True]
+
+
+def test_group_is_removed_with_all_below_it(tmp_path: Path) -> None:
+    (tmp_path / "parent/id/inner").mkdir(parents=True)
+    layout = CgroupLayout(tmp_path, {})
+    for _ in range(2):
+        layout.remove("/parent/id")
+        assert [path.name for path in tmp_path.rglob("*")] == ["parent"]
+    # crun and the kernel tidy up the older trees.
+    CgroupLayout(tmp_path, {"pids": tmp_path}).remove("/parent")
+    assert (tmp_path / "parent").exists()
+
+
+def test_group_that_can_not_be_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "id").mkdir()
+    (tmp_path / "id/file").touch()
+    with pytest.raises(FailedError, match="control group /id can't be removed: Directory not empty"):
+        CgroupLayout(tmp_path, {}).remove("/id")
 
 
 def test_processes_of_a_group(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aoscore._speedups.frames import encode_records
 from aoscore.common.errors import InvalidArgumentError, NotFoundError, WrongStateError
 from aoscore.common.tls import TlsIdentity
 from aoscore.mp.communication.channelcore import (
@@ -21,7 +22,7 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
-from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, Bytes, encode_message
+from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, FrameDecoder, encode_frame, encode_message
 from tests.support.pki import TestCa
 
 LIMIT = 1 << 20
@@ -30,13 +31,22 @@ LIMIT = 1 << 20
 class Pipe:
     """The wire of one end; what it pushes reaches the other end with `deliver`."""
 
+    quantum_bytes = 64 * 1024
+
     def __init__(self) -> None:
         self.queue: list[tuple[str, object]] = []
         self.peer: ChannelCore | None = None
         self.sent: list[bytes] = []
 
-    def push(self, port: int, payload: Bytes) -> None:
-        self.queue.append(("data", payload))
+    def push(self, port: int, frames: bytes, count: int) -> None:
+        ((found, payloads),) = FrameDecoder().feed(frames)
+        assert (found, len(payloads)) == (port, count)
+        self.queue += [("data", bytes(payload)) for payload in payloads]
+
+    def take(self) -> list[bytes]:
+        """The payloads that wait, instead of delivering them."""
+        waiting, self.queue = self.queue, []
+        return [content for _, content in waiting if isinstance(content, bytes)]
 
     def drop(self, port: int) -> None:
         self.queue = [entry for entry in self.queue if entry[0] != "data"]
@@ -52,9 +62,9 @@ class Pipe:
         waiting, self.queue = self.queue, []
         for kind, content in waiting:
             if kind == "data":
-                assert isinstance(content, bytes | memoryview)
-                self.sent.append(bytes(content))
-                events += self.peer.feed(bytes(content))
+                assert isinstance(content, bytes)
+                self.sent.append(content)
+                events += self.peer.feed(content)
             else:
                 reason, answer = content  # type: ignore[misc]
                 events += self.peer.on_reset(reason, is_answer=answer)
@@ -142,19 +152,18 @@ def test_messages_both_ways(ends: Ends) -> None:
 
 def test_messages_that_come_together_are_told_of_together(ends: Ends) -> None:
     opened(ends)
-    ends.node.send(b"one", (b"t", memoryview(b"wo")), b"three" * 10_000)
-    payloads = [content for _, content in ends.up.queue if isinstance(content, bytes | memoryview)]
-    ends.up.queue.clear()
+    ends.node.send(b"one", b"two", b"three" * 10_000)
+    payloads = ends.up.take()
     assert len(payloads) >= 3
-    found = [*ends.gateway.feed(*map(bytes, payloads))]
+    found = [*ends.gateway.feed(*payloads)]
     assert found == [Received([b"one", b"two", b"three" * 10_000])]
 
 
 def test_what_came_before_damage_is_told_of(identity: TlsIdentity) -> None:
     ends = opened(secure_ends(identity))
-    ends.node.send(b"whole", b"damaged")
-    whole, damaged = (bytes(content) for _, content in ends.up.queue if isinstance(content, memoryview))
-    ends.up.queue.clear()
+    ends.node.send(b"whole")
+    ends.node.send(b"damaged")
+    whole, damaged = ends.up.take()
     found = [*ends.gateway.feed(whole, damaged[:-1] + bytes([damaged[-1] ^ 1]))]
     assert found[0] == Received([b"whole"])
     assert isinstance(found[1], Closed) and "TLS failed" in found[1].reason
@@ -163,10 +172,10 @@ def test_what_came_before_damage_is_told_of(identity: TlsIdentity) -> None:
 def test_rest_of_an_earlier_use_before_a_new_one(identity: TlsIdentity) -> None:
     ends = opened(secure_ends(identity))
     ends.node.send(b"late")
-    late = [bytes(content) for _, content in ends.up.queue if isinstance(content, memoryview)]
+    late = ends.up.take()
     fresh = secure_ends(identity)
     assert [*fresh.node.connect()] == []
-    hello = [bytes(content) for _, content in fresh.up.queue if isinstance(content, memoryview)]
+    hello = fresh.up.take()
     assert [*fresh.gateway.feed(*late, *hello)] == []
     assert (fresh.gateway.passed_over, fresh.gateway.state) == (1, State.OPENING)
 
@@ -316,8 +325,8 @@ def test_peer_that_knows_no_reset_ends_with_close_notify(identity: TlsIdentity) 
     assert isinstance(ends.node, SecureChannel)
     tls = ends.node._present()
     tls.close()
-    for record in tls.records():
-        ends.up.push(4, record)
+    for frames, count in encode_records(4, tls.output(), 1 << 20):
+        ends.up.push(4, frames, count)
     node, gateway = ends.settle()
     assert gateway == [Closed("closed by the peer"), Ready()]
     assert node == [Closed("closed by the peer"), Ready()]
@@ -325,7 +334,7 @@ def test_peer_that_knows_no_reset_ends_with_close_notify(identity: TlsIdentity) 
 
 def test_hostile_length_closes_the_channel() -> None:
     ends = opened(open_ends())
-    ends.up.push(1, b"\xff\xff\xff\xff")
+    ends.up.push(1, encode_frame(1, b"\xff\xff\xff\xff"), 1)
     _, gateway = ends.settle()
     assert gateway[0] == Closed(f"message of 4294967295 bytes, {MAX_OPEN_MESSAGE_BYTES} is most")
 
@@ -379,3 +388,40 @@ def test_message_framing_is_that_of_the_contract() -> None:
     ends = opened(open_ends())
     ends.node.send(b"abc")
     assert ends.up.queue == [("data", encode_message(b"abc"))]
+
+
+def test_messages_of_an_open_channel_never_share_a_frame() -> None:
+    ends = opened(open_ends())
+    ends.node.send(b"one", b"two")
+    assert ends.up.take() == [encode_message(b"one"), encode_message(b"two")]
+
+
+def test_peers_of_the_older_kind_get_one_message_per_record(identity: TlsIdentity) -> None:
+    ends = secure_ends(identity)
+    ends.node.be_legacy()
+    ends.gateway.be_legacy()
+    opened(ends)
+    ends.gateway.send(b"one", b"two", bytes(16_380))
+    assert len(ends.down.take()) == 3
+
+
+def test_what_is_encoded_already_passes_as_it_is(ends: Ends) -> None:
+    opened(ends)
+    ends.node.send_encoded(encode_message(b"one") + encode_message(b"two"))
+    _, gateway = ends.settle()
+    assert [message for event in gateway if isinstance(event, Received) for message in event.messages] == [
+        b"one",
+        b"two",
+    ]
+    assert [*ends.node.close("x")] == [Closed("x")]
+    with pytest.raises(WrongStateError, match="is not open"):
+        ends.node.send_encoded(encode_message(b"three"))
+
+
+def test_what_waits_is_cut_where_others_may_go_between(identity: TlsIdentity) -> None:
+    ends = opened(secure_ends(identity))
+    pushed = []
+    ends.up.push = lambda port, frames, count: pushed.append((len(frames), count))  # type: ignore[method-assign]
+    ends.node.send(bytes(1_000_000))
+    assert len(pushed) > 10
+    assert max(size for size, _ in pushed) < ends.up.quantum_bytes + 4096

@@ -4,49 +4,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aoscore.mp.communication.ports import CONTROL, PROXY, RPC, Ports
-from aoscore.mp.communication.scheduler import PATIENCE_TURNS, Scheduler
+from aoscore.mp.communication.scheduler import PATIENCE_TURNS, Burst, Scheduler
 
 ORDER = Ports().order
 
 
 def drain(scheduler: Scheduler) -> list[tuple[int, bytes]]:
     sent = []
-    while (item := scheduler.pop()) is not None:
-        sent.append(item)
+    while (burst := scheduler.pop()) is not None:
+        assert burst.number == 1
+        sent.append((burst.port, burst.frames))
     return sent
 
 
 def test_order_of_the_contract() -> None:
     scheduler = Scheduler(ORDER)
     for port in (PROXY, RPC, 4, 3, 2, 1, CONTROL):
-        scheduler.push(port, b"x")
+        scheduler.push(port, b"x", 1)
     assert [port for port, _ in drain(scheduler)] == [CONTROL, 1, 2, 3, 4, RPC, PROXY]
 
 
-def test_a_download_delays_control_by_no_frame_that_waits() -> None:
+def test_a_download_delays_control_by_nothing_that_waits() -> None:
     scheduler = Scheduler(ORDER)
     for _ in range(1000):
-        scheduler.push(PROXY, b"bulk")
-    assert scheduler.pop() == (PROXY, b"bulk")
-    scheduler.push(4, b"status")
-    scheduler.push(CONTROL, b"ping")
+        scheduler.push(PROXY, b"bulk", 1)
+    assert scheduler.pop() == Burst(PROXY, b"bulk", 1)
+    scheduler.push(4, b"status", 1)
+    scheduler.push(CONTROL, b"ping", 1)
     assert [scheduler.pop(), scheduler.pop(), scheduler.pop()] == [
-        (CONTROL, b"ping"),
-        (4, b"status"),
-        (PROXY, b"bulk"),
+        (CONTROL, b"ping", 1),
+        (4, b"status", 1),
+        (PROXY, b"bulk", 1),
     ]
 
 
 def test_urgent_traffic_without_end_does_not_stop_a_download() -> None:
     scheduler = Scheduler(ORDER)
-    scheduler.push(PROXY, b"bulk")
+    scheduler.push(PROXY, b"bulk", 1)
     turns = 0
     while True:
-        scheduler.push(CONTROL, b"c")
-        scheduler.push(4, b"s")
+        scheduler.push(CONTROL, b"c", 1)
+        scheduler.push(4, b"s", 1)
         turns += 1
         popped = scheduler.pop()
-        if popped == (PROXY, b"bulk"):
+        if popped == Burst(PROXY, b"bulk", 1):
             break
         assert turns <= 2 * PATIENCE_TURNS
     assert turns > PATIENCE_TURNS
@@ -56,7 +57,7 @@ def test_urgent_traffic_without_end_does_not_stop_a_download() -> None:
 def test_nothing_is_lost_and_channels_keep_their_order(frames: list[tuple[int, bytes]]) -> None:
     scheduler = Scheduler(ORDER)
     for port, payload in frames:
-        scheduler.push(port, payload)
+        scheduler.push(port, payload, 1)
     sent = drain(scheduler)
     assert len(sent) == len(frames)
     for port in ORDER:
@@ -73,7 +74,7 @@ def test_nobody_waits_for_ever(steps: list[tuple[bool, int]]) -> None:
     waited = dict.fromkeys(ORDER, 0)
     for is_push, port in steps:
         if is_push:
-            scheduler.push(port, b"x")
+            scheduler.push(port, b"x", 1)
             continue
         waiting = [one for one in ORDER if scheduler.pending_bytes(one)]
         popped = scheduler.pop()
@@ -86,8 +87,8 @@ def test_nobody_waits_for_ever(steps: list[tuple[bool, int]]) -> None:
 
 def test_dropped_frames_are_gone() -> None:
     scheduler = Scheduler(ORDER)
-    scheduler.push(4, b"old")
+    scheduler.push(4, b"old", 1)
     scheduler.drop(4)
     assert scheduler.pending_bytes(4) == 0
-    scheduler.push(4, b"new")
+    scheduler.push(4, b"new", 1)
     assert drain(scheduler) == [(4, b"new")]

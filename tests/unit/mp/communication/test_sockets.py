@@ -1,6 +1,8 @@
 """TCP: many nodes at one gateway, a node that looks for its gateway."""
 
 import asyncio
+import socket
+import struct
 from functools import partial
 from typing import Any
 
@@ -8,9 +10,10 @@ import pytest
 
 from aoscore.common.aio import Backoff
 from aoscore.common.errors import AlreadyExistsError, FailedError
+from aoscore.mp.communication import connector as connector_module
 from aoscore.mp.communication import sockets
 from aoscore.mp.communication.connection import until_one_ends
-from aoscore.mp.communication.connector import Connector
+from aoscore.mp.communication.connector import Connector, Reader
 from aoscore.mp.communication.sockets import Listener, connected
 from tests.support.running import running, until
 
@@ -18,8 +21,8 @@ from tests.support.running import running, until
 async def test_each_connection_has_its_own_handler() -> None:
     seen: list[bytes] = []
 
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
-        seen.append(await reader.read(1))
+    async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
+        seen.append(bytes(await reader.read(1)))
         await asyncio.Event().wait()
 
     listener = Listener("127.0.0.1:0", handler)
@@ -38,7 +41,7 @@ async def test_failure_of_one_link_leaves_the_others() -> None:
     ended = asyncio.Event()
     count = 0
 
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         nonlocal count
         count += 1
         if count == 1:
@@ -60,7 +63,7 @@ async def test_failure_of_one_link_leaves_the_others() -> None:
 async def test_number_of_links_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "MAX_LINKS", 1)
 
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         writer.write(b"!")
         await asyncio.Event().wait()
 
@@ -87,10 +90,10 @@ async def test_taken_port_is_named() -> None:
 async def test_node_connects_again_after_every_end() -> None:
     served = 0
 
-    async def gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def gateway(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         await reader.read(1)
 
-    async def node(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+    async def node(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         nonlocal served
         served += 1
         if served < 3:
@@ -111,6 +114,76 @@ async def test_gateway_may_be_away() -> None:
     async with running(Connector("main", partial(connected, "127.0.0.1:1"), node, backoff=Backoff(0.01, 0.02))) as task:
         await asyncio.sleep(0.1)
         assert not task.done()
+
+
+async def test_absence_of_the_link_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connector_module, "_ALERT_S", 0.05)
+
+    async def node(*_: Any) -> None: ...
+
+    async with running(Connector("main", partial(connected, "127.0.0.1:1"), node, backoff=Backoff(0.01, 0.02))):
+        await until(lambda: "There has been no link" in caplog.text)
+        count = caplog.text.count("Link is down")
+        await until(lambda: caplog.text.count("Link is down") > count + 5)
+    assert caplog.text.count("There has been no link") == 1
+
+
+async def test_what_comes_is_read_in_its_order_and_no_more_than_fits_is_taken() -> None:
+    """Larger than all buffers together, read late and in odd parts."""
+    data = bytes(range(256)) * 40_000
+    found = bytearray()
+    largest = 0
+    is_over = asyncio.Event()
+
+    async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
+        nonlocal largest
+        await asyncio.sleep(0.1)
+        while part := await reader.read(100_003):
+            largest = max(largest, len(part))
+            found.extend(part)
+            await asyncio.sleep(0)
+        is_over.set()
+
+    listener = Listener("127.0.0.1:0", handler)
+    async with running(listener):
+        _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(data)
+        writer.write_eof()
+        await asyncio.wait_for(is_over.wait(), 30)
+        writer.close()
+    assert found == data
+    assert largest <= 100_003
+
+
+async def test_what_came_before_a_reset_is_read_first() -> None:
+    found: list[bytes | BaseException] = []
+    go_on, is_over = asyncio.Event(), asyncio.Event()
+
+    async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
+        await go_on.wait()
+        try:
+            while part := await reader.read(10):
+                found.append(bytes(part))
+        except OSError as error:
+            found.append(error)
+        is_over.set()
+
+    listener = Listener("127.0.0.1:0", handler)
+    async with running(listener):
+        _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(b"0123456789abc")
+        await writer.drain()
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await asyncio.sleep(0.1)  # so that it is taken before the reset, which would wipe it out in the kernel
+        writer.transport.abort()
+        await asyncio.sleep(0.1)
+        go_on.set()
+        await asyncio.wait_for(is_over.wait(), 30)
+    assert found[:2] == [b"0123456789", b"abc"]
+    assert isinstance(found[2], ConnectionResetError)
 
 
 async def test_cancellation_is_never_hidden_by_a_failure() -> None:

@@ -12,15 +12,18 @@ import grpc
 import pytest
 
 from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
+from aoscore._speedups.unpack import Owners
 from aoscore.common.aio import Backoff, Worker
 from aoscore.common.errors import FailedError
 from aoscore.common.http import open_stream
+from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.nodeserver.blobs import Blobs, BlobServer
 from aoscore.mp.nodeserver.calls import CallClient, CallError
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.store import NodeStore
-from tests.support.items import sha256
+from aoscore.sm.imagemanager.store import ImageStore
+from tests.support.items import packed, sha256, tar
 from tests.support.running import running, until
 
 PIECE = 100_000
@@ -65,9 +68,11 @@ class FakeMain:
 
 
 class Bed:
-    def __init__(self, main: FakeMain, store: NodeStore, server: BlobServer) -> None:
+    def __init__(self, root: Path, main: FakeMain, store: NodeStore, blobs: Blobs, server: BlobServer) -> None:
+        self.root = root
         self.main = main
         self.store = store
+        self.blobs = blobs
         self.server = server
 
     async def get(self, digest: str) -> tuple[int, bytes]:
@@ -92,12 +97,12 @@ async def bed(root: Path, *, prefetch: bool = False, **limits: Any) -> AsyncIter
             cast("CallClient", main),
             cast("DownloadClient", main),
             clean_period_s=1000,
-            prefetch=prefetch,
+            unpacker=worker if prefetch else None,
             backoff=lambda: Backoff(0.01, 0.02),
         )
         server = BlobServer("127.0.0.1:0", blobs)
         async with running(blobs, server):
-            yield Bed(main, store, server)
+            yield Bed(root, main, store, blobs, server)
 
 
 async def test_many_readers_and_one_transfer(tmp_path: Path) -> None:
@@ -216,10 +221,92 @@ async def test_what_does_not_fit_is_not_begun_ahead(tmp_path: Path) -> None:
         assert await one.get(small) == (200, one.main.contents[small])
 
 
+def service(main: FakeMain, *layers: bytes) -> tuple[str, list[str]]:
+    """A manifest of a service with real layers, and the digests of their blobs."""
+    config = main.put(
+        json.dumps({"rootfs": {"type": "layers", "diff_ids": [sha256(layer) for layer in layers]}}).encode()
+    )
+    blobs = [packed(layer) for layer in layers]
+    described = [{"mediaType": MEDIA_TYPE_LAYER_GZIP, "digest": main.put(blob), "size": len(blob)} for blob in blobs]
+    manifest = {"schemaVersion": 2, "config": {"digest": config}, "layers": described}
+    return main.put(json.dumps(manifest).encode()), [one["digest"] for one in described]  # type: ignore[misc]
+
+
+async def test_layers_are_unpacked_ahead_and_sm_can_take_them(tmp_path: Path) -> None:
+    first, second = tar({"bin/one": b"1"}), tar({"bin/two": b"22"})
+    async with bed(tmp_path / "mp", prefetch=True) as one:
+        manifest, digests = service(one.main, first, second)
+        await one.get(manifest)
+        await until(
+            lambda: all((one.root / f"layers/sha256/{sha256(layer)[7:]}/size").exists() for layer in (first, second))
+        )
+        assert not list((one.root / "unpacking").iterdir())
+        store = await asyncio.to_thread(ImageStore, tmp_path / "sm", Owners.PROCESS, one.root)
+        assert await asyncio.to_thread(store.take_layer, digests[0], sha256(first))
+        assert (store.tree(sha256(first)) / "bin/one").read_bytes() == b"1"
+        store.verify_layer(digests[0], sha256(first), again=True)
+        assert not (one.root / f"layers/sha256/{sha256(first)[7:]}").exists()
+        # Whole blobs as well, and MP gives neither again.
+        assert await asyncio.to_thread(store.take_blob, manifest)
+        assert not await asyncio.to_thread(store.take_blob, manifest)
+        assert not await asyncio.to_thread(store.take_layer, digests[0], sha256(first))
+
+
+async def test_what_sm_reads_itself_is_not_unpacked(tmp_path: Path) -> None:
+    layer = tar({"file": os.urandom(300_000)})
+    async with bed(tmp_path, prefetch=True) as one:
+        manifest, (digest,) = service(one.main, layer)
+        one.main.pause_at = 2 * PIECE
+        reading = asyncio.create_task(one.get(digest))
+        await until(lambda: len(one.main.offsets) == 1)
+        await one.get(manifest)
+        one.main.go_on.set()
+        assert await reading == (200, one.main.contents[digest])
+        config = json.loads(one.main.contents[manifest])["config"]["digest"]
+        await until(lambda: one.store.path(config).exists() and one.blobs._ahead.empty())
+        assert not list((one.root / "layers/sha256").iterdir())
+
+
+async def test_layer_that_can_not_be_unpacked_is_left_to_sm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with bed(tmp_path, prefetch=True) as one:
+        manifest, (digest,) = service(one.main, tar({"../escape": b"x"}))
+        await one.get(manifest)
+        await until(lambda: "can't be unpacked" in caplog.text)
+        assert await one.get(digest) == (200, one.main.contents[digest])
+        assert not list((one.root / "layers/sha256").iterdir()) and not list((one.root / "unpacking").iterdir())
+
+
+async def test_more_than_the_manifest_says_is_refused_and_not_kept(tmp_path: Path) -> None:
+    async with bed(tmp_path, prefetch=True) as one:
+        manifest, (_, _, layer) = image(one.main, os.urandom(2_000_000))
+        one.main.contents[layer] += bytes(3_000_000)
+        await one.get(manifest)
+        await until(lambda: len(one.main.offsets) == 4)
+        with contextlib.suppress(FailedError):
+            assert (await one.get(layer))[0] == 502
+        assert not one.store.part(layer).exists() and not one.store.path(layer).exists()
+
+
+async def test_size_of_a_growing_blob_is_told_where_a_manifest_says_it(tmp_path: Path) -> None:
+    async with bed(tmp_path, prefetch=True) as one:
+        manifest, (_, _, layer) = image(one.main, os.urandom(1_000_000))
+        url = f"http://127.0.0.1:{one.server.port}/sha256/{layer.removeprefix('sha256:')}"
+        with one.blobs.asked():  # so that nothing is fetched ahead
+            await one.get(manifest)
+            await until(lambda: one.blobs.size_bytes(layer) is not None)
+            one.main.pause_at = 0
+            go_on = asyncio.get_running_loop().call_later(0.1, one.main.go_on.set)
+            async with open_stream("GET", url) as stream:
+                assert stream.headers["content-length"] == "1000000"
+                body = b"".join([chunk async for chunk in stream.chunks(20)])
+            assert body == one.main.contents[layer]
+            go_on.cancel()
+
+
 async def test_only_manifests_name_anything(tmp_path: Path) -> None:
     async with bed(tmp_path) as one:
         for content in (b"{}", b'{"config": {}}', b"\0" * 100, b'{"config": {"digest": "../../etc/passwd"}}', b"[1]"):
             digest = one.main.put(content)
             await one.get(digest)
-            assert one.store.named_by(digest) == ()
-        assert one.store.named_by("sha256:" + "0" * 64) == ()
+            assert one.store.manifest(digest) is None
+        assert one.store.manifest("sha256:" + "0" * 64) is None

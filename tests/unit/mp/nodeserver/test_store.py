@@ -80,6 +80,16 @@ def test_no_room_at_all(tmp_path: Path) -> None:
         make(tmp_path, min_free_bytes=1 << 60).make_room(1)
 
 
+def test_what_does_not_fit_in_any_case_costs_the_others_nothing(tmp_path: Path) -> None:
+    store = make(tmp_path, max_size_bytes=100)
+    kept = put(store, b"kept")
+    with pytest.raises(NoSpaceError):
+        store.make_room(101)
+    with pytest.raises(NoSpaceError):
+        make(tmp_path, min_free_bytes=1 << 60).make_room(1)
+    assert store.use(kept)
+
+
 def test_what_was_long_unused_is_removed(tmp_path: Path) -> None:
     store = make(tmp_path)
     old, new = put(store, b"old"), put(store, b"new")

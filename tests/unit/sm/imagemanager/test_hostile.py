@@ -9,10 +9,11 @@ import pytest
 import zstandard
 
 from aoscore._speedups.unpack import Owners
+from aoscore.common import layers
 from aoscore.common.errors import AosError, InvalidArgumentError, NoSpaceError
+from aoscore.common.layers import MAX_LAYER_MEMBERS
 from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_LAYER_TAR, MEDIA_TYPE_LAYER_ZSTD
-from aoscore.sm.imagemanager import store as store_module
-from aoscore.sm.imagemanager.store import MAX_LAYER_MEMBERS, ImageStore
+from aoscore.sm.imagemanager.store import ImageStore
 from tests.support.items import sha256
 from tests.support.layers import IMPLEMENTATIONS
 from tests.support.tar import END, directory, gnu_sparse, hard_link, header, member, pax, symlink
@@ -25,7 +26,7 @@ pytestmark = ROOT_ONLY
 @pytest.fixture(params=IMPLEMENTATIONS)
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageStore:
     """A store that unpacks with the one and with the other implementation."""
-    monkeypatch.setattr(store_module, "unpack_layer", IMPLEMENTATIONS[request.param].unpack_layer)
+    monkeypatch.setattr(layers, "unpack_layer", IMPLEMENTATIONS[request.param].unpack_layer)
     (tmp_path / "secret").write_text("untouched")
     return ImageStore(tmp_path / "images")
 
@@ -149,14 +150,14 @@ def test_disk_that_gets_full_stops_the_layer(store: ImageStore) -> None:
 
 
 def test_too_many_members_are_refused(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "MAX_LAYER_MEMBERS", 1000)
-    monkeypatch.setattr(store, "_spare_files", lambda: 1000)
+    monkeypatch.setattr(layers, "MAX_LAYER_MEMBERS", 1000)
+    monkeypatch.setattr(store._layers, "_spare_files", lambda: 1000)
     layer = b"".join(member(b"f%d" % index) for index in range(1001)) + END
     with pytest.raises(InvalidArgumentError, match="'f1000': has more members than are allowed"):
         unpack(store, layer)
     assert_untouched(store)
     # The same when so few are left on the disk, but then that is the reason.
-    monkeypatch.setattr(store_module, "MAX_LAYER_MEMBERS", MAX_LAYER_MEMBERS)
+    monkeypatch.setattr(layers, "MAX_LAYER_MEMBERS", MAX_LAYER_MEMBERS)
     with pytest.raises(NoSpaceError, match="more than 1000 files"):
         unpack(store, layer)
     # Directories that no member describes count too.

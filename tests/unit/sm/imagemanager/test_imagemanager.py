@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from aoscore._speedups.unpack import Owners
 from aoscore.common.aio import Worker
 from aoscore.common.download import Downloader
 from aoscore.common.errors import (
@@ -21,6 +22,7 @@ from aoscore.common.errors import (
 from aoscore.common.fileserver import FileServer
 from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_LAYER_TAR
 from aoscore.common.types import CoreAlert, ItemType
+from aoscore.mp.nodeserver.store import NodeStore
 from aoscore.sm.database import open_database
 from aoscore.sm.imagemanager import imagemanager
 from aoscore.sm.imagemanager.imagemanager import ImageManager
@@ -48,6 +50,7 @@ class Bed:
         self.now_ns = 1000 * DAY_NS
         self.free_bytes = 1 << 30
         self.first_layer_on_top = True
+        self.staging: Path | None = None
 
     async def blob_urls(self, digests: list[str]) -> list[str]:
         self.asked += digests
@@ -74,7 +77,7 @@ class Bed:
             Worker("images", 2) as worker,
             open_database(self.directory / "sm.db", MIGRATION, self.directory / "merged") as database,
         ):
-            store = await worker.run(ImageStore, self.images)
+            store = await worker.run(ImageStore, self.images, Owners.ROOT, self.staging)
             manager = ImageManager(
                 store,
                 ItemTable(database),
@@ -120,6 +123,58 @@ async def test_install_and_load(bed: Bed) -> None:
     async with bed.manager() as manager:
         assert manager.installed() == {key}
         assert (await manager.load(key)).layers == image.layers
+
+
+def staged(bed: Bed, manifest: str, *, unpacked: int) -> NodeStore:
+    """What MP has ready of an item: everything, the first layers also unpacked."""
+    bed.staging = bed.directory / "mp"
+    store = NodeStore(bed.staging, ttl_s=1000.0, min_free_bytes=0, max_size_bytes=0)
+    for path in bed.blobs.directory.iterdir():
+        digest = f"sha256:{path.name}"
+        store.part(digest).write_bytes(path.read_bytes())
+        store.adopt(digest)
+    image = store.manifest(manifest)
+    assert image is not None
+    for layer in image.layers[:unpacked]:
+        store.unpack_ahead(layer, store.diff_ids(image)[layer.digest])
+    return store
+
+
+async def test_what_mp_has_ready_is_taken(bed: Bed) -> None:
+    key = bed.item("a", [APP, BASE])
+    store = await asyncio.to_thread(staged, bed, key.manifest_digest, unpacked=1)
+    async with bed.manager() as manager:
+        await manager.install(key)
+        assert bed.asked == []
+        assert tops((await manager.load(key)).layers) == [["lib"], ["bin"]]
+        await manager.check_integrity()
+        assert manager.installed() == {key}
+    # Moved, not copied; the blob of the unpacked layer is MP's to clean.
+    assert list(store._blobs.digests()) == [sha256(packed(APP))]
+    assert not list(store._layers.diff_ids())
+
+
+async def test_what_mp_has_and_is_not_right_is_fetched(bed: Bed) -> None:
+    key = bed.item("a", [APP, BASE])
+    store = await asyncio.to_thread(staged, bed, key.manifest_digest, unpacked=1)
+    store.path(key.manifest_digest).write_bytes(b"something else")
+    store.path(sha256(packed(APP))).unlink()
+    (store._layers.tree(sha256(APP)) / "bin/app").write_bytes(b"something else")
+    async with bed.manager() as manager:
+        await manager.install(key)
+        assert bed.asked == [key.manifest_digest, sha256(packed(APP))]
+        assert (await manager.load(key)).layers[1].joinpath("bin/app").read_bytes() == b"application"
+
+
+@pytest.mark.parametrize("what", ["absent", "empty"])
+async def test_mp_may_have_nothing(bed: Bed, what: str) -> None:
+    bed.staging = bed.directory / "mp"
+    if what == "empty":
+        bed.staging.mkdir()
+    key = bed.item("a", [APP])
+    async with bed.manager() as manager:
+        await manager.install(key)
+        assert manager.installed() == {key}
 
 
 async def test_oci_layer_order(bed: Bed) -> None:

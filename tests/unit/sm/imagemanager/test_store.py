@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from aoscore.common.errors import ChecksumError, InvalidArgumentError, NotFoundError
+from aoscore.common.layers import tree_digest
 from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP, MEDIA_TYPE_LAYER_TAR
-from aoscore.sm.imagemanager.store import ImageStore, tree_digest
+from aoscore.sm.imagemanager.store import ImageStore
 from tests.support.items import packed, sha256, tar
 
 PLENTY = 1 << 30

@@ -93,6 +93,9 @@ class Crun:
         exit_dir.mkdir(exist_ok=True)
         for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid", bundle / _CRUN_LOG):
             mark.unlink(missing_ok=True)
+        # One that is left of a container whose removal was cut off has been killed. To the kernel that goes for what
+        # is cloned into it later, too: the container would end before it can say a word.
+        self._layout.remove(self.cgroup(instance_id))
         args: list[str | Path] = [
             *(self._conmon, "--api-version", "1", "--cid", instance_id, "--cuuid", instance_id),
             *("--name", instance_id, "--bundle", bundle, "--exit-dir", exit_dir, "--full-attach"),
