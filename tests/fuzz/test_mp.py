@@ -6,11 +6,14 @@ Fixed numbers, so that a failure can be made again: the seed is in the name of t
 import asyncio
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 
 from aoscore._pb.servicemanager.v4 import servicemanager_pb2 as v4
 from aoscore._pb.transport.v1 import transport_pb2 as transport
+from aoscore._speedups import _frames
+from aoscore._speedups._plain import frames as plain_frames
 from aoscore.common.errors import AosError
 from aoscore.mp.communication.connection import Connection, LinkSettings
 from aoscore.mp.communication.frames import FrameDecoder, encode_frame, encode_message
@@ -94,6 +97,55 @@ async def test_any_stream_is_survived(tls: Contexts, part: int) -> None:
         assert isinstance(ended, AosError | OSError), (seed, ended)
         outcomes.add(type(ended))
     assert len(outcomes) > 1, "all ended in the same way: the streams try too little"
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_native_module_and_its_twin_take_any_stream_alike(part: int) -> None:
+    """Frames of any split; what is in them as records, as pieces of downloads, and those damaged in every way."""
+    for seed in range(part * 100, (part + 1) * 100):
+        rng = random.Random(seed)
+        wire, cuts = stream(seed)
+        cutters = _frames.FrameCutter(), plain_frames.FrameCutter()
+        payloads = []
+        for begin, end in zip([0, *cuts], [*cuts, len(wire)], strict=True):
+            runs, expected = (cutter.feed(wire[begin:end]) for cutter in cutters)
+            assert runs == expected, seed
+            payloads += [bytes(payload) for _, found in runs for payload in found]
+        assert (cutters[0].refused, cutters[0].begun_bytes) == (cutters[1].refused, cutters[1].begun_bytes), seed
+        messages = [damaged(rng, piece(rng)) for _ in range(50)] + payloads
+        for most_bytes in (0, 1000, 2**63):
+            joined = [module.join_pieces(messages, most_bytes) for module in (_frames, plain_frames)]
+            assert joined[0] == joined[1], seed
+        for payload in payloads:
+            assert outcome(_frames.encode_records, payload) == outcome(plain_frames.encode_records, payload), seed
+
+
+def piece(rng: random.Random) -> bytes:
+    """A message with a piece of a download; some follow one another."""
+    offset = rng.choice([0, 100, 2**32 - 50, 2**63, 2**64 - 101]) + rng.choice([0, 0, 50])
+    return plain_frames.encode_pieces(rng.choice([0, 1, 2**64 - 1]), offset, rng.randbytes(50), 50)[4:]
+
+
+def damaged(rng: random.Random, message: bytes) -> bytes:
+    """Half of them as they are."""
+    changed = bytearray(message)
+    match rng.randrange(6):
+        case 0:
+            changed[rng.randrange(len(changed))] = rng.choice([0, 0x7F, 0x80, 0xFF])
+        case 1:
+            del changed[rng.randrange(len(changed)) :]
+        case 2:
+            place = rng.randrange(len(changed))
+            changed[place:place] = rng.choice([b"\xff" * 9, b"\xff" * 9 + b"\x01", b"\x80" * 12, b"\x00"])
+    return bytes(changed)
+
+
+def outcome(encode: Callable[[int, bytes, int], object], payload: bytes) -> object:
+    """What comes of a payload that is taken for TLS records."""
+    try:
+        return encode(17, payload, 1000)
+    except ValueError as error:
+        return str(error)
 
 
 def test_streams_can_be_made_again() -> None:
