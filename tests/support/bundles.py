@@ -39,14 +39,7 @@ def make_item(
     make_rootfs(folder / codename / "rootfs", start)
     more = indent(dedent(configuration), " " * 6)
     (folder / "config.yaml").write_text(f"""\
-schemaVersion: 2
-publisher:
-  author: test
-  company: test
-publish:
-  tlsKey: {user}
-  signKey: {user}
-  domain: {domain}
+{_head(user, domain)}\
 items:
   - identity:
       type: service
@@ -73,3 +66,43 @@ items:
         - 8080/tcp
 {more}""")
     return folder
+
+
+def make_component(
+    folder: Path, *, user: Path, domain: str, runtime: str, version: str, media_type: str, payload: Path
+) -> Path:
+    """A bundle project below `folder` for a component that a runtime of this type takes, with its code name."""
+    (folder / runtime).mkdir(parents=True)
+    payload.rename(folder / runtime / "image")
+    (folder / "config.yaml").write_text(f"""\
+{_head(user, domain)}\
+items:
+  - identity:
+      type: component
+      codename: {runtime}
+      title: {runtime}
+    version: {version}
+    sourceFolder: {runtime}
+    images:
+      - path: image
+        mediaType: {media_type}
+        archInfo:
+          architecture: amd64
+    configuration:
+      runtimes:
+        - codename: {runtime}
+""")
+    return folder
+
+
+def _head(user: Path, domain: str) -> str:
+    return f"""\
+schemaVersion: 2
+publisher:
+  author: test
+  company: test
+publish:
+  tlsKey: {user}
+  signKey: {user}
+  domain: {domain}
+"""

@@ -21,15 +21,20 @@ def installed_modules() -> dict[str, str]:
     return {name: name.partition("-")[2] for name in line.split('"')[1].split()}
 
 
+def copy_modules(target: Path) -> None:
+    """Make a directory of all modules, by the names that they have in the initramfs."""
+    target.mkdir()
+    for name, source in installed_modules().items():
+        shutil.copy(SOURCES / "aos-initramfs-modules" / source, target / name)
+
+
 class Machine:
     """Disks that stay while the machine boots again and again."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.modules = directory / "modules"
-        self.modules.mkdir()
-        for name, source in installed_modules().items():
-            shutil.copy(SOURCES / "aos-initramfs-modules" / source, self.modules / name)
+        copy_modules(self.modules)
         self.parameters = {"bootparam_root": "/images/root_a", "bootparam_vardir_disk": "/images/var"}
 
     def disk(self, name: str, files: dict[str, str] | None = None, size: str = "16M") -> None:

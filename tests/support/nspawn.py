@@ -7,6 +7,7 @@ cloud 10.0.0.1 ── bridge ─┬─ host0 main 10.0.0.100
 import dataclasses
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +15,17 @@ from aoscore.common.errors import AosError
 from aoscore.ctl.host import run, wait
 from aoscore.ctl.machine import Machine, remove_cgroups
 from aoscore.ctl.sandbox import Program
+from aoscore.ctl.target import Node
 from qemu.bed import BRIDGE, MAIN_IP, Bed
 from qemu.images import DOMAIN, TOOLS, guest_nodes, write_node
 from qemu.layers import lower_layers
 from tests.support.fakexen import FakeXen
+from tests.support.initramfs import copy_modules
 
 CLOUD_IP = "10.0.0.1"
+THIRD = "third"
+"""A Secondary Node of a type of its own."""
+_THIRD_IP = "10.0.0.102"
 _BOOT_NODE = Path(__file__).with_name("boot-node.sh")
 _BOOT_S = 120.0
 _DISK_MIB = 512
@@ -94,49 +100,85 @@ class NspawnUnit(Bed):
         keys: Literal["softhsm", "file"] = "file",
         xen: FakeXen | None = None,
         with_disks: bool = False,
+        with_updates: bool = False,
+        later: tuple[str, ...] = (),
     ) -> None:
         """`with_mp`: the Secondary Node reaches the Main Node through MP; with `xen` by vchan of that machine.
 
-        `with_disks`: what a node writes is on a disk of its own, and its power can be cut.
+        `with_disks`: what a node writes is on a disk of its own, and its power can be cut. `with_updates`: a node has
+        a read-only root that can be updated, by the initramfs of the layer. `later`: nodes for `add_node`.
         """
         super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_IP)
         self._with_mp = with_mp
         self._keys = keys
         self._xen = xen
         self._with_disks = with_disks
+        self._with_updates = with_updates
         self._cuts = 0
         # Control groups are the host's.
-        self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in names}
-        self.nodes = {name: NspawnNode(name, f"{name}{os.getpid()}", self.machine) for name in names}
+        self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in (*names, *later)}
+        self.nodes = {name: self._node(name) for name in names}
+        self._added: list[subprocess.Popen[bytes]] = []
+
+    def _node(self, name: str) -> NspawnNode:
+        return NspawnNode(name, f"{name}{os.getpid()}", self.machine)
 
     def start(self) -> None:
         """Boot; returns when the cloud answers and systemd runs in all nodes."""
-        lower = lower_layers(with_vchan=self._xen is not None)
-        root_ca = self.cloud.root_file().read_text()
-        nodes = guest_nodes(root_ca, interface="host0", cloud_ip=CLOUD_IP, with_mp=self._with_mp, keys=self._keys)
         programs, setup = [], []
-        for name, node in self.nodes.items():
-            top = self.directory / "nodes" / name
-            own = top / "own"
-            for directory in (own / "upper", own / "work", top / "root", top / "store"):
-                directory.mkdir(parents=True)
-            of_xen: tuple[str, ...] = ()
-            if self._xen is None:
-                write_node(nodes[name], own / "upper", CLOUD_IP)
-            else:
-                other = DOMAINS["secondary" if name == "main" else "main"]
-                in_xen = dataclasses.replace(nodes[name], transport="vchan", vchan_domain=other)
-                write_node(in_xen, own / "upper", CLOUD_IP)
-                _write_domain(own / "upper", DOMAINS[name])
-                of_xen = (f"--bind={self._xen.lend()}:{_XEN_DIR}",)
+        for name in self.nodes:
+            top, boot = self._prepare(name)
             if self._with_disks:
                 setup.append(_make_disk(top))
-            layers = ":".join(map(str, lower))
-            boot = (str(_BOOT_NODE), node.machine_name, str(top), BRIDGE, layers, self.cgroups[name], *of_xen)
             programs.append(Program(name, boot, notifies=False))
         self._start_machine(CLOUD_IP, programs=programs, setup=setup, cgroups=tuple(self.cgroups.values()))
         for node in self.nodes.values():
             node.wait_settled()
+
+    def add_node(self, name: str) -> NspawnNode:
+        """Switch on one more node, for the first time; returns when systemd runs in it. It does not reboot."""
+        self.nodes[name] = self._node(name)
+        _, boot = self._prepare(name)
+        with (self.directory / "log" / f"{name}.log").open("ab") as log:
+            command = self.machine.enter(*boot)
+            self._added.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        self.nodes[name].wait_settled()
+        return self.nodes[name]
+
+    def _prepare(self, name: str) -> tuple[Path, tuple[str, ...]]:
+        """Make the files of a node: where they are, and the program that boots it."""
+        top = self.directory / "nodes" / name
+        own = top / "own"
+        for directory in (own / "upper", own / "work", top / "root", top / "store"):
+            directory.mkdir(parents=True)
+        node = self._description(name)
+        of_xen: tuple[str, ...] = ()
+        if self._xen is not None:
+            other = DOMAINS["secondary" if name == "main" else "main"]
+            node = dataclasses.replace(node, transport="vchan", vchan_domain=other)
+            _write_domain(own / "upper", DOMAINS[name])
+            of_xen = (f"--bind={self._xen.lend()}:{_XEN_DIR}",)
+        write_node(node, own / "upper", CLOUD_IP)
+        if self._with_updates:
+            copy_modules(top / "modules")
+            (own / "upper" / "etc" / "machine-id").touch()
+        layers = ":".join(map(str, lower_layers(with_vchan=self._xen is not None)))
+        machine_name = self.nodes[name].machine_name
+        return top, (str(_BOOT_NODE), machine_name, str(top), BRIDGE, layers, self.cgroups[name], *of_xen)
+
+    def _description(self, name: str) -> Node:
+        nodes = guest_nodes(
+            self.cloud.root_file().read_text(),
+            interface="host0",
+            cloud_ip=CLOUD_IP,
+            with_mp=self._with_mp,
+            keys=self._keys,
+            runtimes=("container", "rootfs") if self._with_updates else ("container",),
+        )
+        if name == THIRD:
+            node_type = nodes["secondary"].node_type.replace("secondary", THIRD)
+            return dataclasses.replace(nodes["secondary"], hostname=THIRD, ip=f"{_THIRD_IP}/24", node_type=node_type)
+        return nodes[name]
 
     def cut_power(self, *names: str) -> None:
         """The power of nodes goes, and comes back: all that they had not flushed to their disks is lost.
@@ -158,6 +200,8 @@ class NspawnUnit(Bed):
         for name, top in tops.items():
             loops = ("losetup", "--noheadings", "--output", "NAME", "--associated", disks[name])
             self.wait(lambda loops=loops: self.inside(*loops).strip() == "", 60, f"all processes of {name} to end")
+            # They are the host's, and would outlive what they were made for.
+            remove_cgroups(self.cgroups[name])
             self.inside("rm", disks[name])
             self.inside("cp", "--sparse=always", top / "left.img", top / "store" / "copy")
             self.inside("mv", top / "store" / "copy", (top / "disk").read_text())
@@ -175,6 +219,8 @@ class NspawnUnit(Bed):
     def stop(self) -> None:
         """Power off hard: everything of the bed ends with the machine."""
         self.machine.stop()
+        for process in self._added:
+            process.wait()
         for name in self.cgroups.values():
             remove_cgroups(name)
         shutil.rmtree(self.directory / "nodes", ignore_errors=True)

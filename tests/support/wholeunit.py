@@ -3,15 +3,16 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from aoscore.ctl.target import Node
 from qemu.bed import Bed, BedNode
 from qemu.images import DOMAIN
-from tests.support.bundles import make_item
+from tests.support.bundles import make_component, make_item
 
 # The service that runs on each node, by the node's label in the unit config.
-SERVICES = {"main": "front", "secondary": "back"}
+SERVICES = {"main": "front", "secondary": "back", "third": "side"}
 _SPEAKS = "echo {codename} {version} starts; exec httpd -f -p 8080 -h /www"
 # What tells a database of SQLite whose file is whole, asked with nothing but Python's own library.
 _CHECK_DATABASES = """
@@ -50,15 +51,16 @@ def provision_both(unit: Bed) -> None:
     unit.provision(nodes=2)
 
 
-def label_nodes(unit: Bed, version: str = "1.0.0") -> None:
-    """Give each node a label with its name, and no share of it to what only may be asked for."""
+def label_nodes(unit: Bed, version: str = "1.0.0", *, ram_percent: float = 0) -> None:
+    """Give each node a label with its name; of what a service may have, this share of its RAM is kept for it."""
+    main_type = Node().node_type
     nodes = [
         {
-            "nodeGroupSubject": {"codename": Node(kind=kind, dhcp=False).node_type},
+            "nodeGroupSubject": {"codename": main_type.replace("main", name)},
             "labels": [name],
-            "resourceRatios": {"cpu": 0, "ram": 0},
+            "resourceRatios": {"cpu": 0, "ram": ram_percent},
         }
-        for name, kind in (("main", "main"), ("secondary", "secondary"))
+        for name in SERVICES
     ]
     unit.ask("unit_config", config={"formatVersion": "7", "version": version, "nodes": nodes})
     wanted = {"version": version, "state": "installed"}
@@ -113,8 +115,53 @@ def instances(unit: Bed) -> dict[str, dict[str, Any]]:
         names[one["node"]["codename"]]: {**one, "version": group["version"]}
         for group in unit.ask("unit")["status"].get("instances", [])
         for one in group["instances"]
-        if one.get("node")
+        if one.get("node") and group["item"].get("type") == "service"
     }
+
+
+def upload_component(unit: Bed, runtime: str, version: str, media_type: str, payload: Path) -> None:
+    """Give the cloud a version of the component that a runtime of this type takes; `payload` is moved."""
+    folder = unit.directory / "items" / f"{runtime}-{version}"
+    user = unit.cloud.user("sp")
+    item = {"runtime": runtime, "version": version, "media_type": media_type}
+    unit.upload(make_component(folder, user=user, domain=DOMAIN, payload=payload, **item))
+
+
+def components(unit: Bed) -> dict[str, str]:
+    """States of the components that the cloud knows to be on the Unit, by version."""
+    return {
+        group["version"]: one["state"]
+        for group in unit.ask("unit")["status"].get("instances", [])
+        for one in group["instances"]
+        if group["item"].get("type") == "component" and one["state"] != "inactive"
+    }
+
+
+def wait_installed(unit: Bed, version: str, timeout_s: float) -> None:
+    """Until the cloud knows that this version of the only component is installed, and of no other."""
+    try:
+        unit.wait(lambda: components(unit) == {version: "active"}, timeout_s, f"component {version} to be installed")
+    except Exception as error:
+        error.add_note(json.dumps(unit.ask("unit")["status"], indent=1))
+        raise
+
+
+def places(unit: Bed, item: str) -> list[str]:
+    """Names of the nodes on which an item is active, one for each instance."""
+    names = {identifier: name for name, identifier in node_ids(unit).items()}
+    [item_id] = {one["id"] for one in unit.call("items") if one["codename"] == item}
+    return sorted(
+        names[one["node"]["codename"]]
+        for group in unit.ask("unit")["status"].get("instances", [])
+        for one in group["instances"]
+        if group["item"].get("id") == item_id and one["state"] == "active"
+    )
+
+
+def node_status(unit: Bed, name: str) -> dict[str, Any]:
+    """What the cloud knows about a node; empty when it knows nothing."""
+    found = [one for one in unit.ask("unit")["status"].get("nodes", []) if node_ids(unit)[name] in str(one)]
+    return found[0] if found else {}
 
 
 def check_whole(unit: Bed) -> None:

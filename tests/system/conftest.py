@@ -52,9 +52,13 @@ def running(unit: Unit) -> Iterator[Unit]:
 
 
 @contextlib.contextmanager
-def running_pair(directory: Path, *, with_mp: bool = False, with_disks: bool = False) -> Iterator[NspawnUnit]:
+def running_pair(
+    directory: Path, *, with_mp: bool = False, with_disks: bool = False, later: tuple[str, ...] = ()
+) -> Iterator[NspawnUnit]:
     """A provisioned Unit of two nodes with their keys in tokens, which runs a service on each (bed C)."""
-    pair = NspawnUnit(directory, ("main", "secondary"), keys="softhsm", with_mp=with_mp, with_disks=with_disks)
+    pair = NspawnUnit(
+        directory, ("main", "secondary"), keys="softhsm", with_mp=with_mp, with_disks=with_disks, later=later
+    )
     with running(pair) as unit:
         provision_both(unit)
         label_nodes(unit)

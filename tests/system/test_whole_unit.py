@@ -5,13 +5,19 @@ from typing import Any
 
 import pytest
 
-from tests.support.nspawn import NspawnUnit
+from qemu.images import DOMAIN
+from tests.support.bundles import make_item
+from tests.support.nspawn import THIRD, NspawnUnit
 from tests.support.wholeunit import (
     SERVICES,
+    containers,
     instances,
     label_nodes,
     node_ids,
+    node_status,
+    places,
     provision_both,
+    upload_service,
     wait_active,
 )
 from tests.system.conftest import running_pair
@@ -23,7 +29,7 @@ CERTIFICATE_TYPES = {"main": {"online", "offline", "iam", "sm", "cm"}, "secondar
 
 @pytest.fixture(scope="module")
 def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NspawnUnit]:
-    with running_pair(tmp_path_factory.mktemp("unit")) as unit:
+    with running_pair(tmp_path_factory.mktemp("unit"), later=(THIRD,)) as unit:
         yield unit
 
 
@@ -95,7 +101,7 @@ def test_node_is_paused_and_resumed(unit: NspawnUnit) -> None:
     node = node_ids(unit)["secondary"]
 
     def state() -> Any:
-        return next(one["state"] for one in unit.ask("unit")["status"]["nodes"] if node in str(one))
+        return node_status(unit, "secondary")["state"]
 
     unit.ask("node_state", node=node, state="paused")
     unit.wait(lambda: state() == "paused", 60, "the node to be paused")
@@ -115,7 +121,33 @@ def test_deprovisioned_and_provisioned_again(unit: NspawnUnit) -> None:
     unit.call("forget_unit", unit=unit.system_id)
     provision_both(unit)
     label_nodes(unit)
-    for codename in SERVICES.values():
-        unit.call("assign", item=codename, target=unit.system_id)
+    for name in unit.nodes:
+        unit.call("assign", item=SERVICES[name], target=unit.system_id)
     wait_active(unit)
-    assert set(instances(unit)) == set(SERVICES)
+    assert set(instances(unit)) == set(unit.nodes)
+
+
+def test_third_node_joins_later(unit: NspawnUnit) -> None:
+    """The cloud provisions it; it gets what its label and its resources are for, and the others do not notice."""
+    before = containers(unit)
+    third = unit.add_node(THIRD)
+    seat = '[{"name": "seat", "sharedCount": 1, "hosts": [{"ip": "10.9.9.9", "hostName": "seat"}]}]'
+    third.run("sh", "-c", f"echo '{seat}' > /etc/aos/resources.cfg")
+    # Wanted before there is a node that can have it.
+    folder = unit.directory / "items" / "seated"
+    wish = "resources:\n  - name: seat\n"
+    unit.upload(make_item(folder, user=unit.cloud.user("sp"), domain=DOMAIN, codename="seated", configuration=wish))
+    unit.call("assign", item="seated", target=unit.system_id)
+    unit.wait(lambda: "no nodes with service resources" in str(unit.ask("unit")["status"]), 60, "the cloud to know why")
+
+    third.run("systemctl", "unmask", "aos-iam-prov")
+    third.run("systemctl", "start", "--no-block", "aos-iam-prov")
+    unit.wait(lambda: node_status(unit, THIRD).get("state") == "unprovisioned", 60, "the cloud to hear of the node")
+    unit.ask("start_provisioning", node=node_ids(unit)[THIRD], password="of its disk")
+    unit.wait(lambda: node_status(unit, THIRD).get("state") == "provisioned", 120, "the node to be provisioned")
+    label_nodes(unit, "1.1.0")
+    unit.call("assign", item=upload_service(unit, THIRD), target=unit.system_id)
+    for item in ("seated", SERVICES[THIRD]):
+        unit.wait(lambda item=item: places(unit, item) == [THIRD], 120, f"{item} to be active on the new node")
+    assert {name: containers(unit)[name] for name in before} == before
+    assert unit.ask("violations") == []

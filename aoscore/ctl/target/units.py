@@ -28,6 +28,7 @@ _HARDENING = (
     ("SystemCallArchitectures", "native"),
 )
 
+_SHARED = ("storages", "states")
 _COMPONENT_OF = {
     "aos-iam.service": "iam",
     "aos-iam-prov.service": "iam",
@@ -93,11 +94,14 @@ def unit_names(node: Node) -> list[str]:
 
 
 def data_mounts(node: Node) -> list[str]:
-    """Names of the mount units without which CM and SM must not start."""
-    names = ["workdirs"] if node.data_disk else []
-    if node.shared_from_main or (node.is_main and node.data_disk):
-        names += ["storages", "states"]
+    """Names of the mount units of this node without which CM and SM must not start."""
+    names = (["workdirs", *(_SHARED if node.is_main else ())]) if node.data_disk else []
     return [mount_unit(f"{node.var}/{name}") for name in names]
+
+
+def shared_mounts(node: Node) -> list[str]:
+    """The same, of what comes from the Main Node: places."""
+    return [f"{node.var}/{name}" for name in _SHARED] if node.shared_from_main else []
 
 
 def mount_unit(path: str) -> str:
@@ -179,6 +183,11 @@ def _service(node: Node, daemon: _Daemon) -> list[tuple[str, list[tuple[str, str
         if node.is_main and node.data_disk:
             downloads = mount_unit(f"{node.var}/downloads")
             unit += [("Wants", downloads), ("After", downloads)]
+    shared = shared_mounts(node) if daemon.mounts else []
+    if shared:
+        # Not required: the Main Node may come up later. What lacks a requirement is given up, what fails is repeated.
+        units = " ".join(mount_unit(place) for place in shared)
+        unit += [("Wants", units), ("After", units)]
     command = f"{node.bin}/{daemon.program} -c {node.etc}/{daemon.component}.cfg"
     if daemon.provisioning:
         command += " --provisioning"
@@ -191,6 +200,7 @@ def _service(node: Node, daemon: _Daemon) -> list[tuple[str, list[tuple[str, str
     if daemon.before_start:
         # Privileged: it reaches disks and mounts that the daemon does not see. A failure is in the journal.
         service.append(("ExecStartPre", f"-+{daemon.before_start}"))
+    service += [("ExecStartPre", f'/bin/grep -q " {place} " /proc/self/mounts') for place in shared]
     service += [
         ("ExecStart", f"{command} -v ${{AOS_LOG_LEVEL}} -j"),
         ("Restart", "always"),

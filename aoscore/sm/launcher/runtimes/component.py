@@ -128,7 +128,11 @@ class ComponentRuntime(abc.ABC):
 
     @abc.abstractmethod
     async def _install(self, component: Component, payload: Payload) -> None:
-        """Make the component the pending one. Raises AosError or OSError, with nothing left of it."""
+        """Make the component the pending one. Raises AosError or OSError, with nothing left of it.
+
+        While one that was withdrawn is still on trial there is nothing else to do: the launcher asks for it again after
+        the boot that ends the trial.
+        """
 
     @abc.abstractmethod
     async def _withdraw(self) -> None:

@@ -83,7 +83,11 @@ def test_order_of_units() -> None:
 def test_mounts_are_required_where_there_are_any() -> None:
     mounts = "Requires=var-aos-workdirs.mount var-aos-storages.mount var-aos-states.mount"
     assert mounts in unit(Node(), "aos-cm.service")
-    assert mounts in unit(Node(kind="secondary"), "aos-sm.service")
+    secondary = unit(Node(kind="secondary"), "aos-sm.service")
+    assert "Requires=var-aos-workdirs.mount" in secondary
+    # The Main Node may come up later: then it is tried again.
+    assert "Wants=var-aos-storages.mount var-aos-states.mount" in secondary
+    assert 'ExecStartPre=/bin/grep -q " /var/aos/states " /proc/self/mounts' in secondary
     plain = Node(data_disk=False, keys="file")
     assert not [line for line in unit(plain, "aos-cm.service") if line.startswith("Requires=")]
     assert mount_unit("/var/a-b/c") == "var-a\\x2db-c.mount"

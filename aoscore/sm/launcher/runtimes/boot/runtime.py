@@ -306,7 +306,11 @@ class BootRuntime(ComponentRuntime):
 
     async def _install(self, component: Component, payload: Payload) -> None:
         if self._is_tried:
-            raise WrongStateError("another boot partition is on trial")
+            if self._pending is not None:
+                raise WrongStateError("another boot partition is on trial")
+            self._pending = component
+            self.reboot_due.set()
+            return
         if _FULL not in payload.media_type:
             raise InvalidArgumentError(f"media type {payload.media_type!r} is no full component image")
         if self._record is not None:

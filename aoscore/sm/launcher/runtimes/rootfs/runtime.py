@@ -129,7 +129,11 @@ class RootfsRuntime(ComponentRuntime):
 
     async def _install(self, component: Component, payload: Payload) -> None:
         if self._is_tried:
-            raise WrongStateError("another root file system is on trial, its end comes with the next boot")
+            if self._pending is not None:
+                raise WrongStateError("another root file system is on trial, its end comes with the next boot")
+            self._pending = component
+            self.reboot_due.set()
+            return
         self.reboot_due.clear()
         try:
             await self._clean()
