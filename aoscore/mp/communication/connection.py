@@ -64,7 +64,7 @@ _CONTROL_LIMIT_BYTES = 64 * 1024
 # What goes to the link in one go: each go costs as much as the bytes of some frames. Little of a download waits here,
 # so that what is more urgent does not wait behind it in the kernel either: more only while the link takes it at once.
 _LEAST_QUANTUM_BYTES = 64 * 1024
-_MOST_QUANTUM_BYTES = 256 * 1024
+_MOST_QUANTUM_BYTES = 128 * 1024
 _AT_ONCE_S = 0.005
 
 
