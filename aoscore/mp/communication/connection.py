@@ -541,7 +541,7 @@ class Connection:
             for port in ports & self._slots.keys():
                 self._slots[port].sent.set()
             self.counters.bytes_out += size
-            # As a rule there is one, which costs no copy. With writelines some Pythons (3.12, 3.13) know no back-pressure.
+            # As a rule there is one, which costs no copy. After writelines() some Pythons (3.12, 3.13) never pause.
             self._writer.write(b"".join(bursts))
             self._wrote.set()
             began_s = self._now()
