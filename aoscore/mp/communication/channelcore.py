@@ -233,7 +233,8 @@ class OpenChannel(ChannelCore):
         yield Opened()
 
     def _take(self, payloads: Sequence[Bytes]) -> Iterator[Event]:
-        return self._deliver(payloads)
+        # Messages stay for longer than what the link has read.
+        return self._deliver(map(bytes, payloads))
 
     def _write(self, encoded: Iterable[bytes]) -> None:
         for data in encoded:

@@ -53,7 +53,7 @@ class TlsCore:
             self._incoming.write(payload)
         # Plaintext is shorter than its records, so all of it has room.
         plain = memoryview(new_buffer(sum(map(len, payloads)) + _RECORD_BYTES))
-        size = 0
+        size, due = 0, len(payloads)
         incoming, tls = self._incoming, self._tls
         try:
             if not self.is_ready:
@@ -62,8 +62,10 @@ class TlsCore:
             # Into a buffer, as SSLSocket.recv_into does; how the types are declared leaves that out.
             while count := cast("int", tls.read(_MOST_BYTES, cast("bytearray", plain[size:]))):
                 size += count
-                if not incoming.pending and not tls.pending():
-                    break  # asking for more would end in an exception, which costs as much as a record
+                due -= 1
+                # As a rule each payload is a record. Asking for more ends in an exception, which costs as much as one.
+                if due <= 0 and not incoming.pending and not tls.pending():
+                    break
             else:
                 self.is_closed = True
         except ssl.SSLZeroReturnError:

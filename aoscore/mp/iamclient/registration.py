@@ -101,15 +101,20 @@ def _relay(
 def _parse(
     connection: Connection, message: bytes, interface: Interface
 ) -> v6.IAMOutgoingMessages | v5.IAMOutgoingMessages | None:
+    if interface is LEGACY and _is_of_newer_kind(message):
+        connection.shut("the peer began like one of the older kind and speaks a newer interface")
+        raise InvalidArgumentError("the IAM of a peer of the older kind does not speak iamanager.v5")
     try:
-        outgoing = interface.message.FromString(message)
+        return interface.message.FromString(message)
     except DecodeError as error:
         connection.counters.refused += 1
         _log.warning(kv("Message of node is malformed, dropped", peer=connection.peer, error=error))
         return None
-    is_info = outgoing.WhichOneof("IAMOutgoingMessage") == "node_info"
-    if interface is LEGACY and is_info and not getattr(outgoing.node_info, interface.state):
-        # Where the older interface has it, the newer one has a number (mp-wire §9).
-        connection.shut("the peer began like one of the older kind and speaks a newer interface")
-        raise InvalidArgumentError("the IAM of a peer of the older kind does not speak iamanager.v5")
-    return outgoing
+
+
+def _is_of_newer_kind(message: bytes) -> bool:
+    """Whether it is a node info as IAM sends it now: its state is where the older interface has nothing."""
+    try:
+        return bool(v6.IAMOutgoingMessages.FromString(message).node_info.state)
+    except DecodeError:
+        return False

@@ -146,8 +146,8 @@ class Blobs:
             yield transfer
         finally:
             transfer.readers -= 1
-            if not transfer.readers and transfer.task is not None:
-                # What has come stays for the next time.
+            # What has come stays for the next time. One that is complete goes on, to what a manifest names.
+            if not transfer.readers and transfer.task is not None and not transfer.is_complete:
                 transfer.task.cancel()
 
     def size_bytes(self, digest: str) -> int | None:

@@ -77,9 +77,8 @@ class NodeStore:
             if path.stat().st_size > _DOCUMENT_LIMIT_BYTES:
                 return None
             manifest = parse_manifest(path.read_bytes(), what=f"blob {digest}")
-            for one in named_by(manifest):
-                check_digest(one.digest)
-            return manifest
+            is_usable = all(check_digest(one.digest) and one.size >= 0 for one in named_by(manifest))
+            return manifest if is_usable else None
         except (OSError, InvalidArgumentError):
             return None  # something else than a manifest: most blobs are
 
@@ -129,11 +128,16 @@ class NodeStore:
             return {}
 
     def unpack_ahead(self, layer: Descriptor, diff_id: str) -> None:
-        """Unpack a layer for SM, unless it is unpacked, or SM has fetched its blob. Raises as LayerStore.unpack."""
-        blob = self._blobs.existing(layer.digest)
-        if self._layers.tree(diff_id).exists() or blob.stat().st_atime_ns == 0:
+        """Unpack a layer for SM, unless it is, or SM has its blob, or there is no room but that of other blobs.
+
+        Raises as LayerStore.unpack.
+        """
+        blob = self._blobs.path(layer.digest)
+        if self._layers.tree(diff_id).exists() or not blob.exists() or blob.stat().st_atime_ns == 0:
             return
-        self.make_room(min(unpacked_bytes(blob, layer.media_type), MAX_LAYER_BYTES))
+        if self._is_too_much(unpacked_bytes(blob, layer.media_type), sum(size for _, _, size in self._all()), 0):
+            _log.info(kv("No room to unpack a layer ahead", digest=layer.digest))
+            return
         self._layers.unpack(
             blob, layer.digest, diff_id, layer.media_type, max_bytes=MAX_LAYER_BYTES, progress=self._check_space
         )
@@ -153,13 +157,13 @@ class NodeStore:
         entries = sorted(self._unused(), key=lambda entry: entry[1])
         total = sum(size for _, _, size in self._all())
         removable = sum(size for _, _, size in entries)
-        fits = not self._is_too_much(size_bytes, total - removable, removable)
-        with self._removing():
-            while (is_too_much := self._is_too_much(size_bytes, total, 0)) and fits and entries:
-                path, _, size = entries.pop(0)
-                self._remove(path)
-                total -= size
-        if is_too_much:
+        if self._is_too_much(size_bytes, total, 0) and not self._is_too_much(size_bytes, total - removable, removable):
+            with self._removing():
+                while entries and self._is_too_much(size_bytes, total, 0):
+                    path, _, size = entries.pop(0)
+                    self._remove(path)
+                    total -= size
+        if self._is_too_much(size_bytes, total, 0):
             raise NoSpaceError(f"no room for {size_bytes} bytes in the image store {self._tmp.parent}")
 
     def _is_too_much(self, size_bytes: int, total: int, freed_bytes: int) -> bool:
@@ -213,7 +217,7 @@ class NodeStore:
 def named_by(manifest: ImageManifest) -> tuple[Descriptor, ...]:
     """The blobs of an image, in order of use."""
     named = (manifest.config, manifest.aos_item_config, *manifest.layers)
-    return tuple(one for one in named if one is not None and one.size >= 0)
+    return tuple(one for one in named if one is not None)
 
 
 def _set_used(path: Path, time_ns: int) -> None:

@@ -22,7 +22,7 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
-from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, FrameDecoder, encode_frame, encode_message
+from aoscore.mp.communication.frames import MAX_OPEN_MESSAGE_BYTES, Bytes, FrameDecoder, encode_frame, encode_message
 from tests.support.pki import TestCa
 
 LIMIT = 1 << 20
@@ -148,6 +148,22 @@ def test_messages_both_ways(ends: Ends) -> None:
     node, gateway = ends.settle()
     assert node == [Received([b"order"]), Received([b"another"])]
     assert gateway == [Received([b"status"])]
+
+
+@pytest.mark.parametrize("size", [10, 5000, 40_000])
+def test_messages_outlast_what_they_came_in(ends: Ends, size: int) -> None:
+    """A link reads into the same memory again and again."""
+    opened(ends)
+    ends.node.send(b"m" * size)
+    ends.node.send(b"n" * size)
+    messages: list[Bytes] = []
+    for payload in ends.up.take():
+        memory = bytearray(payload)
+        for event in ends.gateway.feed(memoryview(memory)):
+            assert isinstance(event, Received)
+            messages += event.messages
+        memory[:] = bytes(len(memory))
+    assert messages == [b"m" * size, b"n" * size]
 
 
 def test_messages_that_come_together_are_told_of_together(ends: Ends) -> None:

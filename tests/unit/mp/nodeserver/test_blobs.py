@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from aoscore._speedups.unpack import Owners
 from aoscore.common.aio import Backoff, Worker
 from aoscore.common.errors import FailedError
 from aoscore.common.http import open_stream
-from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP
+from aoscore.common.oci import MEDIA_TYPE_LAYER_GZIP, ImageManifest
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.nodeserver.blobs import Blobs, BlobServer
 from aoscore.mp.nodeserver.calls import CallClient, CallError
@@ -195,6 +196,26 @@ async def test_what_a_manifest_names_comes_before_it_is_asked_for(tmp_path: Path
         for digest in named:
             assert await one.get(digest) == (200, one.main.contents[digest])
         assert len(one.main.offsets) == count == 5
+
+
+async def test_last_reader_that_goes_does_not_stop_the_look_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader has all of a manifest before it is known what that names."""
+    async with bed(tmp_path, prefetch=True) as one:
+        manifest, named = image(one.main, os.urandom(1000))
+        go_on = threading.Event()
+        look = one.store.manifest
+
+        def slow(digest: str) -> ImageManifest | None:
+            go_on.wait(20)
+            return look(digest)
+
+        monkeypatch.setattr(one.store, "manifest", slow)
+        async with one.blobs.reading(manifest) as transfer:
+            await until(lambda: transfer.is_complete)
+        go_on.set()
+        await until(lambda: all(one.store.path(digest).exists() for digest in named))
 
 
 async def test_nothing_is_begun_ahead_while_somebody_waits(tmp_path: Path) -> None:
