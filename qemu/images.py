@@ -1,5 +1,6 @@
 """Disk images of guests: the layers of `layers.py` and the files of a Node from the one generator of them."""
 
+import dataclasses
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ DOMAIN = "aoscloud.test"
 # The cloud's network: the host's end and the Main Node's. The Unit's own network is the generator's default.
 CLOUD_IP = "172.31.9.1"
 MAIN_UPLINK_IP = "172.31.9.2"
+# Nobody is there; the VLANs of instances go over the link of the default route, which is not the one to the cloud.
+_ROUTER_IP = "10.0.0.1"
 SECONDARY_IP = "10.0.0.101"
 
 _ROOT_MIB = 1536
@@ -46,6 +49,7 @@ def guest_nodes(
     cloud_ip: str = CLOUD_IP,
     with_mp: bool = False,
     keys: Literal["softhsm", "file"] = "softhsm",
+    runtimes: tuple[str, ...] = ("container",),
 ) -> dict[str, Node]:
     """The two Nodes of a Unit by host name. `interface` leads to the Unit's network, `root_ca` is PEM text.
 
@@ -65,7 +69,7 @@ def guest_nodes(
             keys=keys,
             data_disk=False,
             nfs=False,
-            runtimes=("container",),
+            runtimes=runtimes,
             discovery_url=f"https://{DOMAIN}:9000/sd/v7/",
             root_ca=root_ca,
             bin="/opt/aoscore/bin",
@@ -99,7 +103,8 @@ def build_images() -> Images:
     cloud = kept("cloud", [DOMAIN], _make_cloud)
     root_ca = LocalCloud(cloud, DOMAIN, TOOLS).root_file().read_text()
     boots = {}
-    for name, node in guest_nodes(root_ca).items():
+    for name, described in guest_nodes(root_ca).items():
+        node = dataclasses.replace(described, nfs=True, gateway=described.gateway or _ROUTER_IP)
         with tempfile.TemporaryDirectory() as directory:
             files = Path(directory)
             write_node(node, files)
@@ -161,7 +166,8 @@ def _write_guest(name: str, root: Path) -> None:
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 %I $TERM\n"
     )
     # The initial RAM disk has no modules for quotas, so the root file system cannot have them.
-    (root / "etc" / "fstab").write_text("LABEL=aosdata /var/aos ext4 usrquota,grpquota,noatime,nofail 0 2\n")
+    with (root / "etc" / "fstab").open("a") as mounts:
+        mounts.write("LABEL=aosdata /var/aos ext4 usrquota,grpquota,noatime,nofail 0 2\n")
     if name == "main":
         uplink = root / "etc" / "systemd" / "network" / "05-uplink.network"
         uplink.parent.mkdir(parents=True, exist_ok=True)

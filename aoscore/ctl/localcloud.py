@@ -44,11 +44,12 @@ class LocalCloud:
         """File with the root certificate; the authority is made when it is not there."""
         return Path(self.command("ca", "--domain", self.domain).strip().splitlines()[-1])
 
-    def user(self, role: str) -> Path:
-        """PKCS#12 file of the cloud's user `oem` or `sp`, made when it is not there."""
-        path = self.directory / "users" / f"{role}.p12"
+    def user(self, role: str, name: str = "") -> Path:
+        """PKCS#12 file of a user of the cloud, made when it is not there: the only `oem` or `sp`, or one by name."""
+        name = name or role
+        path = self.directory / "users" / f"{name}.p12"
         if not path.exists():
-            self.command("user-cert", "--domain", self.domain, "--role", role, "--output", path)
+            self.command("user-cert", "--domain", self.domain, "--role", role, "--name", name, "--output", path)
         return path
 
     def check_tools(self) -> None:

@@ -21,9 +21,7 @@ SEED = int(os.environ.get("AOSCORE_SEED", "9"))
 # An update of both nodes takes about that long from the cloud's wish to the end of clean-up.
 _UPDATE_S = 8.0
 
-# Once in 50 cuts crun could not create the service's container any more ("read status from sync socket: File exists"),
-# with the old version and the new one.
-pytestmark = [pytest.mark.nspawn, pytest.mark.unsettled, pytest.mark.timeout(300 + 90 * CUTS)]
+pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(300 + 90 * CUTS)]
 
 
 @pytest.fixture

@@ -83,6 +83,10 @@ def fstab_lines(node: Node, context: str = "") -> Iterator[str]:
             quota = ",usrquota,grpquota" if volume.quota else ""
             options = f"nofail,noatime{quota},x-systemd.device-timeout=30s{more}"
             yield f"/dev/{GROUP}/{volume.name} {node.var}/{volume.name} ext4 {options} 0 2"
+    elif node.is_main and node.nfs:
+        # Volumes of their own are exported for themselves; directories of one are so where they are mounted.
+        for name in ("storages", "states"):
+            yield f"{node.var}/{name} {node.var}/{name} none bind,nofail 0 0"
     if node.shared_from_main:
         # A dead Main Node gives errors after half a minute, not processes that nobody can end.
         options = f"nofail,noatime,_netdev,softerr,timeo=100,retrans=2,x-systemd.device-timeout=90s{more}"
@@ -91,14 +95,18 @@ def fstab_lines(node: Node, context: str = "") -> Iterator[str]:
 
 
 def exports(node: Node) -> Iterator[str]:
-    """Lines of exports(5): to the Unit's other nodes only. SM sets owners, so root stays root for them."""
+    """Lines of exports(5): to the Unit's other nodes only.
+
+    SM sets owners, so root stays root for them where they write. On the way there they are nobody: what else is there,
+    keys and PINs among it, is not for them.
+    """
     for path, options in (
-        (node.var, "ro,fsid=0"),
-        (f"{node.var}/storages", "rw,fsid=1"),
-        (f"{node.var}/states", "rw,fsid=2"),
+        (node.var, "ro,fsid=0,all_squash"),
+        (f"{node.var}/storages", "rw,fsid=1,no_root_squash"),
+        (f"{node.var}/states", "rw,fsid=2,no_root_squash"),
     ):
         clients = [f"{ipaddress.ip_network(peer, strict=False)}" for peer in node.trusted_peers]
-        yield f"{path} " + " ".join(f"{client}({options},no_root_squash,no_subtree_check,sync)" for client in clients)
+        yield f"{path} " + " ".join(f"{client}({options},no_subtree_check,sync)" for client in clients)
 
 
 def _disk_script(node: Node) -> str:

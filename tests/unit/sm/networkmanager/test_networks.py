@@ -161,6 +161,7 @@ def test_rules_of_one_instance() -> None:
         'state ["established", "related"] accept',
         "saddr vmap ['172.17.0.2']",
         "daddr vmap ['172.17.0.2']",
+        'ip saddr == ["172.17.0.2"] oifname == ["br-00000001"] drop',
         'ip saddr == ["172.17.0.2"] accept',
     ]
     assert rules_of(commands, "postrouting") == ["ip saddr == 172.17.0.0/16 oifname != br-00000001 masquerade"]
