@@ -5,7 +5,6 @@ Chains are checked, names are not: the channel's peer is known by its certificat
 
 import ssl
 from collections.abc import Sequence
-from typing import cast
 
 from aoscore._speedups.frames import new_buffer
 from aoscore.common.errors import FailedError
@@ -60,7 +59,7 @@ class TlsCore:
                 tls.do_handshake()
                 self.is_ready = True
             # Into a buffer, as SSLSocket.recv_into does; how the types are declared leaves that out.
-            while count := cast("int", tls.read(_MOST_BYTES, cast("bytearray", plain[size:]))):
+            while count := tls.read(_MOST_BYTES, plain[size:]):  # type: ignore[arg-type]
                 size += count
                 due -= 1
                 # As a rule each payload is a record. Asking for more ends in an exception, which costs as much as one.
