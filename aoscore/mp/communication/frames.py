@@ -82,7 +82,8 @@ class MessageDecoder:
             position = self._fill(LENGTH_BYTES, data, 0)
             if len(begun) < LENGTH_BYTES:
                 return
-            length = self._length(begun, 0)
+            (length,) = _LENGTH.unpack_from(begun)
+            self._check(length)
             position = self._fill(LENGTH_BYTES + length, data, position)
             if len(begun) < LENGTH_BYTES + length:
                 return
@@ -91,14 +92,16 @@ class MessageDecoder:
             if begun_message:
                 yield begun_message
         while len(data) - position >= LENGTH_BYTES:
-            length = self._length(data, position)
+            (length,) = _LENGTH.unpack_from(data, position)
+            self._check(length)
             begin = position + LENGTH_BYTES
             if len(data) - begin < length:
                 break
             position = begin + length
-            if length:
-                message = data[begin:position]
-                yield message if length >= _LARGE_BYTES else bytes(message)
+            if length >= _LARGE_BYTES:
+                yield data[begin:position]
+            elif length:
+                yield bytes(data[begin:position])
         begun += data[position:]
 
     def _fill(self, size: int, data: Bytes, position: int) -> int:
@@ -107,8 +110,6 @@ class MessageDecoder:
         self._begun += data[position:end]
         return end
 
-    def _length(self, data: Bytes | bytearray, position: int) -> int:
-        length: int = _LENGTH.unpack_from(data, position)[0]
+    def _check(self, length: int) -> None:
         if length > self._limit_bytes:
             raise OutOfRangeError(f"message of {length} bytes, {self._limit_bytes} is most")
-        return length

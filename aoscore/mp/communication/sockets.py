@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import mmap
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from aoscore._speedups.frames import new_buffer
 from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
 from aoscore.common.log import kv
@@ -51,7 +51,7 @@ class _Input:
 
     def __init__(self) -> None:
         # Memory that costs nothing before it is used: on most links little comes at a time.
-        self._filling, self._reading = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
+        self._filling, self._reading = (memoryview(new_buffer(_BUFFER_BYTES)) for _ in range(2))
         self._filled = 0
         self._rest = self._reading[:0]
         self._news = asyncio.Event()

@@ -4,8 +4,7 @@ Chains are checked, names are not: the channel's peer is known by its certificat
 """
 
 import ssl
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 from aoscore._speedups.frames import new_buffer
 from aoscore.common.errors import FailedError
@@ -60,7 +59,8 @@ class TlsCore:
                 tls.do_handshake()
                 self.is_ready = True
             # Into a buffer, as SSLSocket.recv_into does; how the types are declared leaves that out.
-            while count := cast("int", tls.read(_MOST_BYTES, cast("bytearray", plain[size:]))):
+            read: Callable[[int, memoryview], int] = tls.read  # type: ignore[assignment]
+            while count := read(_MOST_BYTES, plain[size:]):
                 size += count
                 due -= 1
                 # As a rule each payload is a record. Asking for more ends in an exception, which costs as much as one.

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import os
 import random
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,22 @@ async def test_blob_comes_through_the_link(bed: MpBed, size: int) -> None:
         if size > 1:
             assert await get(answer.urls[0], headers={"Range": "bytes=1-"}) == (206, content[1:])
         assert (bed.root / "node/images/blobs/sha256" / digest.removeprefix("sha256:")).read_bytes() == content
+
+
+async def test_status_is_told_to_whoever_asks(bed: MpBed) -> None:
+    async def ask() -> tuple[int | None, str]:
+        words = [sys.executable, "-c", "from aoscore.mp.app import main; main()", "-c", str(bed.root / "gateway.cfg")]
+        one = await asyncio.create_subprocess_exec(*words, "--status", "-v", "error", stdout=asyncio.subprocess.PIPE)
+        output, _ = await one.communicate()
+        return one.returncode, output.decode()
+
+    async with bed.both(), sm_on(bed):
+        code, output = await ask()
+        assert code == 0
+        (line,) = output.splitlines()
+        assert f"nodeID={NODE_ID}" in line and "refused=0" in line
+    code, output = await ask()
+    assert code == 70 and "no MP answers" in output
 
 
 async def test_wrong_content_is_never_whole(bed: MpBed) -> None:

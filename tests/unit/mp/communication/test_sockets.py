@@ -139,7 +139,8 @@ async def test_what_comes_is_read_in_its_order_and_no_more_than_fits_is_taken() 
 
     async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
         nonlocal largest
-        await asyncio.sleep(0.1)
+        assert isinstance(reader, sockets._Input)
+        await until(lambda: reader._filled == sockets._BUFFER_BYTES)
         while part := await reader.read(100_003):
             largest = max(largest, len(part))
             found.extend(part)
@@ -160,8 +161,11 @@ async def test_what_comes_is_read_in_its_order_and_no_more_than_fits_is_taken() 
 async def test_what_came_before_a_reset_is_read_first() -> None:
     found: list[bytes | BaseException] = []
     go_on, is_over = asyncio.Event(), asyncio.Event()
+    inputs: list[sockets._Input] = []
 
     async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
+        assert isinstance(reader, sockets._Input)
+        inputs.append(reader)
         await go_on.wait()
         try:
             while part := await reader.read(10):
@@ -174,12 +178,12 @@ async def test_what_came_before_a_reset_is_read_first() -> None:
     async with running(listener):
         _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
         writer.write(b"0123456789abc")
-        await writer.drain()
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        await asyncio.sleep(0.1)  # so that it is taken before the reset, which would wipe it out in the kernel
+        # A reset would wipe out what the kernel still has.
+        await until(lambda: inputs and inputs[0]._filled == 13)
         writer.transport.abort()
-        await asyncio.sleep(0.1)
+        await until(lambda: inputs[0]._is_over)
         go_on.set()
         await asyncio.wait_for(is_over.wait(), 30)
     assert found[:2] == [b"0123456789", b"abc"]
