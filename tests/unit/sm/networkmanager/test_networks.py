@@ -178,7 +178,6 @@ def test_networks_of_others_on_other_nodes_are_reached_by_what_is_allowed_only()
     ]
 
 
-
 def test_ports_of_the_node() -> None:
     """Open to instances unless the node says which are (D36)."""
     assert not any("input" in str(command) for command in ruleset([NETWORK], [instance_rules(INSTANCE)]))
