@@ -78,7 +78,7 @@ field: setup $(TOOLS)/.done
 
 # The same in two parts: the demo and beds of systemd-nspawn, and
 system: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system -q -m "not vm and not field"
+	AOSCORE_POWER_CUTS=$${AOSCORE_POWER_CUTS:-12} $(BIN)/pytest tests/system -q -m "not vm and not field"
 
 # units of QEMU guests.
 vm: setup $(TOOLS)/.done

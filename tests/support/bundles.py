@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from textwrap import dedent, indent
 
-APPLETS = ("sh", "httpd", "echo", "cat", "sleep", "date", "ls", "wget", "id", "ip", "nslookup", "seq", "dd")
+APPLETS = ("sh", "httpd", "echo", "cat", "sleep", "date", "ls", "wget", "id", "ip", "nslookup", "seq", "dd", "nc")
 
 
 def make_rootfs(rootfs: Path, start: str) -> None:

@@ -98,13 +98,16 @@ def ruleset(
         for direction in ("saddr", "daddr"):
             jumps = [[instance.ip, {"jump": {"target": instance.chain}}] for instance in instances]
             commands.append(TABLE.rule("forward", [{"vmap": {"key": ip(direction), "data": {"set": jumps}}}]))
-        sources = match(ip("saddr"), {"set": [instance.ip for instance in instances]})
-        if networks:
-            # Who is in another network on another node has no chain here: the way there is over that network's bridge,
-            # and the sender's chain has accepted what it may.
-            bridges = {"set": sorted(network.bridge for network in networks)}
-            commands.append(TABLE.rule("forward", [sources, match({"meta": {"key": "oifname"}}, bridges), _DROP]))
-        commands.append(TABLE.rule("forward", [sources, _ACCEPT]))
+        # Who is in another network on another node has no chain here: the way there is over that network's bridge, and
+        # the sender's chain has accepted what it may.
+        for network in networks:
+            others = sorted({other.bridge for other in networks} - {network.bridge})
+            if others:
+                subnet = match(ip("saddr"), prefix(str(parse_subnet(network.subnet))))
+                enters = match({"meta": {"key": "oifname"}}, {"set": others})
+                commands.append(TABLE.rule("forward", [subnet, enters, _DROP]))
+        sources = {"set": [instance.ip for instance in instances]}
+        commands.append(TABLE.rule("forward", [match(ip("saddr"), sources), _ACCEPT]))
     return commands
 
 

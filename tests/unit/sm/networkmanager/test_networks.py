@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,10 +162,20 @@ def test_rules_of_one_instance() -> None:
         'state ["established", "related"] accept',
         "saddr vmap ['172.17.0.2']",
         "daddr vmap ['172.17.0.2']",
-        'ip saddr == ["172.17.0.2"] oifname == ["br-00000001"] drop',
         'ip saddr == ["172.17.0.2"] accept',
     ]
     assert rules_of(commands, "postrouting") == ["ip saddr == 172.17.0.0/16 oifname != br-00000001 masquerade"]
+
+
+def test_networks_of_others_on_other_nodes_are_reached_by_what_is_allowed_only() -> None:
+    """Who is there has no chain on this node; what goes on within a network, or outside, is left alone."""
+    other = msgspec.structs.replace(NETWORK, network_id="other", subnet="172.18.0.0/16", bridge="br-00000002")
+    rules = rules_of(ruleset([NETWORK, other], [instance_rules(INSTANCE)]), "forward")
+    assert rules[-3:] == [
+        'ip saddr == 172.17.0.0/16 oifname == ["br-00000002"] drop',
+        'ip saddr == 172.18.0.0/16 oifname == ["br-00000001"] drop',
+        'ip saddr == ["172.17.0.2"] accept',
+    ]
 
 
 def test_ports_of_the_node() -> None:
