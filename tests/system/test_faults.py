@@ -162,7 +162,7 @@ def test_control_group_of_a_container_is_left(unit: NspawnUnit) -> None:
     group = "/sys/fs/cgroup" + node.run("cat", f"/proc/{pid}/cgroup").strip().removeprefix("0::")
     unit.call("unassign", item=SERVICES["secondary"], target=unit.system_id)
     unit.wait(lambda: unit.container_pids("secondary") == {}, 60, "the service to be gone")
-    node.run("sh", "-c", f"mkdir {group} && echo 1 > {group}/cgroup.kill")
+    node.run("sh", "-c", f"mkdir -p {group} && echo 1 > {group}/cgroup.kill")
     unit.call("assign", item=SERVICES["secondary"], target=unit.system_id)
     wait_active(unit)
 

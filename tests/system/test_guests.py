@@ -1,4 +1,7 @@
-"""What only a kernel of its own can show: limits, quotas and the journal of a Unit of QEMU guests (bed D)."""
+"""What only a kernel of its own can show, in a Unit of two QEMU guests (bed D).
+
+Limits, quotas, the journal; between the two nodes storages and states over NFS, networks of instances, the load.
+"""
 
 import time
 from collections.abc import Iterator
@@ -6,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from aoscore.ctl.target import Node
 from qemu.bed import MAIN_IP
 from qemu.images import DOMAIN
 from qemu.unit import QemuUnit
 from tests.support.bundles import make_item
+from tests.support.wholeunit import label_nodes, node_ids, places, provision_both
 from tests.system.conftest import running, saved_qemu_unit
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
@@ -34,26 +37,31 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
     """A provisioned Unit whose services want more than they may have."""
     unit = saved_qemu_unit(tmp_path_factory.mktemp("unit"))
     with running(unit):
-        unit.provision()
-        reserve_nothing(unit)
+        provision_both(unit)
+        # An emulated node may be too busy at any moment to promise half of a limit, which is the usual share.
+        label_nodes(unit)
         for name, (start, limit) in HUNGRY.items():
-            user = unit.cloud.user("sp")
-            quotas = f"quotas:\n  {limit}\n"
-            folder = unit.directory / "items" / name
-            make_item(folder, user=user, domain=DOMAIN, codename=name, start=start, configuration=quotas)
-            unit.upload(folder)
+            upload(unit, name, start, f"quotas:\n  {limit}\n", node="main")
         for name in HUNGRY:
             unit.call("assign", item=name, target=unit.system_id)
         unit.wait(lambda: unit.instance_states() == ["active"] * len(HUNGRY), 120, "all services to be active")
         yield unit
 
 
-def reserve_nothing(unit: QemuUnit) -> None:
-    """An emulated node may be too busy at any moment to promise half of a limit, which is the usual share."""
-    node = {"nodeGroupSubject": {"codename": Node().node_type}, "resourceRatios": {"cpu": 0, "ram": 0}}
-    unit.ask("unit_config", config={"formatVersion": "7", "version": "1.0.0", "nodes": [node]})
-    wanted = {"version": "1.0.0", "state": "installed"}
-    unit.wait(lambda: wanted in unit.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed")
+def upload(
+    unit: QemuUnit, name: str, start: str, configuration: str = "", *, node: str = "", provider: str = "sp"
+) -> None:
+    """Give the cloud a service of a provider, for a node or for any."""
+    make_item(
+        unit.directory / "items" / name,
+        user=unit.cloud.user("sp", provider),
+        domain=DOMAIN,
+        codename=name,
+        start=start,
+        configuration=configuration,
+        labels=(node,) if node else (),
+    )
+    unit.cloud.command("upload", unit.directory / "items" / name, "--user", unit.cloud.user("sp", provider))
 
 
 class Group:
@@ -178,3 +186,88 @@ def test_a_resumed_guest_knows_the_time(unit: QemuUnit) -> None:
     for guest in unit.nodes.values():
         began = time.time()
         assert began - 1 <= float(guest.run("date", "+%s.%N")) <= time.time() + 1
+
+
+def test_storages_and_states_of_both_nodes_are_the_main_nodes(unit: QemuUnit) -> None:
+    """Over NFS: what a service of the Secondary Node stores is there, no more than it may, and the cloud has its state.
+
+    25 MiB do not fit into its quota, which the Main Node's file system keeps for both together.
+    """
+    start = "echo kept > /state.dat; dd if=/dev/zero of=/storage/stored bs=64k count=400; exec sleep 5002"
+    quotas = "quotas:\n  storageLimit: 2MiB\n  stateLimit: 64KiB\nstate:\n  filename: state.dat\n"
+    upload(unit, "keeper", start, quotas, node="secondary")
+    assert "nfs4" in unit.secondary.run("findmnt", "-no", "FSTYPE", "/var/aos/storages")
+    unit.call("assign", item="keeper", target=unit.system_id)
+    unit.wait(lambda: places(unit, "keeper") == ["secondary"], 120, "the service to be active")
+    unit.wait(lambda: "kept" in str(unit.ask("messages", message_type="newState")), 120, "its state at the cloud")
+    said = ("journalctl", "-o", "cat", "--no-pager", "-g", "/storage/stored.*quota exceeded")
+    unit.wait(lambda: unit.secondary.run(*said), 120, "the service to have stored what it may")
+    # Blocks, since what did not fit may have left a hole.
+    [blocks] = unit.main.shell("find /var/aos/storages -name stored -exec stat -c %b {} +").split()
+    print(f"written: {blocks} blocks")
+    assert MIB < int(blocks) * 512 <= 2 * MIB + 64 * 1024
+    unit.call("unassign", item="keeper", target=unit.system_id)
+
+
+def test_networks_of_providers_between_the_nodes(unit: QemuUnit) -> None:
+    """Instances of one provider reach each other; those of another what they ask for and the other exposes."""
+    upload(unit, "server", "httpd -p 9090 -h /www; exec httpd -f -p 8080 -h /www", node="main")
+    unit.call("assign", item="server", target=unit.system_id)
+    unit.wait(lambda: "hello" in unit.page("server"), 120, "the service to answer on its node")
+    answer = unit.main.run("busybox", "nslookup", "server", MAIN_IP)
+    address = [line.split()[-1] for line in answer.splitlines() if line.startswith("Address")][-1]
+    for name, provider, more in (
+        ("neighbour", "sp", ""),
+        ("guest", "other", "allowedConnections:\n  - server/8080/tcp\n"),
+        ("stranger", "other", ""),
+    ):
+        asks = f"echo | nc -w 5 {address} $p > /dev/null 2>&1 && echo {name} reaches $p || echo {name} misses $p"
+        start = f"while :; do for p in 8080 9090; do {asks}; done; sleep 3; done"
+        upload(unit, name, start, more, node="secondary", provider=provider)
+        unit.call("assign", item=name, target=unit.system_id)
+    wanted = {"neighbour": {"8080", "9090"}, "guest": {"8080"}, "stranger": set[str]()}
+
+    def heard(name: str) -> list[str]:
+        said = unit.secondary.run("journalctl", "-o", "cat", "--no-pager").splitlines()
+        return [line for line in said if line.startswith((f"{name} reaches ", f"{name} misses "))]
+
+    for name, ports in wanted.items():
+        unit.wait(
+            lambda name=name, ports=ports: ports <= {line.split()[-1] for line in heard(name) if "reaches" in line},
+            120,
+            f"{name} to reach {ports}",
+        )
+    # And twice more what they may not.
+    counts = {name: len(heard(name)) for name in wanted}
+    unit.wait(lambda: all(len(heard(name)) >= counts[name] + 4 for name in wanted), 120, "them to try again")
+    for name, ports in wanted.items():
+        assert {line.split()[-1] for line in heard(name) if "reaches" in line} == ports, (name, heard(name))
+        unit.call("unassign", item=name, target=unit.system_id)
+    unit.call("unassign", item="server", target=unit.system_id)
+
+
+def samples(unit: QemuUnit, node: str) -> int:
+    """How many monitoring samples of a node the cloud has."""
+    source = f"node {node_ids(unit)[node]}"
+    return sum(one["source"] == source for one in unit.ask("monitoring", limit=100_000))
+
+
+def test_services_are_placed_by_what_is_left_of_the_nodes(unit: QemuUnit) -> None:
+    """Two that do not fit on one node come to both; one goes where the memory is not taken by somebody else."""
+    label_nodes(unit, "1.1.0", ram_percent=100)
+    upload(unit, "large", "exec sleep 5003", "quotas:\n  ramLimit: 500MiB\n")
+    unit.call("assign", item="large", target=unit.system_id, instances=2)
+    unit.wait(lambda: places(unit, "large") == ["main", "secondary"], 120, "an instance on each node")
+    unit.call("unassign", item="large", target=unit.system_id)
+    for loaded, free in (("main", "secondary"), ("secondary", "main")):
+        unit.wait(lambda: places(unit, "large") == [], 60, "the instances to be gone")
+        guest = unit.nodes[loaded]
+        taken = "import time; taken = b'x' * (350 << 20); time.sleep(9999)"
+        guest.run("systemd-run", "--unit=taker", "--collect", "python3", "-c", taken)
+        began = samples(unit, loaded)
+        unit.wait(lambda n=loaded, began=began: samples(unit, n) >= began + 3, 60, "the node's load to be known")
+        unit.call("assign", item="large", target=unit.system_id, instances=1)
+        unit.wait(lambda free=free: places(unit, "large") == [free], 120, f"the instance on {free}")
+        guest.run("systemctl", "stop", "taker")
+        unit.call("unassign", item="large", target=unit.system_id)
+    label_nodes(unit, "1.2.0")
