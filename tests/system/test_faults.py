@@ -159,7 +159,8 @@ def test_control_group_of_a_container_is_left(unit: NspawnUnit) -> None:
     """By a crun that was killed after it had ended the container and before it had removed the rest."""
     node = unit.nodes["secondary"]
     [pid] = unit.container_pids("secondary").values()
-    group = "/sys/fs/cgroup" + node.run("cat", f"/proc/{pid}/cgroup").strip().removeprefix("0::")
+    [path] = [line[3:] for line in node.run("cat", f"/proc/{pid}/cgroup").splitlines() if line.startswith("0::")]
+    group = f"/sys/fs/cgroup{path}"
     unit.call("unassign", item=SERVICES["secondary"], target=unit.system_id)
     unit.wait(lambda: unit.container_pids("secondary") == {}, 60, "the service to be gone")
     node.run("sh", "-c", f"mkdir -p {group} && echo 1 > {group}/cgroup.kill")
