@@ -5,6 +5,7 @@ cloud 10.0.0.1 ── bridge ─┬─ host0 main 10.0.0.100
 """
 
 import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
@@ -46,6 +47,8 @@ def _make_file_system(image: Path, size_mib: int, content: Path) -> None:
     run(["mke2fs", "-q", "-t", "ext4", "-d", content, image, f"{size_mib}M"], 120)
 
 
+_NUMBERS = itertools.count(1)
+"""Of the Units of this process: some may be there at the same time."""
 DOMAINS = {"main": 1, "secondary": 2}
 """Of the played Xen."""
 _XEN_DIR = "/xen"
@@ -115,13 +118,14 @@ class NspawnUnit(Bed):
         self._with_disks = with_disks
         self._with_updates = with_updates
         self._cuts = 0
+        self._suffix = f"{os.getpid()}-{next(_NUMBERS)}"
         # Control groups are the host's.
-        self.cgroups = {name: f"aos-test-{name}{os.getpid()}" for name in (*names, *later)}
+        self.cgroups = {name: f"aos-test-{name}{self._suffix}" for name in (*names, *later)}
         self.nodes = {name: self._node(name) for name in names}
         self._added: list[subprocess.Popen[bytes]] = []
 
     def _node(self, name: str) -> NspawnNode:
-        return NspawnNode(name, f"{name}{os.getpid()}", self.machine)
+        return NspawnNode(name, f"{name}{self._suffix}", self.machine)
 
     def start(self) -> None:
         """Boot; returns when the cloud answers and systemd runs in all nodes."""
