@@ -24,6 +24,7 @@ from aoscore.common.errors import (
     FailedError,
     InvalidArgumentError,
     NotFoundError,
+    WrongStateError,
     to_error_info,
 )
 from aoscore.common.files import fsync_dir, write_atomic
@@ -121,18 +122,16 @@ class ComponentRuntime(abc.ABC):
         self._pending: Component | None = None
         self._rejected: Rejected | None = None
         self._fault = ""
+        self._is_tried = False
+        """The node runs a version that is neither confirmed nor gone, wanted or withdrawn."""
 
     @abc.abstractmethod
     async def _recover(self) -> None:
-        """Find out what the last boot meant, set `_current` and `_pending`, go on from there."""
+        """Find out what the last boot meant, set `_current`, `_pending` and `_is_tried`, go on from there."""
 
     @abc.abstractmethod
     async def _install(self, component: Component, payload: Payload) -> None:
-        """Make the component the pending one. Raises AosError or OSError, with nothing left of it.
-
-        While one that was withdrawn is still on trial there is nothing else to do: the launcher asks for it again after
-        the boot that ends the trial.
-        """
+        """Make the component the pending one. Raises AosError or OSError, with nothing left of it."""
 
     @abc.abstractmethod
     async def _withdraw(self) -> None:
@@ -205,7 +204,10 @@ class ComponentRuntime(abc.ABC):
             component = component_of(info)
             self._publish(component, InstanceState.ACTIVATING)
             try:
-                await self._install(component, image.payloads[0])
+                if self._is_tried:
+                    self._await_end_of_trial(component)
+                else:
+                    await self._install(component, image.payloads[0])
             except (AosError, OSError) as error:
                 self._publish(component, InstanceState.FAILED, str(error))
                 raise
@@ -221,6 +223,13 @@ class ComponentRuntime(abc.ABC):
                 self._publish(pending, InstanceState.INACTIVE)
             elif self._current is not None and self._current.ident == ident:
                 self._publish(self._current, InstanceState.INACTIVE)
+
+    def _await_end_of_trial(self, component: Component) -> None:
+        """Nothing can be installed before the boot that ends the trial; after it the launcher asks again."""
+        if self._pending is not None:
+            raise WrongStateError("another version is on trial, its end comes with the next boot")
+        self._pending = component
+        self.reboot_due.set()
 
     # For the runtimes
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from aoscore.common.aio import log_and_continue
-from aoscore.common.errors import AosError, InvalidArgumentError, WrongStateError
+from aoscore.common.errors import AosError, InvalidArgumentError
 from aoscore.common.log import kv
 from aoscore.common.types import InstanceState, NodeInfo
 from aoscore.sm.imagemanager.model import Payload
@@ -134,8 +134,6 @@ class BootRuntime(ComponentRuntime):
         self._runs_from = 0
         self._check: asyncio.Task[None] | None = None
         self._record: BootComponent | None = None
-        # Set while the node runs a version that is neither confirmed nor gone.
-        self._is_tried = False
 
     # At the start of SM
 
@@ -305,12 +303,6 @@ class BootRuntime(ComponentRuntime):
     # Updates
 
     async def _install(self, component: Component, payload: Payload) -> None:
-        if self._is_tried:
-            if self._pending is not None:
-                raise WrongStateError("another boot partition is on trial")
-            self._pending = component
-            self.reboot_due.set()
-            return
         if _FULL not in payload.media_type:
             raise InvalidArgumentError(f"media type {payload.media_type!r} is no full component image")
         if self._record is not None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from aoscore.common.aio import log_and_continue
-from aoscore.common.errors import InvalidArgumentError, WrongStateError
+from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.log import kv
 from aoscore.common.types import NodeInfo
 from aoscore.sm.imagemanager.model import Payload
@@ -52,13 +52,12 @@ class RootfsRuntime(ComponentRuntime):
         self._boot_id = boot_id or read_boot_id()
         self._sleep = sleep
         self._check: asyncio.Task[None] | None = None
-        # The node has booted the image: only the initramfs can take it back.
-        self._is_tried = False
 
     # At the start of SM
 
     async def _recover(self) -> None:
         found = await self._worker.run(self._load)
+        # The node has booted the image: only the initramfs can take it back.
         self._is_tried = found.updated or found.do_apply
         decision = decide(found)
         if decision.action is not Action.CLEAN:
@@ -128,12 +127,6 @@ class RootfsRuntime(ComponentRuntime):
     # Updates
 
     async def _install(self, component: Component, payload: Payload) -> None:
-        if self._is_tried:
-            if self._pending is not None:
-                raise WrongStateError("another root file system is on trial, its end comes with the next boot")
-            self._pending = component
-            self.reboot_due.set()
-            return
         self.reboot_due.clear()
         try:
             await self._clean()
