@@ -36,6 +36,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _HANDSHAKE_LIMIT_S = 10.0
+# gRPC learns of a connection when the peer has spoken on it, and this is how long gRPC itself would wait for that:
+# version 1.78 crashes when its server is stopped while a connection has not sent its HTTP/2 settings.
+_FIRST_WORD_LIMIT_S = 120.0
 # One works, the others wait for it; more connections wait without a thread.
 _MAX_THREADS = 4
 _BACKLOG = 128
@@ -309,6 +312,12 @@ class TlsFront:
             _log.debug("TLS handshake failed: port=%d, peer=%s, error=%s", self.port, address, error)
             return
         with log_and_continue(_log, "Can't hand on a connection"), contextlib.closing(tls):
+            try:
+                async with asyncio.timeout(_FIRST_WORD_LIMIT_S):
+                    await _ready(tls)
+            except TimeoutError:
+                _log.debug("A connection says nothing: port=%d, peer=%s", self.port, address)
+                return
             with self._inner_connection(RelayedPeer(address, tls.getpeercert(binary_form=True))) as inner:
                 await asyncio.get_running_loop().sock_connect(inner, str(self._inner))
                 await _bridge(tls, inner)

@@ -293,6 +293,15 @@ async def test_nobody_else_uses_our_connection(ca: TestCa, tmp_path: Path, caplo
         await back.close()
 
 
+async def test_a_connection_that_says_nothing_ends(ca: TestCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "_FIRST_WORD_LIMIT_S", 0.05)
+    identity = relayed(ca.identity(tmp_path, "server"))
+    async with running(one := make_server(lambda: identity)):
+        async with relay.tls_pipe("127.0.0.1", one.port, identity.ssl_client_context(check_hostname=False)) as silent:
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(silent, 1), 5) == b""
+        assert not relay._peers
+
+
 async def test_nothing_is_left_behind(ca: TestCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
