@@ -112,6 +112,10 @@ async def comes_within(event: asyncio.Event, timeout_s: float | None) -> bool:
     return True
 
 
+# Spreads load, guards nothing. One for all: making one costs as much as a thousand numbers.
+_rng = random.Random()  # noqa: S311
+
+
 class Backoff:
     """Growing pauses between attempts. Pure: give `rng` for repeatable tests."""
 
@@ -128,7 +132,7 @@ class Backoff:
         self._limit_s = limit_s
         self._factor = factor
         self._jitter = jitter
-        self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._rng = rng or _rng
         self._pause_s = first_s
 
     def next(self) -> float:

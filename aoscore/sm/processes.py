@@ -24,6 +24,7 @@ class ProcessWatch:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._fd = -1
+        self._end: asyncio.Event | None = None
 
     def __enter__(self) -> Self:
         with contextlib.suppress(ProcessLookupError):
@@ -33,6 +34,8 @@ class ProcessWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._end is not None:
+            asyncio.get_running_loop().remove_reader(self._fd)
         if self._fd >= 0:
             os.close(self._fd)
 
@@ -40,13 +43,16 @@ class ProcessWatch:
         """Wait for the end, at most `timeout_s`; whether it has ended."""
         if self._fd < 0:
             return True
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(self._fd, readable.set)
-        try:
-            return await comes_within(readable, timeout_s)
-        finally:
-            loop.remove_reader(self._fd)
+        if self._end is None:
+            self._end = asyncio.Event()
+            asyncio.get_running_loop().add_reader(self._fd, self._on_end)
+        return await comes_within(self._end, timeout_s)
+
+    def _on_end(self) -> None:
+        assert self._end is not None  # noqa: S101 - it is there before anybody calls us
+        self._end.set()
+        # The descriptor stays readable, and would wake the loop without end.
+        asyncio.get_running_loop().remove_reader(self._fd)
 
     def signal(self, number: int) -> None:
         """Send a signal; nothing happens when it has ended."""

@@ -49,7 +49,7 @@ class Notes:
 
     def __init__(self, path: Path, since: float) -> None:
         self.spans: Spans = {}
-        for line in path.read_text().splitlines():
+        for line in path.read_text().rstrip("\0").splitlines():
             name, begin, end = line.split("\t")
             if float(begin) >= since:
                 self.spans.setdefault(name, []).append((float(begin), float(end)))

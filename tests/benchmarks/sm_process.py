@@ -6,12 +6,14 @@ monitoring is done at once, and noted with the CPU time that it took of this pro
 
 import asyncio
 import functools
-import os
+import mmap
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from aoscore.common.aio import Worker
@@ -26,6 +28,8 @@ from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
 from aoscore.sm.monitoring.monitor import Monitoring
 from aoscore.sm.networkmanager.manager import NetworkManager
 
+_NOTES_BYTES = 4 * 1024 * 1024
+
 STEPS: tuple[tuple[str, type, str], ...] = (
     ("download", Downloader, "download"),
     ("unpack", ImageStore, "unpack"),
@@ -39,11 +43,26 @@ STEPS: tuple[tuple[str, type, str], ...] = (
 )
 
 
-def note_steps(fd: int) -> None:
-    """Note every call of the steps."""
+class NoteBook:
+    """A file that is mapped: notes are there for its readers at once, and cost what is measured no system call."""
 
-    def note(name: str, begin: float) -> None:
-        os.write(fd, f"{name}\t{begin}\t{time.monotonic()}\n".encode())
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._size = 0
+        with path.open("x+b") as file:
+            file.truncate(_NOTES_BYTES)
+            self._map = mmap.mmap(file.fileno(), _NOTES_BYTES)
+
+    def add(self, name: str, begin: float) -> None:
+        """A step that ends now. Raises ValueError when the book is full."""
+        line = f"{name}\t{begin}\t{time.monotonic()}\n".encode()
+        with self._lock:
+            self._map[self._size : self._size + len(line)] = line
+            self._size += len(line)
+
+
+def note_steps(note: Callable[[str, float], None]) -> None:
+    """Note every call of the steps."""
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if asyncio.iscoroutinefunction(original):
@@ -72,7 +91,7 @@ def note_steps(fd: int) -> None:
         setattr(owner, method, noted(name, getattr(owner, method)))
 
 
-def round_on_signal(fd: int) -> None:
+def round_on_signal(note: Callable[[str, float], None]) -> None:
     """See the module text."""
     run: Callable[..., Awaitable[None]] = Monitoring.run
     worker = Worker("round")
@@ -81,8 +100,8 @@ def round_on_signal(fd: int) -> None:
     async def measured(self: Monitoring) -> None:
         begin, own, of_children = time.monotonic(), time.process_time(), children_s()
         await self._round(worker)
-        end, own, of_children = time.monotonic(), time.process_time() - own, children_s() - of_children
-        os.write(fd, f"round {own:.6f} {of_children:.6f}\t{begin}\t{end}\n".encode())
+        own, of_children = time.process_time() - own, children_s() - of_children
+        note(f"round {own:.6f} {of_children:.6f}", begin)
 
     async def listen(self: Monitoring, started: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -99,7 +118,7 @@ def children_s() -> float:
 
 
 if __name__ == "__main__":
-    notes = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    note_steps(notes)
-    round_on_signal(notes)
+    book = NoteBook(Path(sys.argv[1]))
+    note_steps(book.add)
+    round_on_signal(book.add)
     raise SystemExit(run_daemon(PROGRAM, sys.argv[2:]))

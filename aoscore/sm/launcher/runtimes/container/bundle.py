@@ -27,6 +27,7 @@ from aoscore.sm.launcher.runtimes.container.spec import SECRET
 
 _log = logging.getLogger(__name__)
 
+# Both tell of a container, which a power cut ends: they need not be on the disk before the next step.
 _RECORD = "instance.json"
 _SPEC = "config.json"
 _UNMOUNT_ATTEMPTS = 3
@@ -79,7 +80,7 @@ class Bundle:
 
     def write_record(self, record: BundleRecord) -> None:
         """Persist what adoption needs."""
-        write_atomic(self.path / _RECORD, to_json(record))
+        write_atomic(self.path / _RECORD, to_json(record), durable=False)
 
     def read_record(self) -> BundleRecord | None:
         """None when there is none, as for a container of AosCore 9.1. Raises InvalidArgumentError for a damaged one."""
@@ -91,7 +92,7 @@ class Bundle:
 
     def write_spec(self, spec: dict[str, Any]) -> None:
         """config.json; it may hold the instance's secret."""
-        write_atomic(self.path / _SPEC, to_json(spec))
+        write_atomic(self.path / _SPEC, to_json(spec), durable=False)
 
     def secret(self) -> str:
         """The secret in the spec; empty when it has none. Raises OSError, InvalidArgumentError."""
