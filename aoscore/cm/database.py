@@ -99,8 +99,8 @@ OWN_TABLES: Final = (
     *UPDATE_GATE_TABLES,
     # Alerts that wait for a connection to the cloud.
     "CREATE TABLE IF NOT EXISTS aoscore_alerts (alert TEXT)",
-    # Monitoring data that waited for a connection when CM ended.
-    "CREATE TABLE IF NOT EXISTS aoscore_monitoring (message TEXT)",
+    # Monitoring data that wait for a connection; what is a node's names no instance.
+    f"CREATE TABLE IF NOT EXISTS aoscore_monitoring_rings ({_IDENT}, nodeID TEXT, entries TEXT, dropped INTEGER)",
     # What certificates say, so that they need not be read again.
     """CREATE TABLE IF NOT EXISTS aoscore_certificate_notes (
         sha256 BLOB, topic TEXT, note TEXT, PRIMARY KEY (sha256, topic, note))""",

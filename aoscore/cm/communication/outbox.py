@@ -12,7 +12,7 @@ from typing import NamedTuple
 import apsw
 
 from aoscore.cm.communication.messages import Message, message_type
-from aoscore.cm.communication.session import LASTING
+from aoscore.cm.communication.session import KEPT_AT_TIMES, LASTING
 from aoscore.common.db import Database
 
 Change = Callable[[apsw.Connection], None]
@@ -34,7 +34,7 @@ class Outbox:
 
     async def load(self) -> list[StoredMessage]:
         """All of them in the order in which they were put. Rows of types that are not kept any more are deleted."""
-        kinds = {message_type(kind): kind for kind in LASTING}
+        kinds = {message_type(kind): kind for kind in LASTING | KEPT_AT_TIMES}
         rows = await self._database.select("SELECT type, txn, frame FROM aoscore_outbox ORDER BY rowid")
         unknown = [txn for name, txn, _ in rows if name not in kinds]
         if unknown:
