@@ -51,7 +51,8 @@ NETWORK_MANAGER_TABLES: Final = (
         requesterItemID TEXT, requesterSubjectID TEXT, requesterInstance INTEGER, requesterType TEXT,
         requesterPreinstalled INTEGER, nodeID TEXT, networkID TEXT, requesterIP TEXT, requesterSubnet TEXT,
         targetItemID TEXT, port TEXT, protocol TEXT)""",
-    # AosCore 9.1 may leave doubles. An index against them could make one of its inserts fail.
+    # AosCore 9.1 leaves doubles. An index against them would make an insert of it fail, and with it the start of an
+    # instance that allows a connection twice.
     """DELETE FROM pending_connections WHERE rowid NOT IN (SELECT min(rowid) FROM pending_connections GROUP BY
         requesterItemID, requesterSubjectID, requesterInstance, requesterType, requesterPreinstalled, nodeID, networkID,
         requesterIP, requesterSubnet, targetItemID, port, protocol)""",
