@@ -77,6 +77,16 @@ class BlobServer:
         return f"{self._base}{_PREFIX}{digest.removeprefix('sha256:')}"
 
     async def _addresses(self) -> Collection[str]:
+        try:
+            ipaddress.ip_address(self._host)
+        except ValueError:
+            await self._look_up()
+        else:
+            self._resolved = [self._host]
+        return listen_addresses(self._host, self._resolved, self._listen_at)
+
+    async def _look_up(self) -> None:
+        """What cannot be asked any more has not changed."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
@@ -89,7 +99,6 @@ class BlobServer:
         else:
             self._failure = ""
             self._resolved = [str(address[0]).partition("%")[0] for *_, address in found]
-        return listen_addresses(self._host, self._resolved, self._listen_at)
 
     def _resolve(self, target: str) -> Path | None:
         if not target.startswith(_PREFIX):

@@ -109,7 +109,9 @@ class FileServer:
                     if is_first and isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
                         raise
                     if self._failed.get(host) != str(error):
-                        _log.warning(kv("Waiting for the address of the file server", address=host, error=error))
+                        # Without IPv6 there are no such addresses, and there is nothing to wait for.
+                        level = logging.DEBUG if host in ("::", "::1") else logging.WARNING
+                        _log.log(level, kv("Waiting for the address of the file server", address=host, error=error))
                     self._failed[host] = str(error)
             if is_first:
                 started()
