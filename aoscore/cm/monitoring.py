@@ -18,7 +18,7 @@ from aoscore.cm.nodeinfo import UnitNodeInfo
 from aoscore.cm.rows import ident_of, ident_values
 from aoscore.common.aio import Broadcast, log_and_continue
 from aoscore.common.db import Database
-from aoscore.common.errors import AosError, InvalidArgumentError
+from aoscore.common.errors import InvalidArgumentError
 from aoscore.common.log import kv
 from aoscore.common.types import InstanceIdent, InstanceState, MonitoringData, NodeMonitoring, NodeState
 
@@ -303,7 +303,8 @@ class Monitoring:
         self._cache.is_changed = False
         try:
             size_bytes = await self._store.save(self._cache.rings())
-        except AosError:
+        except BaseException:
+            # Also when it was cut short by the stop, which writes once more.
             self._cache.is_changed = True
             raise
         self._is_stored = True

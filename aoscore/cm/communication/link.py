@@ -216,9 +216,14 @@ class CloudLink:
         Raises FailedError, NoSpaceError.
         """
         if self._outbox is not None:
-            for txn, frame in self._session.make_lasting(kind):
-                # Should the ack come before this is done: its row is removed behind it.
-                await self._outbox.put(StoredMessage(kind, txn, frame))
+            for txn, frame in self._session.passing(kind):
+                # Before it is done: should the ack come meanwhile, its row is removed behind it.
+                self._session.set_lasting(txn, True)
+                try:
+                    await self._outbox.put(StoredMessage(kind, txn, frame))
+                except BaseException:
+                    self._session.set_lasting(txn, False)
+                    raise
 
     def _note_finished(self) -> None:
         if self._outbox is not None and (finished := self._session.take_finished()):

@@ -42,11 +42,14 @@ class Outbox:
         return [StoredMessage(kinds[name], txn, frame) for name, txn, frame in rows if name in kinds]
 
     async def put(self, message: StoredMessage, also: Change | None = None) -> None:
-        """Keeps a message, and makes another change of the same database with it: both or neither."""
+        """Keeps a message, and makes another change of the same database with it: both or neither.
+
+        One that is there already stays as it is: whoever was cut short does not know.
+        """
 
         def change(connection: apsw.Connection) -> None:
             connection.execute(
-                "INSERT INTO aoscore_outbox (txn, type, frame) VALUES (?, ?, ?)",
+                "INSERT OR IGNORE INTO aoscore_outbox (txn, type, frame) VALUES (?, ?, ?)",
                 (message.txn, message_type(message.kind), message.frame),
             )
             if also is not None:

@@ -146,14 +146,16 @@ class Session:
         self._queue.append(_Entry(kind, txn, frame, now, is_lasting=is_lasting or kind in LASTING))
         self._enforce_limit(kind)
 
-    def make_lasting(self, kind: type[Message]) -> list[tuple[str, bytes]]:
-        """From now on those of a type that wait must arrive; txn and frame of each that need not until now."""
-        changed = [
-            entry for entry in (*self._sent.values(), *self._queue) if entry.kind is kind and not entry.is_lasting
-        ]
-        for entry in changed:
-            entry.is_lasting = True
-        return [(entry.txn, entry.frame) for entry in changed]
+    def passing(self, kind: type[Message]) -> list[tuple[str, bytes]]:
+        """Txn and frame of those of a type that wait and need not arrive."""
+        entries = (*self._sent.values(), *self._queue)
+        return [(entry.txn, entry.frame) for entry in entries if entry.kind is kind and not entry.is_lasting]
+
+    def set_lasting(self, txn: str, is_lasting: bool) -> None:
+        """From now on a message must arrive, or need not; none when it is not waiting any more."""
+        for entry in (*self._sent.values(), *self._queue):
+            if entry.txn == txn:
+                entry.is_lasting = is_lasting
 
     def restore(self, entries: Iterable[tuple[type[Message], str, bytes]], *, now: float) -> None:
         """Queues what an earlier process left, in its order, before everything else: type, txn and frame of each."""

@@ -215,16 +215,17 @@ async def test_writes_are_few_without_a_connection(bench: Bench, monkeypatch: py
         await asyncio.sleep(0.1)
         assert saves == []
         monkeypatch.setattr(module, "KEEP_BYTES_PER_S", 1e9)
-        for second in range(4):
+        for second in range(5):
+            if second == 4:
+                await asyncio.sleep(0.1)
+                assert len(saves) == 4
+                monkeypatch.setattr(module, "KEEP_BYTES_PER_S", 1)
             monitoring.on_sample("n", sample(second))
-            await until(lambda second=second: len(saves) > second)  # type: ignore[misc]
+            while len(await bench.stored_seconds()) <= second:
+                pass
         assert all(after - before >= 0.05 for before, after in itertools.pairwise(saves))
-        await asyncio.sleep(0.1)
-        assert len(saves) == 4
-        monkeypatch.setattr(module, "KEEP_BYTES_PER_S", 1)
-        for second in (4, 5):
-            monitoring.on_sample("n", sample(second))
-            await asyncio.sleep(0.2)
+        monitoring.on_sample("n", sample(5))
+        await asyncio.sleep(0.2)
         assert len(saves) == 5  # the next one in ten minutes
     assert len(saves) == 6  # or at an orderly stop
     assert await bench.stored_seconds() == [0, 1, 2, 3, 4, 5]
@@ -290,6 +291,24 @@ async def test_stored_data_that_cannot_be_read_are_passed_over(bench: Bench) -> 
         await until(lambda: bench.link.sent)
     assert bench.sent_seconds() == [[1]]
     assert await bench.store.load() == []
+
+
+async def test_a_stop_in_the_middle_of_a_write_writes_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = MonitoringStore.save
+    begun = asyncio.Event()
+
+    async def hanging(self: MonitoringStore, rings: Sequence[Rings]) -> int:
+        begun.set()
+        monkeypatch.setattr(MonitoringStore, "save", original)
+        await asyncio.Event().wait()
+        return 0
+
+    monkeypatch.setattr(MonitoringStore, "save", hanging)
+    monitoring = bench.process()
+    async with running(monitoring):
+        monitoring.on_sample("n", sample(1))
+        await begun.wait()
+    assert await bench.stored_seconds() == [1]
 
 
 async def test_a_full_disk_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,8 +343,10 @@ def test_what_need_not_arrive_can_be_made_lasting() -> None:
     bench.session.disconnected(now=bench.now)
     bench.send(CSR)
     bench.send(MONITORING)
-    assert [txn for txn, _ in bench.session.make_lasting(MonitoringData)] == ["t2", "t4"]
-    assert bench.session.make_lasting(MonitoringData) == []
+    assert [txn for txn, _ in bench.session.passing(MonitoringData)] == ["t2", "t4"]
+    for txn in ("t1", "t2", "t4"):
+        bench.session.set_lasting(txn, True)
+    assert bench.session.passing(MonitoringData) == []
     bench.session.connected()
     assert bench.out() == ["monitoringData:t2", "issueUnitCertificates:t3", "monitoringData:t4"]
     bench.get({"messageType": "ack"}, txn="t2")
