@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Protocol
 
 import apsw
 import msgspec
@@ -13,7 +12,7 @@ from aoscore.cm.communication import messages
 from aoscore.cm.communication.envelope import from_json, to_json
 from aoscore.cm.communication.messages import CoreComponent, Identity, instance_members
 from aoscore.cm.communication.outbox import Change
-from aoscore.cm.monitoring import CloudLink
+from aoscore.cm.monitoring import Link
 from aoscore.common import types
 from aoscore.common.aio import log_and_continue
 from aoscore.common.db import Database
@@ -73,12 +72,6 @@ def _core_component(word: str) -> CoreComponent:
         return CoreComponent(word)
     except ValueError:
         raise InvalidArgumentError(f"{word!r} is no core component") from None
-
-
-class Link(CloudLink, Protocol):
-    """The cloud, where alerts go."""
-
-    async def send(self, message: messages.Message, *, also: Change | None = None) -> bool: ...
 
 
 class AlertCache:

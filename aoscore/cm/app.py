@@ -290,7 +290,12 @@ async def build(config: Config, options: argparse.Namespace, stack: contextlib.A
     )
     download_tls = DownloadTls(config.image_manager, iam, worker)
     images = await _images(config, database, link, nodes, alerts, worker, download_tls)
-    file_server = BlobServer(config.file_server_url, images.blob_path, is_node=lambda ip: controller.is_node(ip))
+    file_server = BlobServer(
+        config.file_server_url,
+        images.blob_path,
+        is_node=lambda ip: controller.is_node(ip),
+        listen_at=config.file_server_addresses,
+    )
     dns = DnsServer(
         DnsSettings(
             ip=config.dns_ip,

@@ -12,6 +12,7 @@ from aoscore.cm.networkmanager.pools import DEFAULT_POOLS, SubnetPool
 from aoscore.cm.updatemanager.schedule import Rule, check
 from aoscore.common.config import Duration, load_config
 from aoscore.common.errors import ConfigError, InvalidArgumentError
+from aoscore.common.rpc import plain_ip
 
 _NOT_GIVEN: Final = Path("\0")
 _MINUTE_S: Final = 60
@@ -144,6 +145,9 @@ class Config(_Section, frozen=True, kw_only=True):
     update_scheduler: UpdateSchedulerConfig = UpdateSchedulerConfig()
     migration: MigrationConfig = MigrationConfig()
     # Own keys.
+    file_server_addresses: tuple[str, ...] = ()
+    """IP addresses where nodes reach the file server, beside those that the name in fileServerUrl has on this machine.
+    0.0.0.0: all. Empty: all, if that name is a loopback address here."""
     dns_program: str = ""
     """dnsmasq for CM to run; empty: it is a service of the system, told by signal about new names."""
     network_pools: tuple[str, ...] = DEFAULT_POOLS
@@ -204,6 +208,11 @@ def load(path: Path) -> Config:
     ):
         if not text:
             raise ConfigError(f"{path}: {name} is empty")
+    for address in config.file_server_addresses:
+        try:
+            plain_ip(address)
+        except InvalidArgumentError as error:
+            raise ConfigError(f"{path}: fileServerAddresses: {error}") from None
     for kind, rule in (("fota", config.update_scheduler.fota), ("sota", config.update_scheduler.sota)):
         try:
             check(rule)

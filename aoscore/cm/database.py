@@ -51,7 +51,8 @@ NETWORK_MANAGER_TABLES: Final = (
         requesterItemID TEXT, requesterSubjectID TEXT, requesterInstance INTEGER, requesterType TEXT,
         requesterPreinstalled INTEGER, nodeID TEXT, networkID TEXT, requesterIP TEXT, requesterSubnet TEXT,
         targetItemID TEXT, port TEXT, protocol TEXT)""",
-    # AosCore 9.1 may leave doubles. An index against them could make one of its inserts fail.
+    # AosCore 9.1 leaves doubles. An index against them would make an insert of it fail, and with it the start of an
+    # instance that allows a connection twice.
     """DELETE FROM pending_connections WHERE rowid NOT IN (SELECT min(rowid) FROM pending_connections GROUP BY
         requesterItemID, requesterSubjectID, requesterInstance, requesterType, requesterPreinstalled, nodeID, networkID,
         requesterIP, requesterSubnet, targetItemID, port, protocol)""",
@@ -99,8 +100,8 @@ OWN_TABLES: Final = (
     *UPDATE_GATE_TABLES,
     # Alerts that wait for a connection to the cloud.
     "CREATE TABLE IF NOT EXISTS aoscore_alerts (alert TEXT)",
-    # Monitoring data that waited for a connection when CM ended.
-    "CREATE TABLE IF NOT EXISTS aoscore_monitoring (message TEXT)",
+    # Monitoring data that wait for a connection; what is a node's names no instance.
+    f"CREATE TABLE IF NOT EXISTS aoscore_monitoring_rings ({_IDENT}, nodeID TEXT, entries TEXT, dropped INTEGER)",
     # What certificates say, so that they need not be read again.
     """CREATE TABLE IF NOT EXISTS aoscore_certificate_notes (
         sha256 BLOB, topic TEXT, note TEXT, PRIMARY KEY (sha256, topic, note))""",

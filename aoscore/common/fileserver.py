@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
@@ -13,8 +14,9 @@ from typing import BinaryIO
 import h11
 
 from aoscore._speedups.chunker import send_file
-from aoscore.common.aio import Worker, log_and_continue
+from aoscore.common.aio import Backoff, Worker, log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError
+from aoscore.common.log import kv
 from aoscore.common.rpc import plain_ip, split_address
 
 _log = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ _SEND_TIMEOUT_S = 600.0
 _THREADS = 2
 _STEP_BYTES = 1024 * 1024
 """What one call sends: the threads serve all connections in turn."""
+_FIRST_LOOK_S = 1.0
+_LAST_LOOK_S = 30.0
+"""Pauses between looks at the addresses to listen at."""
 
 
 class FileServer:
@@ -33,6 +38,9 @@ class FileServer:
     `resolve(url_path)` gives the file for a path, or None or an AosError for "not found": it decides what is
     reachable, the server itself opens nothing else. `allow(ip)` can refuse peers on other machines. `port` is bound
     once started.
+
+    `find` gives the IP addresses to listen at in place of that in `address`. It is asked again and again: an address
+    that this machine does not have yet is said in the log and tried again, one that is not named any more is closed.
     """
 
     def __init__(
@@ -42,37 +50,73 @@ class FileServer:
         *,
         allow: Callable[[str], bool] = lambda _: True,
         max_connections: int = 64,
+        find: Callable[[], Awaitable[Collection[str]]] | None = None,
     ) -> None:
         self._host, self._wanted_port = split_address(address)
         self._resolve = resolve
         self._allow = allow
+        self._where = find
+        self._servers: dict[str, asyncio.Server] = {}
+        self._failed: dict[str, str] = {}
         self._slots = asyncio.Semaphore(max_connections)
         self._tasks: set[asyncio.Task[None]] = set()
         self._worker = Worker("files", _THREADS)
         self.port = 0
 
     async def run(self, started: Callable[[], None]) -> None:
-        """Serve until cancelled, once; open transfers are cut then, clients resume."""
-        async with self._worker:
-            await self._serve_all(started)
+        """Serve until cancelled, once; open transfers are cut then, clients resume.
 
-    async def _serve_all(self, started: Callable[[], None]) -> None:
+        Raises AlreadyExistsError when somebody else has the port, or when the one address there is can't be used.
+        """
+        async with self._worker:
+            try:
+                if self._where is None:
+                    await self._listen(self._host)
+                    started()
+                    await asyncio.get_running_loop().create_future()
+                else:
+                    await self._follow(self._where, started)
+            finally:
+                for server in self._servers.values():
+                    server.close()
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _listen(self, host: str) -> None:
+        port = self.port or self._wanted_port
         try:
-            server = await asyncio.start_server(self._accept, self._host, self._wanted_port)
+            server = await asyncio.start_server(self._accept, host, port)
         except OSError as error:
-            raise AlreadyExistsError(
-                f"file server can't listen on {self._host}:{self._wanted_port}: {error}"
-            ) from error
+            raise AlreadyExistsError(f"file server can't listen on {host}:{port}: {error}") from error
+        self._servers[host] = server
         self.port = server.sockets[0].getsockname()[1]
-        _log.info("File server listens: address=%s:%d", self._host, self.port)
-        started()
-        try:
-            async with server:
-                await asyncio.get_running_loop().create_future()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        _log.info("File server listens: address=%s:%d", host, self.port)
+
+    async def _follow(self, find: Callable[[], Awaitable[Collection[str]]], started: Callable[[], None]) -> None:
+        is_first = True
+        pauses = Backoff(_FIRST_LOOK_S, _LAST_LOOK_S)
+        while True:
+            wanted = await find()
+            for host in [one for one in self._servers if one not in wanted]:
+                self._servers.pop(host).close()
+                _log.info("File server listens no more: address=%s", host)
+            for host in sorted(set(wanted) - self._servers.keys()):
+                try:
+                    await self._listen(host)
+                    self._failed.pop(host, None)
+                except AlreadyExistsError as error:
+                    if is_first and isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+                        raise
+                    if self._failed.get(host) != str(error):
+                        # Without IPv6 there are no such addresses, and there is nothing to wait for.
+                        level = logging.DEBUG if host in ("::", "::1") else logging.WARNING
+                        _log.log(level, kv("Waiting for the address of the file server", address=host, error=error))
+                    self._failed[host] = str(error)
+            if is_first:
+                started()
+                is_first = False
+            await asyncio.sleep(pauses.next())
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -51,7 +51,7 @@ class TestSm:
         self.networks: Any = None
         self.blobs: Any = None
         self.ended = asyncio.Event()
-        self._outbox: asyncio.Queue[pb.SMOutgoingMessages] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.SMOutgoingMessages | None] = asyncio.Queue()
         self._news = asyncio.Condition()
 
     @property
@@ -72,6 +72,8 @@ class TestSm:
             try:
                 yield self
             finally:
+                # gRPC waits for the next frame of a call that CM has ended, too, and for ever.
+                self._outbox.put_nowait(None)
                 call.cancel()
                 for task in tasks:
                     task.cancel()
@@ -98,8 +100,9 @@ class TestSm:
     async def _frames(self) -> AsyncIterator[pb.SMOutgoingMessages]:
         yield pb.SMOutgoingMessages(sm_info=self.info)
         yield pb.SMOutgoingMessages(node_instances_status=self._full_list())
-        while True:
-            yield await self._outbox.get()
+        outbox = self._outbox
+        while (frame := await outbox.get()) is not None:
+            yield frame
 
     def _full_list(self) -> pb.NodeInstancesStatus:
         return pb.NodeInstancesStatus(instances=self.instances.values())

@@ -192,11 +192,12 @@ class CloudLink:
     async def send(self, message: Message, *, also: Change | None = None) -> bool:
         """Queues a message for the cloud (bounds per type: `session.QUEUE_LIMITS`).
 
-        One that must arrive (`session.LASTING`) is on disk when this returns, and with it what `also` changes in the
-        database. Returns whether it is: what cannot be kept is sent nevertheless.
+        One that must arrive, by its type (`session.LASTING`) or because it comes with `also`, is on disk when this
+        returns, and with it what `also` changes in the database. Returns whether it is: what cannot be kept is sent
+        nevertheless.
         """
         kind = type(message)
-        if self._outbox is None or kind not in LASTING:
+        if self._outbox is None or (kind not in LASTING and also is None):
             self._send(message)
             return False
         txn, frame = self._session.frame(message, created_at=datetime.now(UTC))
@@ -204,10 +205,25 @@ class CloudLink:
         with log_and_continue(_log, f"Can't keep {message_type(kind)} on disk, it is lost if CM ends now"):
             await self._outbox.put(StoredMessage(kind, txn, frame), also)
             kept = True
-        self._session.enqueue(kind, txn, frame, now=_now())
+        self._session.enqueue(kind, txn, frame, now=_now(), is_lasting=True)
         self._note_finished()
         self._wake.set()
         return kept
+
+    async def keep(self, kind: type[Message]) -> None:
+        """Puts on disk what still waits of a type (`session.KEPT_AT_TIMES`) of which not every message is kept.
+
+        Raises FailedError, NoSpaceError.
+        """
+        if self._outbox is not None:
+            for txn, frame in self._session.passing(kind):
+                # Before it is done: should the ack come meanwhile, its row is removed behind it.
+                self._session.set_lasting(txn, True)
+                try:
+                    await self._outbox.put(StoredMessage(kind, txn, frame))
+                except BaseException:
+                    self._session.set_lasting(txn, False)
+                    raise
 
     def _note_finished(self) -> None:
         if self._outbox is not None and (finished := self._session.take_finished()):

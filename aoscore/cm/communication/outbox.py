@@ -12,7 +12,7 @@ from typing import NamedTuple
 import apsw
 
 from aoscore.cm.communication.messages import Message, message_type
-from aoscore.cm.communication.session import LASTING
+from aoscore.cm.communication.session import KEPT_AT_TIMES, LASTING
 from aoscore.common.db import Database
 
 Change = Callable[[apsw.Connection], None]
@@ -34,7 +34,7 @@ class Outbox:
 
     async def load(self) -> list[StoredMessage]:
         """All of them in the order in which they were put. Rows of types that are not kept any more are deleted."""
-        kinds = {message_type(kind): kind for kind in LASTING}
+        kinds = {message_type(kind): kind for kind in LASTING | KEPT_AT_TIMES}
         rows = await self._database.select("SELECT type, txn, frame FROM aoscore_outbox ORDER BY rowid")
         unknown = [txn for name, txn, _ in rows if name not in kinds]
         if unknown:
@@ -42,11 +42,14 @@ class Outbox:
         return [StoredMessage(kinds[name], txn, frame) for name, txn, frame in rows if name in kinds]
 
     async def put(self, message: StoredMessage, also: Change | None = None) -> None:
-        """Keeps a message, and makes another change of the same database with it: both or neither."""
+        """Keeps a message, and makes another change of the same database with it: both or neither.
+
+        One that is there already stays as it is: whoever was cut short does not know.
+        """
 
         def change(connection: apsw.Connection) -> None:
             connection.execute(
-                "INSERT INTO aoscore_outbox (txn, type, frame) VALUES (?, ?, ?)",
+                "INSERT OR IGNORE INTO aoscore_outbox (txn, type, frame) VALUES (?, ?, ?)",
                 (message.txn, message_type(message.kind), message.frame),
             )
             if also is not None:

@@ -79,6 +79,8 @@ LASTING: Final[frozenset[type[Message]]] = frozenset(
     }
 )
 """Messages that nobody would say again: kept over restarts, until the cloud has acknowledged them."""
+KEPT_AT_TIMES: Final[frozenset[type[Message]]] = frozenset({MonitoringData})
+"""Messages that are kept only when somebody asks for it: a write for each would be too much."""
 _TOLD_ANEW: Final = (UnitStatus, NewState, StateRequest)
 """Their senders begin each connection with what is true then."""
 
@@ -86,9 +88,9 @@ _TOLD_ANEW: Final = (UnitStatus, NewState, StateRequest)
 class _Entry:
     """A message of ours until the cloud has acknowledged it."""
 
-    __slots__ = ("cut_short", "due", "frame", "kind", "name", "rounds", "transmissions", "txn")
+    __slots__ = ("cut_short", "due", "frame", "is_lasting", "kind", "name", "rounds", "transmissions", "txn")
 
-    def __init__(self, kind: type[Message], txn: str, frame: bytes, due: float) -> None:
+    def __init__(self, kind: type[Message], txn: str, frame: bytes, due: float, *, is_lasting: bool) -> None:
         self.kind = kind
         self.name = message_type(kind)
         self.txn = txn
@@ -97,10 +99,7 @@ class _Entry:
         self.transmissions = 0
         self.cut_short = 0
         self.rounds = 0  # connections that brought no ack
-
-    @property
-    def is_lasting(self) -> bool:
-        return self.kind in LASTING
+        self.is_lasting = is_lasting
 
 
 class Session:
@@ -142,15 +141,26 @@ class Session:
         txn = self._new_txn()
         return txn, envelope.encode(message, system_id=self._system_id, txn=txn, created_at=created_at)
 
-    def enqueue(self, kind: type[Message], txn: str, frame: bytes, *, now: float) -> None:
-        """Queues what `frame` made."""
-        self._queue.append(_Entry(kind, txn, frame, now))
+    def enqueue(self, kind: type[Message], txn: str, frame: bytes, *, now: float, is_lasting: bool = False) -> None:
+        """Queues what `frame` made. `is_lasting`: it must arrive although others of its type need not."""
+        self._queue.append(_Entry(kind, txn, frame, now, is_lasting=is_lasting or kind in LASTING))
         self._enforce_limit(kind)
+
+    def passing(self, kind: type[Message]) -> list[tuple[str, bytes]]:
+        """Txn and frame of those of a type that wait and need not arrive."""
+        entries = (*self._sent.values(), *self._queue)
+        return [(entry.txn, entry.frame) for entry in entries if entry.kind is kind and not entry.is_lasting]
+
+    def set_lasting(self, txn: str, is_lasting: bool) -> None:
+        """From now on a message must arrive, or need not; none when it is not waiting any more."""
+        for entry in (*self._sent.values(), *self._queue):
+            if entry.txn == txn:
+                entry.is_lasting = is_lasting
 
     def restore(self, entries: Iterable[tuple[type[Message], str, bytes]], *, now: float) -> None:
         """Queues what an earlier process left, in its order, before everything else: type, txn and frame of each."""
         known = {entry.txn for entry in (*self._queue, *self._sent.values())}
-        left = [_Entry(kind, txn, frame, now) for kind, txn, frame in entries if txn not in known]
+        left = [_Entry(kind, txn, frame, now, is_lasting=True) for kind, txn, frame in entries if txn not in known]
         self._queue[:0] = left
         for kind in {entry.kind for entry in left}:
             self._enforce_limit(kind)

@@ -92,6 +92,8 @@ def cm(node: Node) -> dict[str, Any]:
         "certStorage": "cm",
         "cmServerUrl": ":8093",
         "fileServerUrl": f"{node.main_host}:8094",
+        # Its own name is a loopback address on the Main Node itself.
+        "fileServerAddresses": list(dict.fromkeys(filter(None, (node.main_ip, node.dns_ip)))),
         "serviceDiscoveryUrl": node.discovery_url,
         "storageDir": f"{node.var}/storages",
         "stateDir": f"{node.var}/states",

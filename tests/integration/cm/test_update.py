@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import random
 import signal
 import sys
@@ -392,3 +393,55 @@ async def test_reset_removes_everything(bed: UnitBed) -> None:
     assert await reset() == 0
     left = [path.name for path in (bed.directory / "work").rglob("*") if path.is_file()]
     assert set(left) <= {".lock"}
+
+
+async def test_killed_without_a_connection_its_monitoring_data_arrive_once_and_are_bounded(bed: UnitBed) -> None:
+    """What is on disk when CM is killed, however often it is killed; with a connection nothing goes to disk."""
+    bed.extra = {"monitoring": {"sendPeriod": "100ms"}, "alerts": {"sendPeriod": "100ms"}}
+
+    def sampled(seconds: range) -> None:
+        for second in seconds:
+            data = pb.MonitoringData(timestamp=Timestamp(seconds=1_700_000_000 + second), ram=second)
+            bed.sm.send(instant_monitoring=pb.InstantMonitoring(node_monitoring=data))
+
+    def told() -> list[int]:
+        by_txn = {frame["header"]["txn"]: frame["data"] for frame in bed.cloud.frames}
+        messages = [data for data in by_txn.values() if data["messageType"] == "monitoringData"]
+        return [item["ram"] for data in messages for node in data["nodes"] for item in node["items"]]
+
+    def stored() -> list[int]:
+        rows = bed.rows("SELECT entries FROM aoscore_monitoring_rings WHERE itemID = ''")
+        return [item["ram"] for (text,) in rows for item in json.loads(text)["items"]]
+
+    async def start() -> None:
+        await bed.start()
+        await bed.until(lambda: "SM connected" in bed.new_log())
+
+    await start()
+    await bed.cloud.connected()
+    sampled(range(1, 4))
+    await bed.until(lambda: told() == [1, 2, 3])
+    assert stored() == [] == bed.rows("SELECT * FROM aoscore_outbox WHERE type = 'monitoringData'")
+    bed.cloud.discovery_status = 500
+    for cloud in bed.cloud.sockets:
+        await cloud.close()
+    await bed.until(lambda: "Next attempt to connect" in bed.new_log())
+    for seconds in (range(4, 8), range(8, 30)):
+        sampled(seconds)
+        expected = [*range(4, 30)][: seconds.stop - 4][-16:]
+        await bed.until(lambda expected=expected: stored() == expected)  # type: ignore[misc]
+        await bed.kill()
+        await start()
+    assert told() == [1, 2, 3]
+    bed.cloud.discovery_status = 200
+    await bed.until(lambda: len(told()) > 3)
+    assert told() == [1, 2, 3, *range(14, 30)]
+    await bed.until(lambda: not bed.rows("SELECT * FROM aoscore_outbox WHERE type = 'monitoringData'"))
+    assert stored() == []
+    await bed.until(lambda: "10 entries of monitoring data were dropped" in json.dumps(bed.cloud.frames))
+    await bed.kill()
+    await start()
+    await bed.cloud.connected()
+    sampled(range(30, 31))
+    await bed.until(lambda: told()[-1:] == [30])
+    assert told() == [1, 2, 3, *range(14, 31)]

@@ -22,6 +22,9 @@ class FakeLink:
         self.sent.append(message)
         return False
 
+    async def keep(self, kind: type[Message]) -> None:
+        """Nothing waits here: it is sent."""
+
 
 class FakeNodes:
     """Nodes as a test wants them."""

@@ -102,6 +102,7 @@ def test_names_in_any_case_and_given_values(tmp_path: Path) -> None:
         ({"imageManager": {"downloadCertStorage": "online"}}, "imageManager.downloadCertStorage"),
         ({"imageManager": {"downloadSpeedLimit": -1}}, "imageManager.downloadSpeedLimit"),
         ({"updateManager": {"maxRemovePercent": 101}}, "updateManager.maxRemovePercent"),
+        ({"fileServerAddresses": ["main"]}, "fileServerAddresses"),
         ({"workingDir": None}, "workingDir"),
     ],
 )

@@ -1,5 +1,6 @@
 """The tables of cm.db: as AosCore 9.1 has them, and stable over restarts."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import apsw
@@ -8,6 +9,7 @@ import pytest
 
 from aoscore.cm.config import Config
 from aoscore.cm.database import open_database, warn_beyond_9_1
+from aoscore.common.errors import AlreadyExistsError
 
 # database.md §2; key columns marked.
 TABLES = {
@@ -78,6 +80,66 @@ async def test_a_host_needs_its_network(tmp_path: Path) -> None:
             assert "FOREIGN KEY" in str(error)
         else:
             raise AssertionError("accepted")
+
+
+_CLIENT = ("s2", "subject", 0, "service", 0)
+_DELETE_ALL_OF_CLIENT = (
+    "DELETE FROM pending_connections WHERE requesterItemID = ? AND requesterSubjectID = ? AND requesterInstance = ?"
+    " AND requesterType = ? AND requesterPreinstalled = ?"
+)
+
+
+def _allocate_as_9_1(connection: apsw.Connection, node: str, wanted: Sequence[tuple[str, str, str]]) -> None:
+    """What AosCore 9.1 does to pending connections when an instance gets its network once more or moves.
+
+    Those of the client are deleted, then each of its allowed connections without a server is inserted, one statement
+    after the other (cm-orchestration §6.3, §6.4, database.md §2.4).
+    """
+    connection.execute(_DELETE_ALL_OF_CLIENT, _CLIENT)
+    for target in wanted:
+        connection.execute(
+            "INSERT INTO pending_connections VALUES (?, ?, ?, ?, ?, ?, 'n1', '172.18.0.3', '172.18.0.0/16', ?, ?, ?)",
+            (*_CLIENT, node, *target),
+        )
+
+
+async def test_pending_connections_as_9_1_writes_them(tmp_path: Path) -> None:
+    """A service that allows a connection twice, as "s1/8080" and as "s1/8080/tcp", is two equal rows to 9.1.
+
+    That is why no index forbids them: its insert would fail, and with it the start of the instance (§6.3). They go when
+    we start.
+    """
+    single = [("s1", "8080", "tcp"), ("s3", "53", "udp")]
+    double = [("s1", "8080", "tcp"), *single]
+    async with open_database(config(tmp_path)) as database:
+
+        def replay(connection: apsw.Connection) -> None:
+            for node, wanted in (("node", double), ("node", single), ("node2", double)):
+                _allocate_as_9_1(connection, node, wanted)
+
+        await database.write(replay)
+        with pytest.raises(AlreadyExistsError, match="UNIQUE"):
+            await database.write(_with_index(replay))
+        # Without such a wish its way of writing does not hit one.
+        await database.write(_with_index(lambda connection: _allocate_as_9_1(connection, "node", single)))
+        await database.write(replay)
+        assert await database.select("SELECT count(*) FROM pending_connections") == [(3,)]
+    async with open_database(config(tmp_path)) as database:
+        rows = await database.select("SELECT nodeID, targetItemID, port, protocol FROM pending_connections")
+        assert rows == [("node2", *target) for target in single]
+
+
+def _with_index(act: Callable[[apsw.Connection], None]) -> Callable[[apsw.Connection], None]:
+    """The same while there is an index over all columns, for the length of the transaction."""
+
+    def change(connection: apsw.Connection) -> None:
+        connection.execute("DELETE FROM pending_connections")
+        columns = TABLES["pending_connections"].replace(" ", ", ")
+        connection.execute(f"CREATE UNIQUE INDEX aoscore_pending_connections ON pending_connections ({columns})")
+        act(connection)
+        connection.execute("DROP INDEX aoscore_pending_connections")
+
+    return change
 
 
 async def test_what_9_1_could_not_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

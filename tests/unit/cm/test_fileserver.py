@@ -1,16 +1,19 @@
 """Blobs for SMs: URLs, ranges, and nothing but blobs."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
 
-from aoscore.cm.fileserver import BlobServer
+from aoscore.cm import fileserver as module
+from aoscore.cm.fileserver import BlobServer, listen_addresses
+from aoscore.common import fileserver as common_server
 from aoscore.common.blobstore import BlobStore
 from aoscore.common.errors import ConfigError, NotFoundError
 from aoscore.common.http import request
 from tests.support.items import sha256
-from tests.support.running import running
+from tests.support.running import running, until
 
 DATA = b"0123456789" * 100
 
@@ -49,6 +52,73 @@ def test_urls(tmp_path: Path, address: str, base: str) -> None:
 def test_addresses_that_cannot_be_served(tmp_path: Path, address: str) -> None:
     with pytest.raises(ConfigError, match="fileServerUrl"):
         BlobServer(address, lambda digest: tmp_path, is_node=nobody)
+
+
+@pytest.mark.parametrize(
+    ("host", "resolved", "more", "expected"),
+    [
+        ("main", ["10.0.0.1"], [], {"10.0.0.1"}),
+        ("main", ["10.0.0.1", "fd00::1"], ["10.0.1.1"], {"10.0.0.1", "fd00::1", "10.0.1.1"}),
+        ("main", ["127.0.1.1"], ["10.0.0.1"], {"127.0.1.1", "10.0.0.1"}),
+        ("main", ["127.0.1.1"], [], {"0.0.0.0", "::"}),
+        ("main", ["10.0.0.1"], ["0.0.0.0"], {"0.0.0.0", "::"}),
+        ("main", [], ["10.0.0.1"], {"10.0.0.1"}),
+        ("main", [], [], set()),
+        ("localhost", ["::1", "127.0.0.1"], [], {"::1", "127.0.0.1"}),
+        ("127.0.0.5", ["127.0.0.5"], [], {"127.0.0.5"}),
+    ],
+)
+def test_where_it_listens(host: str, resolved: list[str], more: list[str], expected: set[str]) -> None:
+    assert set(listen_addresses(host, resolved, more)) == expected
+
+
+async def test_it_listens_where_its_name_leads_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that nobody knows at first, or never answers, holds nothing up; then it moves to another address."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(common_server, "_FIRST_LOOK_S", 0.01)
+    monkeypatch.setattr(common_server, "_LAST_LOOK_S", 0.01)
+    monkeypatch.setattr(module, "_RESOLVE_TIMEOUT_S", 0.05)
+    addresses: list[str] | None = []
+    loop = asyncio.get_running_loop()
+
+    async def getaddrinfo(host: str, port: object, **more: object) -> list[object]:
+        assert (host, port) == ("main", None)
+        if addresses is None:
+            await asyncio.Event().wait()
+        if not addresses:
+            raise OSError("Name or service not known")
+        return [(2, 1, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    server = BlobServer("http://main:80", Path, is_node=nobody, listen_at=["127.0.0.9"]).server
+    server._wanted_port = 0
+
+    async def listens(at: str) -> bool:
+        try:
+            _, writer = await asyncio.open_connection(at, server.port)
+        except ConnectionRefusedError:
+            return False
+        writer.close()
+        return True
+
+    async with running(server):
+        assert [at for at in ("127.0.0.1", "127.0.0.2", "127.0.0.9") if await listens(at)] == ["127.0.0.9"]
+        await until(lambda: "host=main, error=Name or service not known" in caplog.text)
+        addresses = None
+        await until(lambda: "host=main, error=no answer in time" in caplog.text)
+        addresses = ["127.0.0.2"]
+        await until(lambda: "File server listens: address=127.0.0.2:" in caplog.text)
+        assert await listens("127.0.0.2") and not await listens("127.0.0.1")
+        addresses = []
+        await until(lambda: caplog.text.count("host=main, error=Name or service not known") == 2)
+        assert await listens("127.0.0.2"), "what cannot be asked any more has not changed"
+        addresses = ["127.0.0.3"]
+        await until(lambda: "File server listens: address=127.0.0.3:" in caplog.text)
+        assert "File server listens no more: address=127.0.0.2" in caplog.text
+        assert await listens("127.0.0.3") and await listens("127.0.0.9") and not await listens("127.0.0.2")
+    assert not await listens("127.0.0.3")
 
 
 @pytest.fixture

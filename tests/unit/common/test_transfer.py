@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from aoscore.common import fileserver
 from aoscore.common.aio import Backoff, Worker
 from aoscore.common.download import Downloader, HttpStatusError, TooSlowError, redirected
 from aoscore.common.errors import (
@@ -24,7 +25,7 @@ from aoscore.common.errors import (
 from aoscore.common.fileserver import FileServer, parse_range
 from aoscore.common.http import request
 from aoscore.common.pacing import SpeedLimit
-from tests.support.running import running
+from tests.support.running import running, until
 
 DATA = os.urandom(3_000_000)
 
@@ -423,6 +424,28 @@ async def test_file_server_serves_so_many_at_a_time(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             await second.readuntil(b"content")
         connections[1][1].close()
+
+
+async def test_file_server_waits_for_addresses_and_refuses_taken_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fileserver, "_FIRST_LOOK_S", 0.01)
+    monkeypatch.setattr(fileserver, "_LAST_LOOK_S", 0.01)
+    looks = 0
+
+    async def find() -> list[str]:
+        nonlocal looks
+        looks += 1
+        return ["127.0.0.1", "192.0.2.7"]
+
+    server = FileServer(":0", lambda _: None, find=find)
+    async with running(server):
+        await until(lambda: looks > 3)
+        assert (await request("GET", f"http://127.0.0.1:{server.port}/x")).status == 404
+        assert caplog.text.count("Waiting for the address of the file server: address=192.0.2.7, error=") == 1
+        with pytest.raises(AlreadyExistsError):
+            async with running(FileServer(f":{server.port}", lambda _: None, find=find)):
+                pass
 
 
 async def test_file_server_refuses_taken_ports(tmp_path: Path) -> None:

@@ -450,6 +450,16 @@ async def test_message_log_masks_secrets(worker: Worker, cloud: FakeCloud, tmp_p
     assert "hush" not in path.read_text() and "***" in path.read_text()
 
 
+async def test_a_message_log_on_a_full_disk_does_not_end_the_link(
+    worker: Worker, cloud: FakeCloud, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(make_link(worker, cloud.discovery_url, message_log=MessageLog(Path("/dev/full")))):
+        await cloud.connected()
+        await link_is_alive(cloud)
+    assert "Can't write the log of cloud messages: [Errno 28]" in caplog.text
+    assert len(cloud.handshakes) == 1
+
+
 def test_message_log_is_bounded(tmp_path: Path) -> None:
     log = MessageLog(tmp_path / "messages", limit_bytes=1000)
     for _ in range(100):

@@ -73,12 +73,39 @@ async def test_a_process_that_ends_before_the_ack_says_it_again_with_the_same_tx
                 pass
 
 
+async def full(self: Outbox, message: StoredMessage, also: object = None) -> None:
+    raise NoSpaceError("database cm.db: no space left")
+
+
+async def test_what_need_not_arrive_is_kept_when_somebody_asks_for_it(
+    worker: Worker, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way once: with a change of the database, and what waits without a connection."""
+    dead = make_link(worker, db, "http://127.0.0.1:1/sd/v7/")
+    await db.execute("INSERT INTO aoscore_alerts VALUES ('x')")
+    await dead.send(MonitoringData(nodes=()), also=lambda connection: connection.execute("DELETE FROM aoscore_alerts"))
+    assert await rows(db) == 1
+    assert await db.select("SELECT * FROM aoscore_alerts") == []
+    await dead.send(MonitoringData(nodes=()))
+    assert await rows(db) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "put", full)
+        with pytest.raises(NoSpaceError):
+            await dead.keep(MonitoringData)
+    for _ in range(2):
+        await dead.keep(MonitoringData)
+        assert await rows(db) == 2
+    async with FakeCloud(SYSTEM).running() as cloud, running(make_link(worker, db, cloud.discovery_url)):
+        for _ in range(2):
+            await cloud.next("monitoringData")
+        while await rows(db):
+            pass
+        assert len({frame["header"]["txn"] for frame in cloud.frames}) == len(cloud.frames) == 2
+
+
 async def test_a_full_disk_keeps_nothing_from_being_said(
     worker: Worker, db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def full(self: Outbox, message: StoredMessage, also: object = None) -> None:
-        raise NoSpaceError("database cm.db: no space left")
-
     monkeypatch.setattr(Outbox, "put", full)
     async with FakeCloud(SYSTEM).running() as cloud:
         link = make_link(worker, db, cloud.discovery_url)

@@ -330,6 +330,39 @@ def test_what_an_earlier_process_left_goes_first_and_once() -> None:
     assert bench.out() == ["issueUnitCertificates:t1", "overrideEnvVarsStatus:t3", "pushLog:t2"]
 
 
+MONITORING = MonitoringData(nodes=())
+
+
+def test_what_need_not_arrive_can_be_made_lasting() -> None:
+    """Its ack is then told, it outlives connections without an ack, and its place when the oldest are dropped."""
+    bench = Bench()
+    for _ in range(2):
+        bench.send(MONITORING)
+    bench.get({"messageType": "ack"}, txn=bench.out()[0].partition(":")[2])
+    assert bench.session.take_finished() == []
+    bench.session.disconnected(now=bench.now)
+    bench.send(CSR)
+    bench.send(MONITORING)
+    assert [txn for txn, _ in bench.session.passing(MonitoringData)] == ["t2", "t4"]
+    for txn in ("t1", "t2", "t4"):
+        bench.session.set_lasting(txn, True)
+    assert bench.session.passing(MonitoringData) == []
+    bench.session.connected()
+    assert bench.out() == ["monitoringData:t2", "issueUnitCertificates:t3", "monitoringData:t4"]
+    bench.get({"messageType": "ack"}, txn="t2")
+    assert bench.session.take_finished() == ["t2"]
+    for _ in range(4):
+        bench.out(after_s=10)
+    assert bench.session.take_finished() == []
+    bench.session.disconnected(now=bench.now)
+    bench.session.connected()
+    assert "monitoringData:t4" in bench.out()
+    bench.session.enqueue(MonitoringData, "t5", b"{}", now=bench.now, is_lasting=True)
+    for _ in range(16):
+        bench.send(MONITORING)
+    assert bench.session.take_finished() == ["t5"]
+
+
 def test_logs_are_bounded_in_bytes_and_the_rows_of_dropped_ones_go() -> None:
     bench = Bench(connected=False)
     for _ in range(5):

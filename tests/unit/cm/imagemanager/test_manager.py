@@ -539,6 +539,21 @@ async def test_removed_items_and_stale_partials_give_way_when_space_runs_short(b
         assert not stale.exists()
 
 
+async def test_what_is_in_use_and_its_successor_never_give_way(bench: Bench) -> None:
+    """A third version finds no room: the one that runs and the one that is installed for it stay whole."""
+    async with bench.with_first_installed() as manager:
+        await bench.download(manager, desired("a", "2.0.0", V2))
+        before = sorted(bench.store.digests())
+        third = Image([b"third layer"])
+        bench.cloud.publish(third)
+        bench.free_bytes = 0
+        await bench.download(manager, desired("a", "2.0.0", V2), desired("b", "1.0.0", third))
+        assert states(manager) == {"a 1.0.0": "installed", "a 2.0.0": "pending", "b 1.0.0": "failed"}
+        assert sorted(bench.store.digests()) == before
+        for digest in before:
+            bench.store.verify(digest, again=True)
+
+
 async def test_a_removed_item_comes_back_without_a_download(bench: Bench) -> None:
     bench.cloud.publish(V1)
     async with bench.started() as manager:

@@ -35,6 +35,7 @@ def test_daemons_of_the_main_node_take_them(node: Node, tmp_path: Path) -> None:
     etc = written(node, tmp_path)
     cm: CmConfig = load_cm(etc / "cm.cfg")
     assert cm.dns_ip == "10.0.0.100" and cm.file_server_url == "main:8094"
+    assert cm.file_server_addresses == ("10.0.0.100",)
     sm = load_sm(etc / "sm.cfg")
     assert sm.cm_server_url == "main:8093"
     for index, runtime in enumerate(sm.runtimes):
