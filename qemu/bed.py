@@ -125,6 +125,26 @@ class Bed:
         self.call("assign", item=item, target=self.system_id)
         self.wait(self.all_active, 90, f"{item} to be active")
 
+    def label_nodes(self, names: Sequence[str], version: str = "1.0.0", *, ram_percent: float = 0) -> None:
+        """Give each node a label with its name; of what a service may have, this share of its RAM is kept for it.
+
+        `version` is that of the unit config that says so; returns when it is installed.
+        """
+        main_type = Node().node_type
+        nodes = [
+            {
+                "nodeGroupSubject": {"codename": main_type.replace("main", name)},
+                "labels": [name],
+                "resourceRatios": {"cpu": 0, "ram": ram_percent},
+            }
+            for name in names
+        ]
+        self.ask("unit_config", config={"formatVersion": "7", "version": version, "nodes": nodes})
+        wanted = {"version": version, "state": "installed"}
+        self.wait(
+            lambda: wanted in self.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed"
+        )
+
     def all_active(self) -> bool:
         """Whether there are instances and all are active."""
         return set(self.instance_states()) == {"active"}
