@@ -344,7 +344,8 @@ class Guest:
             if time.monotonic() > deadline:
                 jobs = self.execute("systemctl", "list-jobs", "--no-pager").stdout
                 raise DeadlineError(f"guest {self.name} is {state or 'silent'} after {timeout_s:g} s:\n{jobs}")
-            time.sleep(0.5)
+            # Each question costs a guest that is still busy with its boot.
+            time.sleep(2)
 
 
 class _Console:

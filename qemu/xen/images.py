@@ -46,7 +46,7 @@ def build_xen_images() -> XenImages:
         (*dom0_disks, *guest_disks),
         vmlinuz,
         initrd,
-        f"root=/dev/vda rw console=hvc0 {KERNEL_OPTIONS}",
+        f"root=/dev/vda rw console=hvc0 {KERNEL_OPTIONS} systemd.show_status=no",
         xen=kept("hypervisor", [layers[-1].name], partial(_unpack_xen, layers[-1])) / "xen",
         xen_append=f"console=com1 com1=115200,8n1 dom0_mem={_DOM0_MIB}M,max:{_DOM0_MIB}M",
     )

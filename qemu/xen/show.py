@@ -45,7 +45,7 @@ def show_xen(directory: Path) -> str:
         with times.step("The guest has booted"):
             unit.start_secondary()
         with times.step("The link of the MPs over vchan is up"):
-            unit.wait(unit.is_linked, 60, "the link of the MPs")
+            unit.wait_linked()
             unit.check_link()
         with times.step("Both nodes are provisioned by aos-prov"):
             unit.provision(nodes=2)

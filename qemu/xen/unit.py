@@ -16,7 +16,7 @@ from qemu.xen.images import CONFIG, CONSOLE_LOG, GUEST, XenImages
 # Emulated, and one processor for two domains.
 _PATIENCE = 10.0
 _MEMORY_MIB = 2048
-_START_S = 300.0
+_START_S = 1200.0
 
 
 class XenUnit(GuestBed):
@@ -41,21 +41,24 @@ class XenUnit(GuestBed):
     def start_secondary(self) -> None:
         """Start the guest; returns when somebody could log in there."""
         self.main.run("xl", "create", CONFIG, timeout_s=_START_S)
-        self.wait(lambda: "login:" in self.secondary_console(), 60, "the guest to boot")
+        self._wait_for_line(f"tail -n +1 -F {CONSOLE_LOG}", "login: ")
 
-    def secondary_console(self) -> str:
-        """All that the guest has written to its console."""
-        return self.main.run("cat", CONSOLE_LOG)
+    def wait_linked(self) -> None:
+        """Until MP of the Main Node, not provisioned yet, has a link to the guest's."""
+        follow = "journalctl -b -u aos-mp-provisioning -o cat -n all -f"
+        self._wait_for_line(follow, f"Link is up: peer=domain name:{GUEST}")
+
+    def _wait_for_line(self, follow: str, text: str) -> None:
+        """Until a program in Dom0 prints a line with this. Asking again and again would cost the only processor much.
+
+        Raises DeadlineError.
+        """
+        self.main.shell(f"{follow} 2>/dev/null | grep -qF '{text}'", timeout_s=_START_S)
 
     def keep_console(self) -> None:
         """Bring what the guest wrote to its console into the Unit's directory, where Dom0 still runs."""
         with contextlib.suppress(AosError):
-            (self.directory / f"{GUEST}.console.log").write_text(self.secondary_console())
-
-    def is_linked(self) -> bool:
-        """Whether MP of the Main Node, not provisioned yet, has had a link to the guest's."""
-        said = self.main.run("journalctl", "-b", "-u", "aos-mp-provisioning", "-o", "cat", "--no-pager")
-        return f"Link is up: peer=domain name:{GUEST}" in said
+            (self.directory / f"{GUEST}.console.log").write_text(self.main.run("cat", CONSOLE_LOG))
 
     def check_link(self) -> None:
         """Raises FailedError unless the vchans are there, and no other way between the nodes."""
