@@ -36,11 +36,9 @@ def build_xen_images() -> XenImages:
     guest_layers = lower_layers(with_vchan=True)
     layers = dom0_layers()
     cloud = cloud_of_images()
-    nodes = guest_nodes(cloud.root_file().read_text(), with_mp=True)
-    main = dataclasses.replace(nodes["main"], transport="vchan", vchan_domain=f"name:{GUEST}")
-    secondary = dataclasses.replace(nodes["secondary"], transport="vchan", vchan_domain=0)
-    dom0_disks = node_disks("dom0", main, layers, partial(_write_dom0, main, kernel(guest_layers)))
-    guest_disks = node_disks("domu", secondary, guest_layers, partial(_write_domu, secondary))
+    main, secondary = xen_nodes(cloud.root_file().read_text())
+    dom0_disks = node_disks("dom0", main, layers, partial(write_dom0, main, kernel(guest_layers)))
+    guest_disks = node_disks("domu", secondary, guest_layers, partial(write_domu, secondary))
     vmlinuz, initrd = kernel(layers)
     boot = Boot(
         (*dom0_disks, *guest_disks),
@@ -53,6 +51,14 @@ def build_xen_images() -> XenImages:
     return XenImages(boot, cloud.directory)
 
 
+def xen_nodes(root_ca: str) -> tuple[Node, Node]:
+    """Main and Secondary Node, whose link is vchan; `root_ca` is PEM text."""
+    # Each use of a software token is a process of its own: too slow for two domains on one emulated processor.
+    nodes = guest_nodes(root_ca, with_mp=True, keys="file")
+    main = dataclasses.replace(nodes["main"], transport="vchan", vchan_domain=f"name:{GUEST}")
+    return main, dataclasses.replace(nodes["secondary"], transport="vchan", vchan_domain=0)
+
+
 def _unpack_xen(tree: Path, target: Path) -> None:
     """QEMU's multiboot loader does not unpack it."""
     target.mkdir()
@@ -61,7 +67,8 @@ def _unpack_xen(tree: Path, target: Path) -> None:
         shutil.copyfileobj(source, unpacked)
 
 
-def _write_dom0(node: Node, guest_kernel: tuple[Path, Path], root: Path) -> None:
+def write_dom0(node: Node, guest_kernel: tuple[Path, Path], root: Path) -> None:
+    """What makes a node Xen's Dom0, below `root`; it starts its guest with `guest_kernel` and the RAM disk to that."""
     # Dom0 sees the disks of the guest, too: their labels are the same.
     write_guest(node, root, console="hvc0", data="/dev/vdb")
     write_agent(root)
@@ -79,7 +86,8 @@ def _write_dom0(node: Node, guest_kernel: tuple[Path, Path], root: Path) -> None
     (root / CONSOLE_LOG.lstrip("/")).parent.mkdir(parents=True)
 
 
-def _write_domu(node: Node, root: Path) -> None:
+def write_domu(node: Node, root: Path) -> None:
+    """What makes a node the guest of that Dom0, below `root`."""
     write_guest(node, root, console="hvc0")
     _load(root, _MODULES)
     # It is to be provisioned with the Main Node.
