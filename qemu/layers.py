@@ -40,17 +40,17 @@ _RUN = (
     *("softhsm2", "opensc", "pkcs11-provider"),
     *("e2fsprogs", "quota", "cryptsetup-bin", "lvm2", "nfs-kernel-server", "nfs-common", "rpcbind"),
 )
-# Its initial RAM disk with all modules of that kernel would take long to load, and to make.
-_DOM0_HOOKS = (
-    '--essential-hook=mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"',
-    '--essential-hook=echo MODULES=list > "$1/etc/initramfs-tools/conf.d/aos"',
-    '--essential-hook=printf "%s\\n" virtio_pci virtio_blk ext4 > "$1/usr/share/initramfs-tools/modules.d/aos"',
-)
 # Builds the extensions; a guest does not have it.
 _BUILD = ("python3-dev", "gcc", "libc6-dev", "libisal-dev", "libssl-dev", "libzstd-dev", "zlib1g-dev")
 _XEN = "libxen-dev"
 # The guest's kernel is not built for Dom0.
 _DOM0 = ("linux-image-amd64", "xen-hypervisor-4.20-amd64", "xen-utils-4.20", "xenstore-utils")
+# An initial RAM disk with all modules of Dom0's kernel would take long to load, and to make.
+_DOM0_HOOKS = (
+    '--essential-hook=mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"',
+    '--essential-hook=echo MODULES=list > "$1/etc/initramfs-tools/conf.d/aos"',
+    '--essential-hook=printf "%s\\n" virtio_pci virtio_blk ext4 > "$1/usr/share/initramfs-tools/modules.d/aos"',
+)
 # Debian's package takes the place of the one that would have to be compiled.
 _FROM_DEBIAN = ("systemd-python",)
 _COMPONENTS = ("cm", "sm", "iam", "mp")
