@@ -37,6 +37,8 @@ class Bed:
     """
 
     nodes: Mapping[str, BedNode]
+    # Between two questions while something is awaited.
+    pause_s = 0.3
 
     def __init__(self, directory: Path, *, domain: str, tools: Path, main_address: str, patience: float = 1.0) -> None:
         self.directory = directory.absolute()
@@ -86,7 +88,7 @@ class Bed:
 
     def wait(self, done: Callable[[], object], timeout_s: float, what: str) -> None:
         """Wait until something is so; see `aoscore.ctl.host.wait`."""
-        wait(done, timeout_s * self.patience, what)
+        wait(done, timeout_s * self.patience, what, pause_s=self.pause_s)
 
     @property
     def system_id(self) -> str:

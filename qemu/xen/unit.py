@@ -22,6 +22,9 @@ _START_S = 1200.0
 class XenUnit(GuestBed):
     """The Unit in `directory`: overlays of the disks, logs, sockets, and `cloud/`. Only Dom0 is among the nodes."""
 
+    # To ask the cloud takes a processor from the emulator, which has too little.
+    pause_s = 5.0
+
     def __init__(self, directory: Path, images: XenImages) -> None:
         super().__init__(directory, images.cloud, patience=_PATIENCE)
         # The Unit's network ends here, but the Main Node has its address in it.
