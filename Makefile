@@ -1,5 +1,6 @@
 # make demo: a whole Unit with its cloud, on this machine.   make test: everything that CI checks.
 # make qemu: a Unit of two guests, from disk images to a service that survives a power cut without its cloud.
+# make xen: the same with Xen: the Main Node in Dom0, the Secondary Node in a guest, the link between them by vchan.
 # make field: a whole Unit under power cuts, lost links, full disks and more; a table of cases.
 # All set up what they need, as root on Debian 12/13 or Ubuntu 24.04. `make help` lists the rest.
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi] aoscore/_speedups/*.h)
 
-.PHONY: help field demo demo-down qemu guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
+.PHONY: help field demo demo-down qemu xen guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -33,6 +34,10 @@ demo-down:
 # REPORT=FILE writes the figures to a file, too.
 qemu: setup $(TOOLS)/.done
 	$(BIN)/python -m qemu show $(if $(REPORT),--report $(REPORT))
+
+# Not part of CI: slow. REPORT as above.
+xen: setup $(TOOLS)/.done
+	$(BIN)/python -m qemu xen $(if $(REPORT),--report $(REPORT))
 
 # Disk images of guests, which take long the first time.
 guests: setup

@@ -14,6 +14,7 @@ from qemu.images import Images, build_images
 from qemu.layers import ROOT
 from qemu.show import show
 from qemu.unit import NODES, saved_unit
+from qemu.xen.show import show_xen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     walk.add_argument("--firmware", type=Path, help="UEFI firmware for disks with an EFI boot loader")
     walk.add_argument("--cloud", type=Path, help="directory of the cloud whose root certificate is in those disks")
     walk.set_defaults(run=_show)
+    xen = commands.add_parser("xen", help="the same with Xen: Main Node in Dom0, Secondary Node in a guest, by vchan")
+    xen.add_argument("--dir", type=Path, default=ROOT / ".state" / "xen", help="where it lives (%(default)s)")
+    xen.add_argument("--report", type=Path, help="file to write the figures to, too")
+    xen.set_defaults(run=_show_xen)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
@@ -62,6 +67,13 @@ def _show(arguments: argparse.Namespace) -> None:
     print(f"\n{report}\nSerial logs: {arguments.dir}/*.serial.log")
     if arguments.report is not None:
         arguments.report.write_text(f"# Guests\n\n{report}")
+
+
+def _show_xen(arguments: argparse.Namespace) -> None:
+    report = show_xen(arguments.dir)
+    print(f"\n{report}\nConsoles: {arguments.dir}/main.serial.log, {arguments.dir}/secondary.console.log")
+    if arguments.report is not None:
+        arguments.report.write_text(f"# A Unit in Xen guests\n\n{report}")
 
 
 def _replaced(images: Images, arguments: argparse.Namespace) -> Images:

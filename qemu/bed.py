@@ -37,6 +37,8 @@ class Bed:
     """
 
     nodes: Mapping[str, BedNode]
+    # Between two questions while something is awaited.
+    pause_s = 0.3
 
     def __init__(self, directory: Path, *, domain: str, tools: Path, main_address: str, patience: float = 1.0) -> None:
         self.directory = directory.absolute()
@@ -86,7 +88,7 @@ class Bed:
 
     def wait(self, done: Callable[[], object], timeout_s: float, what: str) -> None:
         """Wait until something is so; see `aoscore.ctl.host.wait`."""
-        wait(done, timeout_s * self.patience, what)
+        wait(done, timeout_s * self.patience, what, pause_s=self.pause_s)
 
     @property
     def system_id(self) -> str:
@@ -124,6 +126,26 @@ class Bed:
         """Want one item on the Unit; returns when all instances are active."""
         self.call("assign", item=item, target=self.system_id)
         self.wait(self.all_active, 90, f"{item} to be active")
+
+    def label_nodes(self, names: Sequence[str], version: str = "1.0.0", *, ram_percent: float = 0) -> None:
+        """Give each node a label with its name; of what a service may have, this share of its RAM is kept for it.
+
+        `version` is that of the unit config that says so; returns when it is installed.
+        """
+        main_type = Node().node_type
+        nodes = [
+            {
+                "nodeGroupSubject": {"codename": main_type.replace("main", name)},
+                "labels": [name],
+                "resourceRatios": {"cpu": 0, "ram": ram_percent},
+            }
+            for name in names
+        ]
+        self.ask("unit_config", config={"formatVersion": "7", "version": version, "nodes": nodes})
+        wanted = {"version": version, "state": "installed"}
+        self.wait(
+            lambda: wanted in self.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed"
+        )
 
     def all_active(self) -> bool:
         """Whether there are instances and all are active."""

@@ -33,6 +33,8 @@ _CONSOLE_WIDTH = 200
 # Always the emulator: where /dev/kvm exists it does not mean that a guest runs (testbed.md §2). Saved states need the
 # same processor everywhere. x86-64-v2 is what Python wheels expect.
 _PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"
+# Dom0 crashes on one that pretends more, and hangs with a second one (testbed.md §8).
+_XEN_PROCESSOR = _PROCESSOR
 
 
 class Boot(msgspec.Struct, frozen=True):
@@ -48,6 +50,10 @@ class Boot(msgspec.Struct, frozen=True):
     initrd: Path | None = None
     append: str = "root=/dev/vda rw console=ttyS0 quiet"
     firmware: Path | None = None
+    xen: Path | None = None
+    """The hypervisor, which then starts `kernel` as that of Dom0."""
+    xen_append: str = ""
+    """Command line of the hypervisor."""
     agent: bool = True
     """Whether the guest starts the agent by itself."""
 
@@ -143,12 +149,18 @@ class Guest:
     def command(self, resume: Path | None = None) -> list[str]:
         """QEMU's command line, for the guest's directory as working directory."""
         boot = self._boot
-        args = ["qemu-system-x86_64", "-name", self.name, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", _PROCESSOR]
+        processor = _PROCESSOR if boot.xen is None else _XEN_PROCESSOR
+        args = ["qemu-system-x86_64", "-name", self.name, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", processor]
         args += ["-smp", str(self._cpus), "-m", str(self._memory_mib), "-display", "none", "-nodefaults"]
-        if boot.kernel is not None:
-            args += ["-kernel", str(boot.kernel), "-append", boot.append]
-        if boot.initrd is not None:
-            args += ["-initrd", str(boot.initrd)]
+        if boot.xen is not None:
+            # By multiboot: the kernel with its command line, and its initial RAM disk, are modules.
+            modules = f"{boot.kernel} {boot.append},{boot.initrd}"
+            args += ["-machine", "q35", "-kernel", str(boot.xen), "-append", boot.xen_append, "-initrd", modules]
+        else:
+            if boot.kernel is not None:
+                args += ["-kernel", str(boot.kernel), "-append", boot.append]
+            if boot.initrd is not None:
+                args += ["-initrd", str(boot.initrd)]
         if boot.firmware is not None:
             args += ["-bios", str(boot.firmware)]
         for number, _ in enumerate(boot.disks):
@@ -332,7 +344,8 @@ class Guest:
             if time.monotonic() > deadline:
                 jobs = self.execute("systemctl", "list-jobs", "--no-pager").stdout
                 raise DeadlineError(f"guest {self.name} is {state or 'silent'} after {timeout_s:g} s:\n{jobs}")
-            time.sleep(0.5)
+            # Each question costs a guest that is still busy with its boot.
+            time.sleep(2)
 
 
 class _Console:

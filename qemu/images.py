@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ MAIN_UPLINK_IP = "172.31.9.2"
 _ROUTER_IP = "10.0.0.1"
 SECONDARY_IP = "10.0.0.101"
 
+# The emulated processor has no faults to be protected from.
+KERNEL_OPTIONS = "net.ifnames=0 mitigations=off quiet"
 _ROOT_MIB = 1536
 _DATA_MIB = 1024
 _BUILD_TIMEOUT_S = 900.0
@@ -100,21 +103,35 @@ def build_images() -> Images:
     """Disk images of all guests; builds what is not there yet."""
     layers = lower_layers()
     vmlinuz, initrd = kernel(layers)
-    cloud = kept("cloud", [DOMAIN], _make_cloud)
-    root_ca = LocalCloud(cloud, DOMAIN, TOOLS).root_file().read_text()
+    cloud = cloud_of_images()
+    root_ca = cloud.root_file().read_text()
     boots = {}
     for name, described in guest_nodes(root_ca).items():
         node = dataclasses.replace(described, nfs=True, gateway=described.gateway or _ROUTER_IP)
-        with tempfile.TemporaryDirectory() as directory:
-            files = Path(directory)
-            write_node(node, files)
-            _write_guest(name, files)
-            key = [*map(str, layers), tree_digest(files), str(_ROOT_MIB), str(_DATA_MIB)]
-            disk = kept(f"disk-{name}", key, partial(_make_disks, layers=[files, *layers]))
-        # The emulated processor has no faults to be protected from.
-        append = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off quiet"
-        boots[name] = Boot((disk / "root.img", disk / "data.img"), vmlinuz, initrd, append)
-    return Images(boots, cloud)
+
+        def add(root: Path, node: Node = node) -> None:
+            write_guest(node, root)
+            write_agent(root)
+
+        append = f"root=/dev/vda rw console=ttyS0 {KERNEL_OPTIONS}"
+        boots[name] = Boot(node_disks(name, node, layers, add), vmlinuz, initrd, append)
+    return Images(boots, cloud.directory)
+
+
+def node_disks(name: str, node: Node, layers: list[Path], add: Callable[[Path], None]) -> tuple[Path, Path]:
+    """Disks of a node, root and data; builds what is not there yet. `add` writes further files below a root."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = Path(directory)
+        write_node(node, files)
+        add(files)
+        key = [*map(str, layers), tree_digest(files), str(_ROOT_MIB), str(_DATA_MIB)]
+        disk = kept(f"disk-{name}", key, partial(_make_disks, layers=[files, *layers]))
+    return disk / "root.img", disk / "data.img"
+
+
+def cloud_of_images() -> LocalCloud:
+    """The cloud whose root certificate is in the images."""
+    return LocalCloud(kept("cloud", [DOMAIN], _make_cloud), DOMAIN, TOOLS)
 
 
 def _make_cloud(target: Path) -> None:
@@ -143,8 +160,8 @@ def write_node(node: Node, root: Path, cloud_ip: str = CLOUD_IP) -> None:
         hosts.write(f"{cloud_ip} {DOMAIN}\n")
 
 
-def _write_guest(name: str, root: Path) -> None:
-    """What makes it a guest of QEMU: the agent, a root shell on the console, the way to the cloud."""
+def write_agent(root: Path) -> None:
+    """The agent in a guest of QEMU."""
     units = root / "etc" / "systemd" / "system"
     agent = root / "usr" / "local" / "lib" / "aos-agent.py"
     agent.parent.mkdir(parents=True)
@@ -156,19 +173,24 @@ def _write_guest(name: str, root: Path) -> None:
     wants = units / "sysinit.target.wants"
     wants.mkdir(exist_ok=True)
     (wants / "aos-agent.service").symlink_to("../aos-agent.service")
+
+
+def write_guest(node: Node, root: Path, *, console: str = "ttyS0", data: str = "LABEL=aosdata") -> None:
+    """What makes a node a guest: a root shell on its console, the disk `data` of its own, the way to the cloud."""
+    units = root / "etc" / "systemd" / "system"
     # Nothing is given up because the emulated processor is slow.
     settings = root / "etc" / "systemd" / "system.conf.d" / "slow.conf"
     settings.parent.mkdir()
     settings.write_text("[Manager]\nDefaultTimeoutStartSec=600s\nDefaultDeviceTimeoutSec=600s\n")
-    console = units / "serial-getty@ttyS0.service.d"
-    console.mkdir()
-    (console / "autologin.conf").write_text(
+    login = units / f"serial-getty@{console}.service.d"
+    login.mkdir()
+    (login / "autologin.conf").write_text(
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 %I $TERM\n"
     )
     # The initial RAM disk has no modules for quotas, so the root file system cannot have them.
     with (root / "etc" / "fstab").open("a") as mounts:
-        mounts.write("LABEL=aosdata /var/aos ext4 usrquota,grpquota,noatime,nofail 0 2\n")
-    if name == "main":
+        mounts.write(f"{data} /var/aos ext4 usrquota,grpquota,noatime,nofail 0 2\n")
+    if node.is_main:
         uplink = root / "etc" / "systemd" / "network" / "05-uplink.network"
         uplink.parent.mkdir(parents=True, exist_ok=True)
         uplink.write_text(f"[Match]\nName=eth1\n\n[Network]\nAddress={MAIN_UPLINK_IP}/24\nLinkLocalAddressing=no\n")

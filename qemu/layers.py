@@ -8,6 +8,8 @@ import hashlib
 import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from aoscore.common.files import remove_tree
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 _SUITE = "trixie"
 _PYTHON = "3.13"
+_GUEST_KERNEL = "linux-image-cloud-amd64"
 _RUN = (
     *(
         "systemd-sysv",
@@ -32,7 +35,7 @@ _RUN = (
         "openssl",
         "libisal2",
     ),
-    *("linux-image-cloud-amd64", "initramfs-tools", "zstd", "ca-certificates"),
+    *(_GUEST_KERNEL, "initramfs-tools", "zstd", "ca-certificates"),
     *("nftables", "dnsmasq-base", "crun", "conmon", "python3", "python3-venv", "python3-systemd"),
     *("softhsm2", "opensc", "pkcs11-provider"),
     *("e2fsprogs", "quota", "cryptsetup-bin", "lvm2", "nfs-kernel-server", "nfs-common", "rpcbind"),
@@ -40,6 +43,14 @@ _RUN = (
 # Builds the extensions; a guest does not have it.
 _BUILD = ("python3-dev", "gcc", "libc6-dev", "libisal-dev", "libssl-dev", "libzstd-dev", "zlib1g-dev")
 _XEN = "libxen-dev"
+# The guest's kernel is not built for Dom0.
+_DOM0 = ("linux-image-amd64", "xen-hypervisor-4.20-amd64", "xen-utils-4.20", "xenstore-utils")
+# An initial RAM disk with all modules of Dom0's kernel would take long to load, and to make.
+_DOM0_HOOKS = (
+    '--essential-hook=mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"',
+    '--essential-hook=echo MODULES=list > "$1/etc/initramfs-tools/conf.d/aos"',
+    '--essential-hook=printf "%s\\n" virtio_pci virtio_blk ext4 > "$1/usr/share/initramfs-tools/modules.d/aos"',
+)
 # Debian's package takes the place of the one that would have to be compiled.
 _FROM_DEBIAN = ("systemd-python",)
 _COMPONENTS = ("cm", "sm", "iam", "mp")
@@ -49,7 +60,8 @@ _BUILD_TIMEOUT_S = 1800.0
 
 def lower_layers(*, with_vchan: bool = False) -> list[Path]:
     """Directories to overlay, uppermost first. Builds what is not there yet. `with_vchan`: MP has its vchan module."""
-    tree = kept("tree", [_SUITE, *_RUN, *_BUILD], _build_tree)
+    names = (*_RUN, *_BUILD)
+    tree = kept("tree", [_SUITE, *names], partial(_build_tree, names=names))
     runtime = kept("runtime", [tree.name], lambda target: _build_runtime(target, tree))
     pyproject = (ROOT / "pyproject.toml").read_text()
     wheels = kept("wheels", [_PYTHON, pyproject], _download_wheels)
@@ -64,6 +76,13 @@ def lower_layers(*, with_vchan: bool = False) -> list[Path]:
         lambda target: _build_aoscore(target, lower, wheels, sources),
     )
     return [product, *xen, runtime, tree]
+
+
+def dom0_layers() -> list[Path]:
+    """Directories to overlay for Xen's Dom0, uppermost first: aoscore as guests have it, and a tree with Xen."""
+    names = [name for name in (*_RUN, *_DOM0) if name != _GUEST_KERNEL]
+    tree = kept("dom0", [_SUITE, *names, *_DOM0_HOOKS], partial(_build_tree, names=names, hooks=_DOM0_HOOKS))
+    return [lower_layers(with_vchan=True)[0], tree]
 
 
 def kernel(layers: list[Path]) -> tuple[Path, Path]:
@@ -87,10 +106,17 @@ def _source_files() -> list[str]:
     return sorted(name for name in run(command, cwd=ROOT).splitlines() if (ROOT / name).is_file())
 
 
-def _build_tree(target: Path) -> None:
-    include = ",".join((*_RUN, *_BUILD))
+def _build_tree(target: Path, names: Sequence[str], hooks: Sequence[str] = ()) -> None:
     no_recommends = '--aptopt=APT::Install-Recommends "false"'
-    command = ["mmdebstrap", "--variant=minbase", f"--include={include}", no_recommends, _SUITE, str(target)]
+    command = [
+        "mmdebstrap",
+        "--variant=minbase",
+        f"--include={','.join(names)}",
+        no_recommends,
+        *hooks,
+        _SUITE,
+        str(target),
+    ]
     run_builder(command, _BUILD_TIMEOUT_S)
 
 

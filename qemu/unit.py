@@ -27,44 +27,27 @@ _PATIENCE = 5.0
 _PROVISIONABLE = ("systemctl", "is-active", "aos-iam-prov.service")
 
 
-class QemuUnit(Bed):
-    """The Unit in `directory`: overlays of the disks, logs, sockets, and `cloud/`."""
+class GuestBed(Bed):
+    """What Units have whose nodes live in guests of QEMU: overlays of the disks, logs, sockets, and `cloud/`."""
 
     nodes: dict[str, Guest]
+    # QEMU's network that leads the Main Node to the cloud.
+    uplink = f"tap,ifname={_TAP},script=no,downscript=no"
 
-    def __init__(
-        self, directory: Path, images: Images, *, states: Path | None = None, names: tuple[str, ...] = NODES
-    ) -> None:
-        """`states`: the guests go on from there instead of booting, and `images` are those of the states."""
-        super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_UPLINK_IP, patience=_PATIENCE)
-        self.images = images
-        self._states = states
-        self.nodes = {name: self._guest(name, images.boots[name]) for name in names}
-
-    def _guest(self, name: str, boot: Boot) -> Guest:
-        other = next(node for node in NODES if node != name)
-        sockets = f"local.type=unix,local.path=lan.{name}.sock,remote.type=unix,remote.path=lan.{other}.sock"
-        networks = [f"dgram,{sockets}"]
-        if name == "main":
-            networks.append(f"tap,ifname={_TAP},script=no,downscript=no")
-        number = NODES.index(name) + 1
-        return Guest(name, self.directory, boot, networks=networks, mac=number, enter=self.machine.enter)
+    def __init__(self, directory: Path, cloud: Path, *, patience: float) -> None:
+        """`cloud`: whose root certificate is in the images; the Unit works on a copy."""
+        super().__init__(directory, domain=DOMAIN, tools=TOOLS, main_address=MAIN_UPLINK_IP, patience=patience)
+        self._cloud_source = cloud
 
     @property
     def main(self) -> Guest:
         return self.nodes["main"]
 
-    @property
-    def secondary(self) -> Guest:
-        return self.nodes["secondary"]
-
     def prepare(self) -> None:
         """Start the machine with the cloud, and make the guests' disks; no guest runs yet."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.cloud.directory.exists():
-            shutil.copytree(self.images.cloud, self.cloud.directory)
-        for path in self.directory.glob("lan.*.sock"):
-            path.unlink()
+            shutil.copytree(self._cloud_source, self.cloud.directory)
         tap = (
             ("ip", "tuntap", "add", "dev", _TAP, "mode", "tap"),
             ("ip", "link", "set", _TAP, "master", BRIDGE, "up"),
@@ -76,14 +59,10 @@ class QemuUnit(Bed):
     def start(self) -> None:
         """Power on the machine and all guests, and wait until they have settled."""
         self.prepare()
-        for name, guest in self.nodes.items():
-            guest.start(resume=self._states / f"{name}.state.zst" if self._states else None)
+        for guest in self.nodes.values():
+            guest.start()
         for guest in self.nodes.values():
             guest.wait_settled()
-            if self._states:
-                # It believes that it is as late as when it was saved, and would repeat its random numbers.
-                guest.run("date", "-u", "-s", f"@{time.time():.3f}")
-                guest.run("dd", "of=/dev/urandom", "status=none", stdin=os.urandom(64))
 
     def stop(self) -> None:
         """Power off hard; everything ends with the machine."""
@@ -96,6 +75,49 @@ class QemuUnit(Bed):
     def cut_uplink(self, *, cut: bool = True) -> None:
         """Pull the cable between Main Node and cloud, or put it in again."""
         self.inside("ip", "link", "set", _TAP, "down" if cut else "up")
+
+
+class QemuUnit(GuestBed):
+    """The Unit in `directory`."""
+
+    def __init__(
+        self, directory: Path, images: Images, *, states: Path | None = None, names: tuple[str, ...] = NODES
+    ) -> None:
+        """`states`: the guests go on from there instead of booting, and `images` are those of the states."""
+        super().__init__(directory, images.cloud, patience=_PATIENCE)
+        self.images = images
+        self._states = states
+        self.nodes = {name: self._guest(name, images.boots[name]) for name in names}
+
+    def _guest(self, name: str, boot: Boot) -> Guest:
+        other = next(node for node in NODES if node != name)
+        sockets = f"local.type=unix,local.path=lan.{name}.sock,remote.type=unix,remote.path=lan.{other}.sock"
+        networks = [f"dgram,{sockets}"]
+        if name == "main":
+            networks.append(self.uplink)
+        number = NODES.index(name) + 1
+        return Guest(name, self.directory, boot, networks=networks, mac=number, enter=self.machine.enter)
+
+    @property
+    def secondary(self) -> Guest:
+        return self.nodes["secondary"]
+
+    def prepare(self) -> None:
+        for path in self.directory.glob("lan.*.sock"):
+            path.unlink()
+        super().prepare()
+
+    def start(self) -> None:
+        """Power on the machine and all guests, and wait until they have settled."""
+        self.prepare()
+        for name, guest in self.nodes.items():
+            guest.start(resume=self._states / f"{name}.state.zst" if self._states else None)
+        for guest in self.nodes.values():
+            guest.wait_settled()
+            if self._states:
+                # It believes that it is as late as when it was saved, and would repeat its random numbers.
+                guest.run("date", "-u", "-s", f"@{time.time():.3f}")
+                guest.run("dd", "of=/dev/urandom", "status=none", stdin=os.urandom(64))
 
 
 class Saved(msgspec.Struct, frozen=True):

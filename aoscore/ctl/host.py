@@ -50,9 +50,14 @@ def run(
 
 
 def wait(
-    done: Callable[[], object], timeout_s: float, what: str, *, on_poll: Callable[[], object] | None = None
+    done: Callable[[], object],
+    timeout_s: float,
+    what: str,
+    *,
+    on_poll: Callable[[], object] | None = None,
+    pause_s: float = _POLL_S,
 ) -> None:
-    """Ask until the answer is true; an AosError while asking counts as "not yet".
+    """Ask until the answer is true, with pauses; an AosError while asking counts as "not yet".
 
     `on_poll` is called between: what it raises ends the wait. Raises DeadlineError with `what` and the last error.
     """
@@ -68,7 +73,7 @@ def wait(
             on_poll()
         if time.monotonic() > deadline:
             raise DeadlineError(f"waited {timeout_s:g} s for {what}{last}")
-        time.sleep(_POLL_S)
+        time.sleep(pause_s)
 
 
 def which(name: str) -> str | None:

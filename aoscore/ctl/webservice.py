@@ -1,5 +1,6 @@
 """The service that the demo and the guests run: a busybox web server, as a project for aos-signer."""
 
+import json
 import os
 import shutil
 import textwrap
@@ -13,11 +14,14 @@ VERSION = "1.0.0"
 PORT = 8080
 
 
-def make_project(project: Path, *, user: Path, domain: str) -> Path:
-    """The project in the folder `project`, made anew; the service provider's PKCS#12 file `user` will sign it."""
+def make_project(project: Path, *, user: Path, domain: str, labels: tuple[str, ...] = ()) -> Path:
+    """The project in the folder `project`, made anew; the service provider's PKCS#12 file `user` will sign it.
+
+    `labels`: it runs only where a node has all of them.
+    """
     remove_tree(project)
     rootfs = _make_image(project)
-    (project / "config.yaml").write_text(_config_yaml(user, domain, rootfs.name))
+    (project / "config.yaml").write_text(_config_yaml(user, domain, rootfs.name, labels))
     return project
 
 
@@ -46,7 +50,7 @@ def _make_image(project: Path) -> Path:
     return (project / "bundle" / "rootfs").rename(project / ITEM / "rootfs")
 
 
-def _config_yaml(user: Path, domain: str, source: str) -> str:
+def _config_yaml(user: Path, domain: str, source: str, labels: tuple[str, ...]) -> str:
     return textwrap.dedent(f"""\
         schemaVersion: 2
         publisher:
@@ -75,6 +79,7 @@ def _config_yaml(user: Path, domain: str, source: str) -> str:
               instances:
                 minInstances: 1
                 priority: 10
+                labels: {json.dumps(labels)}
               baseLayerIsNodeRootfs: false
               hostname: {ITEM}
               exposedPorts:

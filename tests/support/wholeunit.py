@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aoscore.ctl.target import Node
 from qemu.bed import Bed, BedNode
 from qemu.images import DOMAIN
 from tests.support.bundles import make_component, make_item
@@ -53,18 +52,7 @@ def provision_both(unit: Bed) -> None:
 
 def label_nodes(unit: Bed, version: str = "1.0.0", *, ram_percent: float = 0) -> None:
     """Give each node a label with its name; of what a service may have, this share of its RAM is kept for it."""
-    main_type = Node().node_type
-    nodes = [
-        {
-            "nodeGroupSubject": {"codename": main_type.replace("main", name)},
-            "labels": [name],
-            "resourceRatios": {"cpu": 0, "ram": ram_percent},
-        }
-        for name in SERVICES
-    ]
-    unit.ask("unit_config", config={"formatVersion": "7", "version": version, "nodes": nodes})
-    wanted = {"version": version, "state": "installed"}
-    unit.wait(lambda: wanted in unit.ask("unit")["status"].get("unitConfig", []), 60, "the unit config to be installed")
+    unit.label_nodes(tuple(SERVICES), version, ram_percent=ram_percent)
 
 
 def upload_service(unit: Bed, node: str, version: str = "1.0.0", start: str = _SPEAKS, configuration: str = "") -> str:

@@ -11,6 +11,7 @@ RUNTIMES = ("container", "rootfs", "boot")
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+_DOMAIN = re.compile(r"\d+|(name|key):.+")
 # Goes into files line by line: no value may end its line.
 _LINE = re.compile(r"[^\r\n\0]*")
 
@@ -108,7 +109,8 @@ class Node:
     discovery_url: str = "https://aoscloud.io:9000/sd/v7/"
     transport: Literal["auto", "socket", "vchan"] = "auto"
     """How MP reaches the other node."""
-    vchan_domain: int = 0
+    vchan_domain: int | str = 0
+    """The other node's number, `name:GUEST` where MP can look up all guests (Dom0), or `key:PATH` of xenstore."""
     vchan_path: str = "data/vchan/aos"
     """Place of the link in xenstore, in the gateway's home. The Zephyr application looks at tmp/vchan/aos; guests of
     the usual toolstack may write below data/ only."""
@@ -183,6 +185,8 @@ class Node:
             for host in names:
                 if not _NAME.fullmatch(host):
                     raise ValueError(f"hosts: {host!r} is no host name")
+        if not _DOMAIN.fullmatch(str(self.vchan_domain)):
+            raise ValueError(f"vchan_domain {self.vchan_domain!r} is neither a number nor name:GUEST nor key:PATH")
         for runtime in self.runtimes:
             if runtime not in RUNTIMES:
                 raise ValueError(f"runtime {runtime!r} is unknown; valid: {' '.join(RUNTIMES)}")

@@ -27,6 +27,8 @@ def node_from(settings: dict[str, typing.Any]) -> Node:
 
 
 def _read(name: str, kind: typing.Any, value: typing.Any) -> typing.Any:
+    if kind == int | str:
+        return int(value) if str(value).isdecimal() else str(value)
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is typing.Literal:

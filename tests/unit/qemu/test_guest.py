@@ -22,6 +22,14 @@ def test_a_disk_with_a_boot_loader() -> None:
     assert "-kernel" not in command and command[command.index("-bios") + 1] == "/efi"
 
 
+def test_xen_gets_the_kernel_of_dom0_with_its_command_line_as_a_module() -> None:
+    boot = Boot((Path("/a"),), Path("/kernel"), Path("/initrd"), "quiet", xen=Path("/xen"), xen_append="dom0_mem=1024M")
+    command = guest(boot).command()
+    assert command[command.index("-kernel") + 1] == "/xen"
+    assert command[command.index("-append") + 1] == "dom0_mem=1024M"
+    assert command[command.index("-initrd") + 1] == "/kernel quiet,/initrd"
+
+
 def test_a_resumed_guest_differs_only_in_where_its_state_comes_from() -> None:
     unit = guest(Boot((Path("/a"),)))
     resumed = unit.command(Path("/states/main.zst"))

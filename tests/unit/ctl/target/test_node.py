@@ -44,6 +44,7 @@ def test_every_selection_is_possible_where_it_makes_sense() -> None:
         ({"gateway": "10.0.0"}, "10.0.0"),
         ({"provisioning_peers": ("somewhere",)}, "somewhere"),
         ({"hosts": (("10.0.0.9", ("bad name",)),)}, "bad name"),
+        ({"vchan_domain": "secondary"}, "vchan_domain 'secondary' is neither a number nor name:GUEST nor key:PATH"),
         ({"runtimes": ("vm",)}, "runtime 'vm' is unknown; valid: container rootfs boot"),
         ({"keys": "file"}, "encrypted data disk"),
     ],
@@ -80,6 +81,13 @@ def test_settings_are_words() -> None:
         environment=(("GRPC_DNS_RESOLVER", "native"),),
         admin_ports=(22, 8428),
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "domain"), [("0", 0), (3, 3), ("name:secondary", "name:secondary"), ("key:data/peer", "key:data/peer")]
+)
+def test_a_domain_is_a_number_or_says_where_the_number_is(word: object, domain: object) -> None:
+    assert node_from({"vchan_domain": word}).vchan_domain == domain
 
 
 @pytest.mark.parametrize(
