@@ -31,10 +31,8 @@ _END_S = 60.0
 _AGENT = Path(__file__).with_name("agent.py")
 _CONSOLE_WIDTH = 200
 # Always the emulator: where /dev/kvm exists it does not mean that a guest runs (testbed.md §2). Saved states need the
-# same processor everywhere. x86-64-v2 is what Python wheels expect.
+# same processor everywhere. x86-64-v2 is what Python wheels expect; Xen's Dom0 crashes on one that pretends much more.
 _PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"
-# Dom0 crashes on one that pretends more, and hangs with a second one (testbed.md §8).
-_XEN_PROCESSOR = _PROCESSOR
 
 
 class Boot(msgspec.Struct, frozen=True):
@@ -149,8 +147,7 @@ class Guest:
     def command(self, resume: Path | None = None) -> list[str]:
         """QEMU's command line, for the guest's directory as working directory."""
         boot = self._boot
-        processor = _PROCESSOR if boot.xen is None else _XEN_PROCESSOR
-        args = ["qemu-system-x86_64", "-name", self.name, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", processor]
+        args = ["qemu-system-x86_64", "-name", self.name, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", _PROCESSOR]
         args += ["-smp", str(self._cpus), "-m", str(self._memory_mib), "-display", "none", "-nodefaults"]
         if boot.xen is not None:
             # By multiboot: the kernel with its command line, and its initial RAM disk, are modules.
