@@ -15,6 +15,8 @@ def go_idle(unit: QemuUnit) -> None:
     for guest in unit.nodes.values():
         guest.shell("sed -i s/AOS_LOG_LEVEL=.*/AOS_LOG_LEVEL=info/ /etc/default/aoscore.env")
         guest.run("systemctl", "restart", "aos.target")
+        # Of the distribution, once a day and a quarter of an hour after the boot; what it has to say goes to the disk.
+        guest.run("systemctl", "stop", "systemd-tmpfiles-clean.timer")
     unit.wait(unit.is_online, 120, "the Unit to be online again")
     wait_active(unit)
     # The NFS server notes on its disk when the time of its former clients is over.

@@ -133,23 +133,3 @@ def test_boot_partition_is_tried_and_taken_over(unit: QemuUnit) -> None:
     wait_installed(unit, "2.0.0", 120)
     assert "load option" in unit.main.run("journalctl", "-b", "-u", "aos-firmware", "-o", "cat")
     check(unit, "2.0.0")
-
-
-def test_boot_partition_that_is_not_well_is_left(unit: QemuUnit) -> None:
-    before = boot(unit)
-    offer(unit, "2.1.0", is_sick=True)
-    unit.wait(lambda: boot(unit) != before, 120, "the node to boot again")
-    trial = boot(unit)
-    unit.wait(lambda: boot(unit) != trial, 240, "the node to go back")
-    unit.wait(lambda: "unit aos-cm.service has failed" in str(unit.ask("unit")), 120, "the cloud to be told why")
-    unit.wait(lambda: components(unit).get("2.0.0") == "active", 60, "the cloud to know which one is installed")
-    check(unit, "2.0.0")
-
-
-def test_newer_boot_partition_is_wanted_in_the_middle(unit: QemuUnit) -> None:
-    before = boot(unit)
-    offer(unit, "2.2.0")
-    unit.wait(lambda: boot(unit) != before, 120, "the first to be tried")
-    offer(unit, "2.2.1")
-    wait_installed(unit, "2.2.1", 300)
-    check(unit, "2.2.1")
