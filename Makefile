@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SOURCES := pyproject.toml setup.py proto/build.py $(shell find proto -name '*.proto') $(wildcard aoscore/_speedups/*.p[yx][xdi] aoscore/_speedups/*.h)
 
-.PHONY: help field demo demo-down qemu xen guests test lint unit integration layer layer-check layer-size pins system vm beds bench setup packages clean
+.PHONY: help field demo demo-down qemu xen guests test lint unit integration layer layer-check layer-size pins system vm beds bench guest-figures setup packages clean
 
 help:
 	@sed -n 's/^# *\(make .*\)/\1/p' Makefile
@@ -82,14 +82,18 @@ field: setup $(TOOLS)/.done
 
 # The same in two parts: the demo and beds of systemd-nspawn, and
 system: setup $(TOOLS)/.done
-	AOSCORE_POWER_CUTS=$${AOSCORE_POWER_CUTS:-12} $(BIN)/pytest tests/system -q -m "not vm"
+	AOSCORE_POWER_CUTS=$${AOSCORE_POWER_CUTS:-12} $(BIN)/pytest tests/system -q -m "not vm and not field"
 
 # units of QEMU guests.
 vm: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system -q -m vm
+	$(BIN)/pytest tests/system -q -m "vm and not field"
 
 bench: setup $(TOOLS)/.done
 	$(BIN)/python -m tests.benchmarks.run
+
+# What both nodes of an idle Unit of guests take and write, over AOSCORE_IDLE_S seconds, into docs/footprint.md.
+guest-figures: setup $(TOOLS)/.done
+	$(BIN)/python -m tests.benchmarks.guests
 
 setup: packages $(VENV)/.done
 

@@ -18,7 +18,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class UnitBed:
         self.port = free_port()
         self.file_port = free_port()
         self.process: asyncio.subprocess.Process | None = None
+        self.node: Callable[[], Coroutine[Any, Any, None]]
+        """What the node does as long as it is there."""
+        self._presence: asyncio.Task[None] | None = None
         self.config_file = directory / "cm.cfg"
         self.extra = config
 
@@ -144,6 +147,18 @@ class UnitBed:
     def is_alive(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
+    # ---- the node
+
+    async def bring_node(self) -> None:
+        """The node connects, and again whenever CM was gone."""
+        self._presence = asyncio.create_task(self.node())
+
+    async def take_node_away(self) -> None:
+        """The node's connection ends, and does not come again by itself."""
+        if self._presence is not None:
+            self._presence.cancel()
+            await asyncio.gather(self._presence, return_exceptions=True)
+
     # ---- wishes and what becomes of them
 
     def wish(self, *versions: tuple[str, str, Image], **more: Any) -> Document:
@@ -227,12 +242,12 @@ async def unit_bed(
     identity = await asyncio.to_thread(_sm_identity, iam)
     try:
         async with bed.cloud.running(), bed.blobs.running():
-            node = asyncio.create_task(stay_connected(bed.sm, sm_port or bed.port, identity))
+            bed.node = lambda: stay_connected(bed.sm, sm_port or bed.port, identity)
+            await bed.bring_node()
             try:
                 yield bed
             finally:
-                node.cancel()
-                await asyncio.gather(node, return_exceptions=True)
+                await bed.take_node_away()
     finally:
         await bed.kill()
 

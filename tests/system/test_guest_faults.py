@@ -9,6 +9,7 @@ import pytest
 
 from qemu.images import build_images
 from qemu.unit import QemuUnit, saved_unit
+from tests.support.idle import go_idle, written_sectors
 from tests.support.wholeunit import (
     check_whole,
     containers,
@@ -59,28 +60,15 @@ def set_clock(unit: QemuUnit, shift_s: float = 0.0) -> None:
     unit.main.run("date", "-u", "-s", f"@{time.time() + shift_s:.3f}")
 
 
-def written_sectors(unit: QemuUnit) -> dict[str, int]:
-    """Sectors of 512 bytes written since the boot, by disk."""
-    lines = unit.main.shell("for disk in vda vdb; do echo $disk $(cat /sys/block/$disk/stat); done").splitlines()
-    return {line.split()[0]: int(line.split()[7]) for line in lines}
-
-
 def test_nothing_is_written_when_idle(unit: QemuUnit) -> None:
     """With the log level of devices, and a service that runs; neither the data disk nor the root disk."""
     main = unit.main
-    main.shell("sed -i s/AOS_LOG_LEVEL=.*/AOS_LOG_LEVEL=info/ /etc/default/aoscore.env; systemctl restart aos.target")
-    unit.wait(unit.is_online, 120, "the Unit to be online again")
-    wait_active(unit)
-    # What the start has left in memory goes to disk first, and the NFS server notes when its clients' time is over.
-    grace = "cat /proc/fs/nfsd/v4_end_grace 2>/dev/null || echo Y"
-    unit.wait(lambda: main.shell(grace).strip() == "Y", 180, "the NFS server to wait no more for former clients")
-    time.sleep(20)
-    main.run("sync")
-    before = written_sectors(unit)
+    go_idle(unit)
+    before = written_sectors(main)
     began = time.monotonic()
     time.sleep(IDLE_S)
     main.run("sync")
-    after = written_sectors(unit)
+    after = written_sectors(main)
     written = {disk: after[disk] - before[disk] for disk in after}
     recent = main.shell(f"find / /var/aos -xdev -newermt '-{IDLE_S:.0f} seconds' -type f 2>/dev/null || true")
     print(f"sectors written in {time.monotonic() - began:.0f} s: {written}\n{recent}")

@@ -32,6 +32,8 @@ _DIRECTIONS = ("in", "out")
 PRIVATE = ("127.0.0.0/8", "10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12")
 # How often totals go to the database. The kernel has them in any case; this is for a reboot.
 _SAVE_PERIOD_S = 600.0
+# What the node itself sends and gets never rests: its totals are written when they have moved by so much.
+_SYSTEM_STEP_BYTES = 1 << 20
 
 
 class StoredTraffic(msgspec.Struct, frozen=True):
@@ -152,10 +154,15 @@ class Traffic:
             await self._enforce(direction)
 
     async def save_if_due(self, now: datetime, monotonic_s: float) -> None:
-        """Write totals that have changed, at most every ten minutes."""
+        """Write totals that have changed, at most every ten minutes: of an idle node hardly ever."""
         if monotonic_s - self._saved_s >= _SAVE_PERIOD_S:
             self._saved_s = monotonic_s
-            await self._save(self._names(), now)
+            await self._save([name for name in self._names() if self._is_worth_saving(name)], now)
+
+    def _is_worth_saving(self, name: str) -> bool:
+        stored = self._stored.get(name)
+        moved = self._values.get(name, 0) - (0 if stored is None else stored.value)
+        return name not in _names(SYSTEM) or abs(moved) >= _SYSTEM_STEP_BYTES
 
     def totals(self, name: str) -> Totals:
         """The totals as last read."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -249,6 +250,64 @@ async def test_killed_in_the_middle_of_a_renewal_the_cloud_hears_of_it(bed: Unit
     await bed.until(lambda: not bed.rows("SELECT 1 FROM aoscore_inbox"))
     assert "hidden" not in bed.log()
     assert b"hidden" not in b"".join(path.read_bytes() for path in (bed.directory / "work").glob("cm.db*"))
+
+
+async def test_clean_up_leaves_what_a_node_that_is_away_needs(tmp_path: Path, iam: Iam) -> None:
+    """Beside an item that goes, and over a new start of CM: the node that comes back with nothing gets all of it."""
+    images = {"updateItemTtl": "1s", "removeOutdatedPeriod": "1s"}
+    timeouts = {"nodeInfoProvider": {"smConnectionTimeout": "1s"}}
+    async with unit_bed(tmp_path, iam, imageManager=images, **timeouts) as bed:
+        bed.blobs.publish(A1)
+        bed.blobs.publish(B1)
+        await bed.start()
+        await bed.cloud.connected()
+        await bed.cloud.send_frame(bed.wish(("a", "1.0.0", A1), ("b", "1.0.0", B1)))
+        await bed.full_status(lambda status: shown_items(status) == dict.fromkeys(("a 1.0.0", "b 1.0.0"), "installed"))
+        await bed.take_node_away()
+        await bed.until(lambda: "node node-1 is not available" in str(bed.statuses(full=False)))
+        await bed.cloud.send_frame(bed.wish(("a", "1.0.0", A1)))
+        await bed.until(lambda: bed.items == {"a 1.0.0": "installed"})
+        await bed.kill()
+        await bed.start()
+        await bed.cloud.connected()
+        asked = len(bed.blobs.asked)
+        bed.sm.instances.clear()
+        await bed.bring_node()
+        await bed.until(lambda: bed.running == {"a": "1.0.0"})
+        for digest, blob in A1.blobs.items():
+            answer = await bed.sm.blobs.GetBlobsInfos(pb.BlobsInfosRequest(digests=[digest]))
+            assert (await request("GET", answer.urls[0])).body == blob
+        assert len(bed.blobs.asked) == asked, "from its own store"
+
+
+async def test_after_a_reconnect_the_cloud_gets_what_is_so_now(bed: UnitBed) -> None:
+    """Of all that was so while there was no link nothing is told: the first status is whole, and the last there is."""
+    await bed.start()
+    await deploy_first(bed)
+    bed.cloud.token, bed.cloud.discovery_status = "token-2", 503
+    await bed.cloud.sockets[-1].close()
+    await bed.until(lambda: "Next attempt to connect" in bed.new_log())
+    for _ in range(2):
+        for change, is_there in ((bed.take_node_away, False), (bed.bring_node, True)):
+            changes = bed.new_log().count(words := f"state=provisioned, isConnected={is_there}")
+            await change()
+            await bed.until(lambda w=words, c=changes: bed.new_log().count(w) > c)
+    told = len(bed.cloud.frames)
+    bed.cloud.discovery_status = 200
+
+    def statuses() -> list[dict[str, Any]]:
+        return [one["data"] for one in bed.cloud.frames[told:] if one["data"]["messageType"] == "unitStatus"]
+
+    await bed.until(statuses)
+    first = statuses()[0]
+    assert first["isDeltaInfo"] is False
+    assert [one["state"] for group in first["instances"] for one in group["instances"]] == ["active"]
+    assert first["nodes"][0]["isConnected"]
+    # Every later one is told in its order.
+    await bed.sm.wait(lambda sm: sm.received)
+    bed.sm.set_state(next(iter(bed.sm.instances)), "failed", "the last one")
+    await bed.until(lambda: "the last one" in str(statuses()))
+    assert "'isConnected': False" not in str(statuses())
 
 
 async def test_nonsense_from_the_cloud(bed: UnitBed) -> None:

@@ -394,6 +394,32 @@ async def test_traffic_totals_over_restarts_and_days() -> None:
     assert (await started(noon + timedelta(days=2), counted)).totals("id") == Totals(0, 0)
 
 
+async def test_totals_of_an_idle_node_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its links never rest; what a service sends is written every ten minutes, whatever it is."""
+    store, noon = MemoryStore(), datetime(2026, 1, 1, 12, tzinfo=UTC)
+    traffic = Traffic(store)
+    await traffic.start([Counted("id", "172.31.1.2")], noon)
+    kernel = {"in_system": 1, "out_system": 1, "in_id": 0, "out_id": 0}
+
+    async def counters(_: object) -> dict[str, int]:
+        return dict(kernel)
+
+    async def written(monotonic_s: float, **changes: int) -> set[str]:
+        kernel.update(changes)
+        before = dict(store.totals)
+        await traffic.refresh(noon)
+        await traffic.save_if_due(noon, monotonic_s)
+        return {name for name, total in store.totals.items() if before.get(name) != total}
+
+    monkeypatch.setattr(nft, "counters", counters)
+    assert await written(1000) == {"in_id", "out_id"}
+    assert await written(1600, in_system=500_000, out_system=600_000) == set()
+    assert await written(2200, in_system=1_100_000, in_id=1) == {"in_system", "in_id"}
+    assert await written(2799, in_id=2, out_system=2_000_000) == set()
+    assert await written(2800) == {"in_id", "out_system"}
+    assert await written(3400, in_system=2_100_000) == set()
+
+
 async def test_names(tmp_path: Path) -> None:
     """Equal host names: both run, both can be found (D10)."""
     async with manager(tmp_path, FakeCm()) as networks:

@@ -120,7 +120,8 @@ async def test_sm_and_initramfs_try_confirm_and_apply(tmp_path: Path, kind: str)
     assert (await node.life(info, payload))[0] == TO_REBOOT
     node.boot()
     assert (node.version, "do_apply" in node.files()) == ("2.0.0", False)
-    assert await node.life(info, payload) == (SETTLED, [("1.0.0", "inactive", "")])
+    settled = [("1.0.0", "inactive", ""), ("2.0.0", "active", "")]
+    assert await node.life(info, payload) == (SETTLED, settled)
     assert node.files() == {"installed_instance.json"}
     node.boot()
     assert node.version == "2.0.0"

@@ -258,6 +258,7 @@ class ComponentRuntime(abc.ABC):
         _log.info(kv("Component updated", runtime=self.info.type, version=new.version))
         if old is not None and old.ident != new.ident:
             self._publish(old, InstanceState.INACTIVE)
+        self._publish(new, InstanceState.ACTIVE)
 
     def _publish(self, component: Component, state: InstanceState, error: str = "") -> None:
         self.changed.publish(self._status(component, state, error))

@@ -28,7 +28,7 @@ async def test_update_is_tried_then_confirmed(node: BootNode) -> None:
     lives = await node.go_through(*node.update())
     assert lives == [
         [("1.0.0", "active", ""), ("2.0.0", "activating", "")],
-        [("1.0.0", "active", ""), ("1.0.0", "inactive", "")],
+        [("1.0.0", "active", ""), ("1.0.0", "inactive", ""), ("2.0.0", "active", "")],
     ]
     assert (node.running, node.installed(), node.boots) == ("2.0.0", "2.0.0", 2)
     assert node.read("BootOrder")[0] == node.read("BootCurrent")[0] == node.entries[1]

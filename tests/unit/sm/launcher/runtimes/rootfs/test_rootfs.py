@@ -31,7 +31,7 @@ async def test_update_is_tried_confirmed_applied(node: Node) -> None:
     assert lives == [
         [("1.0.0", "active", ""), ("2.0.0", "activating", "")],
         [("1.0.0", "active", "")],
-        [("1.0.0", "inactive", "")],
+        [("1.0.0", "inactive", ""), ("2.0.0", "active", "")],
     ]
     assert (node.root, node.installed(), node.boots) == ("2.0.0", "2.0.0", 3)
     assert node.files() == {"installed_instance.json"}
