@@ -24,32 +24,26 @@ class ProcessWatch:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._fd = -1
-        self._end: asyncio.Event | None = None
+        self._end = asyncio.Event()
 
     def __enter__(self) -> Self:
         with contextlib.suppress(ProcessLookupError):
             self._fd = os.pidfd_open(self._pid)
+            asyncio.get_running_loop().add_reader(self._fd, self._on_end)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._end is not None:
-            asyncio.get_running_loop().remove_reader(self._fd)
         if self._fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)
 
     async def ended(self, timeout_s: float | None = None) -> bool:
         """Wait for the end, at most `timeout_s`; whether it has ended."""
-        if self._fd < 0:
-            return True
-        if self._end is None:
-            self._end = asyncio.Event()
-            asyncio.get_running_loop().add_reader(self._fd, self._on_end)
-        return await comes_within(self._end, timeout_s)
+        return self._fd < 0 or await comes_within(self._end, timeout_s)
 
     def _on_end(self) -> None:
-        assert self._end is not None  # noqa: S101 - it is there before anybody calls us
         self._end.set()
         # The descriptor stays readable, and would wake the loop without end.
         asyncio.get_running_loop().remove_reader(self._fd)
