@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,29 @@ class SmUnit:
 
     @contextlib.asynccontextmanager
     async def sm(
-        self, program: Sequence[str] = PROGRAM, verbosity: str = "debug", **config: Any
+        self,
+        program: Sequence[str] = PROGRAM,
+        verbosity: str = "debug",
+        *,
+        container: Mapping[str, Any] | None = None,
+        **config: Any,
     ) -> AsyncIterator[Child]:
-        """The process; each has a log of its own. `program`: Python's arguments; `config`: more keys."""
-        container = {
+        """The process; each has a log of its own.
+
+        `program`: Python's arguments; `container`: more keys of that runtime; `config`: more keys.
+        """
+        runtime = {
             "runtimeDir": "/run/aos/runtime",
             "storageDir": str(self.bed.root / "storages"),
             "stateDir": str(self.bed.root / "states"),
             "crunStateRoot": "/run/crun",
             "cgroupParent": namespaces.cgroup_parent(),
             "output": "files",
+            **(container or {}),
         }
         path = self.bed.write_config(
             **{
-                "runtimes": [{"plugin": "container", "type": "crun", "config": container}],
+                "runtimes": [{"plugin": "container", "type": "crun", "config": runtime}],
                 "monitoring": {"pollPeriod": "1s"},
                 **config,
             }

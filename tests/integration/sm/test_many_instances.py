@@ -5,13 +5,11 @@ import stat
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from aoscore.common.types import MonitoringParameters
-from tests.support import bed as namespaces
 from tests.support.smbed import Child, SmBed
 from tests.support.smunit import SmUnit
 
@@ -52,20 +50,6 @@ def noting_crun(directory: Path) -> tuple[Path, Path]:
     return program, notes
 
 
-def runtimes(**config: Any) -> list[dict[str, Any]]:
-    """The container runtime, as of `SmUnit`, with other keys."""
-    container = {
-        "runtimeDir": "/run/aos/runtime",
-        "storageDir": "/run/aos/storages",
-        "stateDir": "/run/aos/states",
-        "crunStateRoot": "/run/crun",
-        "cgroupParent": namespaces.cgroup_parent(),
-        "output": "files",
-        **config,
-    }
-    return [{"plugin": "container", "type": "crun", "config": container}]
-
-
 def cpu_s(sm: Child) -> float:
     """CPU time of SM and of the programs that it ran and has seen the end of."""
     fields = Path(f"/proc/{sm.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -83,9 +67,7 @@ async def test_64_containers_start_in_bounded_parallel_and_a_round_is_cheap(unit
         )
         for number in range(COUNT)
     ]
-    async with unit.sm(
-        verbosity="info", runtimes=runtimes(crunExecutable=str(program)), monitoring={"pollPeriod": "1s"}
-    ) as sm:
+    async with unit.sm(verbosity="info", container={"crunExecutable": str(program)}) as sm:
         await unit.cm.connected(1)
         unit.cm.update(*services)
         wanted = {info.ident.item_id: ("1.0.0", "active") for info in services}
