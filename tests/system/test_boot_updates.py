@@ -59,14 +59,12 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuUnit]:
         yield unit
 
 
-def file_system(directory: Path, version: str, *, is_sick: bool = False) -> Path:
+def file_system(directory: Path, version: str) -> Path:
     """An image of a boot partition."""
     content = directory / "content"
     for name, text in {"EFI/BOOT/bootx64.efi": "loader", "aos/version": f'VERSION="{version}"\n'}.items():
         (content / name).parent.mkdir(parents=True, exist_ok=True)
         (content / name).write_text(text)
-    if is_sick:
-        (content / "aos/sick").touch()
     image = directory / "partition.img"
     run(["mkfs.vfat", "-C", image, f"{_SECTORS // 2}"])
     run(["mcopy", "-s", "-i", image, content / "EFI", content / "aos", "::/"])
@@ -101,10 +99,10 @@ def give_partitions(unit: QemuUnit) -> None:
     main.shell("systemctl daemon-reload; systemctl enable --now aos-firmware; systemctl restart aos-sm")
 
 
-def offer(unit: QemuUnit, version: str, *, is_sick: bool = False) -> None:
+def offer(unit: QemuUnit, version: str) -> None:
     """Give the cloud a version of the boot partition."""
     directory = unit.directory / f"boot-{version}"
-    image = file_system(directory, version, is_sick=is_sick)
+    image = file_system(directory, version)
     packed = directory / "packed"
     packed.write_bytes(gzip.compress(image.read_bytes(), mtime=0))
     upload_component(unit, "boot", version, MEDIA_TYPE, packed)
