@@ -471,7 +471,7 @@ class Cloud:
             if confirmed["serial"] not in {one.serial for one in fresh}:
                 raise InvalidArgumentError(f"{cert_type} of {node_id}: serial {confirmed['serial']} was not issued")
             store.set_certificate_status(confirmed["serial"], RENEW_DONE)
-            store.drop_certificates(unit, node_id, cert_type, but=confirmed["serial"])
+            store.drop_certificates(unit, node_id, cert_type, before=confirmed["serial"])
 
     # Nodes that come and go
 

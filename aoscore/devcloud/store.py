@@ -302,14 +302,18 @@ class Store:
         """Change where a certificate stands in its renewal."""
         self._rows("UPDATE certificates SET status = ? WHERE serial = ?", status, serial)
 
-    def drop_certificates(self, unit: Unit, node_id: str, cert_type: str, *, but: str) -> None:
-        """Forget the certificates that one replaces."""
+    def drop_certificates(self, unit: Unit, node_id: str, cert_type: str, *, before: str) -> None:
+        """Forget the certificates that were issued before one: it replaces them.
+
+        One that was issued later stays: the Unit may use it already, its confirmation being on the way.
+        """
         self._rows(
-            "DELETE FROM certificates WHERE unit_id = ? AND node_id = ? AND type = ? AND serial != ?",
+            "DELETE FROM certificates WHERE unit_id = ? AND node_id = ? AND type = ? "
+            "AND rowid < (SELECT rowid FROM certificates WHERE serial = ?)",
             unit.id,
             node_id,
             cert_type,
-            but,
+            before,
         )
 
     def system_id_of_online_certificate(self, serial: str) -> str | None:

@@ -339,6 +339,27 @@ def test_certificates_are_renewed_step_by_step(cloud: Cloud, store: Store, unit:
     assert after[failed["node"]["codename"], failed["type"]] == "renew_failed"
 
 
+def test_a_certificate_issued_after_the_confirmed_one_stays_good(cloud: Cloud, store: Store, unit: Unit) -> None:
+    """Two renewals overlap: the Unit has installed the second certificate when the first one's confirmation comes."""
+    place = {"type": "online", "node": {"codename": "main"}}
+
+    def issue() -> str:
+        request = {"messageType": "issueUnitCertificates", "requests": [{**place, "csr": csr()}]}
+        (answer,) = handle(cloud, store, request)
+        return serial(load_certificates(answer["certificates"][0]["certificateChain"].encode())[0])
+
+    def good() -> set[str]:
+        return {one.serial for one in store.certificates(unit) if (one.node_id, one.type) == ("main", "online")}
+
+    (old,) = good()
+    first, second = issue(), issue()
+    assert good() == {old, first, second}
+    for confirmed, left in ((first, {first, second}), (second, {second})):
+        certificates = [{**place, "serial": confirmed}]
+        handle(cloud, store, {"messageType": "installUnitCertificatesConfirmation", "certificates": certificates})
+        assert good() == left
+
+
 def test_a_confirmation_of_a_foreign_certificate_is_an_error(cloud: Cloud, store: Store, unit: Unit) -> None:
     certificates = [{"type": "iam", "node": {"codename": "main"}, "serial": "00"}]
     message = {"messageType": "installUnitCertificatesConfirmation", "certificates": certificates}
