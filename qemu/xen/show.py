@@ -15,6 +15,7 @@ from qemu.xen.images import GUEST, XenImages, build_xen_images
 from qemu.xen.unit import XenUnit
 
 _SAYS = "web service starts"
+_LOG_S = 300.0
 
 
 class _Times:
@@ -65,10 +66,11 @@ def show_xen(directory: Path) -> str:
 
 def _check_service(unit: XenUnit) -> None:
     """Raises FailedError unless the instance is on the other node and has said what it says."""
-    nodes = {one["nodeId"] for group in unit.ask("unit")["status"]["instances"] for one in group["instances"]}
-    if len(nodes) != 1 or unit.system_id in nodes or unit.container_pids():
-        raise FailedError(f"the service is not on the Secondary Node alone: {nodes}, Main Node is {unit.system_id}")
-    logs = unit.ask("logs", log_type="instanceLog", item=ITEM)
+    groups = unit.ask("unit")["status"]["instances"]
+    nodes = {one["node"]["codename"] for group in groups for one in group["instances"] if one["state"] == "active"}
+    if len(nodes) != 1 or unit.container_pids():
+        raise FailedError(f"the service is not on the Secondary Node alone: {groups}")
+    logs = unit.ask("logs", log_type="instanceLog", item=ITEM, nodes=list(nodes), timeout_s=_LOG_S)
     if set(logs) != nodes or not all(_SAYS in log["text"] for log in logs.values()):
         raise FailedError(f"the log of the service does not say {_SAYS!r} on the Secondary Node: {logs}")
 
