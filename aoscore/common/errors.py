@@ -2,6 +2,7 @@
 
     AosError
     ├── FailedError             1  it did not work, nothing more precise is known
+    │   └── UnreachableError       the other side is not there, or went away
     ├── RuntimeFailure          2  the operating system refused; `errno` says why
     ├── OutOfMemoryError        3
     │   └── NoSpaceError           a disk is full
@@ -37,6 +38,10 @@ class AosError(Exception):
 
 class FailedError(AosError):
     """Something did not work and no class below fits."""
+
+
+class UnreachableError(FailedError):
+    """The other side of a call is not there, or went away during it."""
 
 
 class RuntimeFailure(AosError):

@@ -26,6 +26,7 @@ from aoscore.common.errors import (
     InvalidArgumentError,
     NotFoundError,
     NotSupportedError,
+    UnreachableError,
     first_cause,
 )
 from aoscore.common.tls import ServerTls, TlsIdentity, TlsRoots
@@ -61,6 +62,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
+# The second when it is the other side that ended the call, for example by stopping.
 _SERVER_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 # Streams of subscribers have no end of their own and take all of it.
 _STOP_GRACE_S = 0.3
@@ -207,8 +209,9 @@ def rpc_errors(what: str) -> Iterator[None]:
                 raise NotFoundError(text) from error
             case grpc.StatusCode.UNIMPLEMENTED:
                 raise NotSupportedError(text) from error
+            case code if code in _SERVER_GONE:
+                raise UnreachableError(f"{text} ({code.name})") from error
             case _:
-                # CANCELLED is among these: it is the other side that ended the call, for example by stopping.
                 raise FailedError(f"{text} ({error.code().name})") from error
     except grpc.aio.UsageError as error:
         raise FailedError(f"{what}: {error}") from error
@@ -218,7 +221,7 @@ def rpc_errors(what: str) -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise FailedError(f"{what}: the connection was closed") from error
+        raise UnreachableError(f"{what}: the connection was closed") from error
 
 
 class LazyChannel:
@@ -267,8 +270,7 @@ class LazyChannel:
         except AosError as error:
             # A new channel next time: the name or the certificate of the server may be another one by now. A server
             # that stops cancels the calls it still gets, while the connection looks well.
-            cause = error.__cause__
-            gone = isinstance(cause, grpc.aio.AioRpcError) and cause.code() in _SERVER_GONE
+            gone = isinstance(error, UnreachableError)
             if channel is self._channel and (gone or channel.get_state() != grpc.ChannelConnectivity.READY):
                 await self.drop()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -26,11 +27,16 @@ from aoscore.cm.communication.messages import (
     StartProvisioningResponse,
     message_type,
 )
-from aoscore.common.errors import AosError, FailedError, NotFoundError, to_error_info
+from aoscore.common.errors import AosError, FailedError, NotFoundError, UnreachableError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import CertInfo
 
 _log = logging.getLogger(__name__)
+
+# IAM warns of an ending certificate while it starts, and the cloud may ask at once; what is missed here waits for the
+# cloud to ask again.
+_IAM_WAIT_S: Final = 30.0
+_IAM_RETRY_S: Final = 1.0
 
 _INTERRUPTED: Final = FailedError("CM was restarted in the middle of it, and keeps no passwords: ask again")
 
@@ -89,12 +95,13 @@ class Certificates:
         """Makes new keys and asks for certificates; what does not work is reported, the others go on."""
         secrets = {entry.node.codename: entry.secret for entry in message.unit_secrets.nodes}
         requests, failed = [], []
+        until_s = asyncio.get_running_loop().time() + _IAM_WAIT_S
         for entry in message.certificates:
             node_id = entry.node.codename
             try:
                 if node_id not in secrets:
                     raise NotFoundError(f"the cloud sent no secret for node {node_id}")
-                csr = await self._iam.create_key(node_id, entry.type, secrets[node_id])
+                csr = await self._create_key(node_id, entry.type, secrets[node_id], until_s)
                 requests.append(CertificateRequest(type=entry.type, node=entry.node, csr=csr))
             except AosError as error:
                 _log.error(kv("Can't renew certificate", nodeID=node_id, type=entry.type, error=error))
@@ -104,6 +111,17 @@ class Certificates:
             await self._cloud.send(IssueUnitCertificates(requests=tuple(requests)))
         if failed:
             await self._cloud.send(InstallUnitCertificatesConfirmation(certificates=tuple(failed)))
+
+    async def _create_key(self, node_id: str, cert_type: str, password: str, until_s: float) -> str:
+        """A new key's certificate request; waits for IAM until `until_s` of the loop's time. Raises AosError."""
+        while True:
+            try:
+                return await self._iam.create_key(node_id, cert_type, password)
+            except UnreachableError as error:
+                if asyncio.get_running_loop().time() >= until_s:
+                    raise
+                _log.warning(kv("Waiting for IAM", nodeID=node_id, type=cert_type, error=error))
+            await asyncio.sleep(_IAM_RETRY_S)
 
     async def on_interrupted_renewal(self, message: RenewCertificatesNotification) -> None:
         """Tells that a renewal was not finished when CM ended: its passwords are gone, the cloud has to ask again."""

@@ -19,6 +19,7 @@ from aoscore.common.errors import (
     InvalidArgumentError,
     NotFoundError,
     NotSupportedError,
+    UnreachableError,
 )
 from aoscore.common.iamclient import CertificateKeeper, IamPublicClient
 from aoscore.common.rpc import (
@@ -141,7 +142,7 @@ async def test_lazy_channel_follows_our_certificate_and_outlives_the_server(tmp_
         assert second is not first
         # Without a certificate nobody gets in; that the next call brings one is seen at once.
         tls = TlsRoots(identity.ca_file)
-        with pytest.raises(FailedError, match=f"asked at 127.0.0.1:{one.port}"):
+        with pytest.raises(UnreachableError, match=f"asked at 127.0.0.1:{one.port}"):
             await ask(channel)
         tls = ca.identity(tmp_path, "third")
         assert await ask(channel) == "cm"
@@ -149,7 +150,7 @@ async def test_lazy_channel_follows_our_certificate_and_outlives_the_server(tmp_
     async with LazyChannel(f"127.0.0.1:{port}", lambda: tls) as channel:
         async with running(serve(port)):
             assert await ask(channel) == "cm"
-        with pytest.raises(FailedError):
+        with pytest.raises(UnreachableError):
             await ask(channel)
         identity = ca.identity(tmp_path, "renamed", ("other-name",))
         async with running(serve(port)):
@@ -187,7 +188,7 @@ async def test_closed_channel_is_an_error_and_no_cancellation() -> None:
         with pytest.raises(asyncio.CancelledError):
             await canceled
         await channel.close()
-        with pytest.raises(FailedError, match="follow: the connection was closed"):
+        with pytest.raises(UnreachableError, match="follow: the connection was closed"):
             await waiting
         with pytest.raises(FailedError, match="follow: Channel is closed"):
             await follow()

@@ -1,5 +1,6 @@
 """Renewal and provisioning: order, partial failures, what the cloud is told."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from aoscore.cm.communication.messages import (
     StartProvisioningResponse,
     UnitSecrets,
 )
+from aoscore.cm.iamclient import certificates
 from aoscore.cm.iamclient.certificates import Certificates
-from aoscore.common.errors import AosError, FailedError
+from aoscore.common.errors import AosError, FailedError, UnreachableError
 from aoscore.common.types import CertInfo
 
 MAIN, N1, N2 = (Identity.of_codename(name) for name in ("main", "n1", "n2"))
@@ -102,6 +104,28 @@ async def test_one_failure_does_not_stop_the_other_renewals(bench: Bench) -> Non
     assert failed["main"] is not None and failed["main"].message == "token is full"
     assert failed["n2"] is not None and failed["n2"].aos_code == 5
     assert bench.iam.calls == ["key main sm pw-main", "key n1 iam pw-n1"]
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_iam_that_only_starts_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    call = "key main sm pw-main"
+    bench.iam.fails[call] = UnreachableError("creating key: no connection")
+    monkeypatch.setattr(certificates, "_IAM_RETRY_S", 0.0)
+    if not comes_back:
+        monkeypatch.setattr(certificates, "_IAM_WAIT_S", 0.05)
+    renewing = asyncio.create_task(bench.certificates.on_renew(renewal((CertType.SM, MAIN), (CertType.IAM, MAIN))))
+    while bench.iam.calls.count(call) < 3:
+        await asyncio.sleep(0)
+    if comes_back:
+        del bench.iam.fails[call]
+    await renewing
+    issue, *failed = bench.sent
+    assert isinstance(issue, IssueUnitCertificates)
+    assert [entry.type for entry in issue.requests] == [CertType.SM, CertType.IAM][not comes_back :]
+    assert len(failed) == (not comes_back)
+    assert bench.iam.calls.count("key main iam pw-main") == 1
 
 
 async def test_a_renewal_that_was_interrupted_is_to_be_asked_again(bench: Bench) -> None:
