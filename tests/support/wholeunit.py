@@ -172,6 +172,16 @@ def main_pid(node: BedNode, unit_name: str) -> str:
     return node.run("systemctl", "show", "--value", "--property=MainPID", unit_name).strip()
 
 
+def is_back(node: BedNode, unit_name: str, before: str) -> bool:
+    """Whether a unit whose first process was `before` is ready again with another one.
+
+    For a moment after that one has died systemd shows no process, and the unit as active all the same.
+    """
+    if main_pid(node, unit_name) in ("0", before):
+        return False
+    return node.run("systemctl", "show", "--value", "--property=ActiveState", unit_name).strip() == "active"
+
+
 @contextlib.contextmanager
 def silence(node: BedNode, address: str) -> Iterator[None]:
     """For the block, nothing goes between a node and an address; nobody is told, as when a cable is pulled."""

@@ -17,6 +17,7 @@ from tests.support.wholeunit import (
     check_whole,
     containers,
     instances,
+    is_back,
     label_nodes,
     main_pid,
     node_status,
@@ -151,7 +152,7 @@ def test_daemons_are_killed_one_after_the_other(unit: NspawnUnit) -> None:
             node, service = unit.nodes[name], f"aos-{daemon}"
             pid = main_pid(node, service)
             node.run("systemctl", "kill", "--signal=KILL", service)
-            unit.wait(lambda n=node, s=service, p=pid: main_pid(n, s) not in ("0", p), 60, f"{service} to be back")
+            unit.wait(lambda n=node, s=service, p=pid: is_back(n, s, p), 60, f"{service} to be back")
     assert containers(unit) == before
 
 

@@ -5,6 +5,7 @@ import pytest
 from qemu.images import DOMAIN
 from tests.support.bundles import make_item
 from tests.support.nspawn import NspawnUnit
+from tests.support.wholeunit import is_back, main_pid
 
 pytestmark = [pytest.mark.nspawn, pytest.mark.timeout(600)]
 
@@ -26,19 +27,10 @@ def test_provision_deploy_adopt_reboot(nspawn_unit: NspawnUnit) -> None:
     containers = unit.container_pids()
     assert len(containers) == 1
 
-    def main_pid(name: str) -> str:
-        return node.run("systemctl", "show", "-P", "MainPID", name).strip()
-
     for name in ("aos-sm", "aos-cm", "aos-iam"):
-        before = main_pid(name)
+        before = main_pid(node, name)
         node.run("systemctl", "kill", "--signal=KILL", name)
-        unit.wait(
-            lambda name=name, before=before: (
-                node.run("systemctl", "is-active", name).strip() == "active" and main_pid(name) != before
-            ),
-            60,
-            f"{name} to be back",
-        )
+        unit.wait(lambda name=name, before=before: is_back(node, name, before), 60, f"{name} to be back")
     unit.wait(unit.is_online, 60, "the Unit to be online again")
     assert unit.container_pids() == containers, "running services are adopted, not restarted"
 
