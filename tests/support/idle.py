@@ -21,6 +21,9 @@ def go_idle(unit: QemuUnit) -> None:
     wait_active(unit)
     # The NFS server notes on its disk when the time of its former clients is over.
     unit.wait(lambda: unit.main.shell(_GRACE).strip() == "Y", 180, "the NFS server to wait no more for former clients")
+    for guest in unit.nodes.values():
+        # journald would bring what it has been told to the disk after five minutes; this returns before all is there.
+        guest.run("journalctl", "--sync")
     time.sleep(_FLUSH_S)
     for guest in unit.nodes.values():
         guest.run("sync")
