@@ -5,7 +5,7 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator
 
-from aoscore.common.errors import DeadlineError, FailedError
+from aoscore.common.errors import DeadlineError, FailedError, UnreachableError
 from aoscore.common.tls import TokenContext
 
 # What is read of a socket at a time, so that reading need not pause after each time.
@@ -40,7 +40,7 @@ async def open_connection(
         except ssl.SSLError as error:
             raise FailedError(f"TLS with {where} failed: {error.reason or error}") from error
         except OSError as error:
-            raise FailedError(f"can't connect to {where}: {error.strerror or error}") from error
+            raise UnreachableError(f"can't connect to {where}: {error.strerror or error}") from error
         try:
             yield reader, writer
         finally:

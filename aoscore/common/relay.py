@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from aoscore.common.aio import log_and_continue, run_abandonable
-from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
+from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError, UnreachableError
 from aoscore.common.tls import TOKEN_LOCK, ServerTls, TlsRoots, within_token_limit
 
 T = TypeVar("T")
@@ -392,7 +392,7 @@ class TlsBack:
         except ssl.SSLError as error:
             raise FailedError(f"TLS with {where} failed: {error.reason or error}") from error
         except OSError as error:
-            raise FailedError(f"can't connect to {where}: {error.strerror or error}") from error
+            raise UnreachableError(f"can't connect to {where}: {error.strerror or error}") from error
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as connections:
