@@ -14,6 +14,7 @@ from aoscore.common.errors import FailedError, first_cause
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+S = TypeVar("S")
 K = TypeVar("K")
 P = ParamSpec("P")
 
@@ -89,6 +90,16 @@ async def unbroken(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await _end_of(task)
         raise
+
+
+async def side_by_side(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, S]) -> tuple[T, S]:
+    """The results of both. When one fails, the other is cancelled and awaited, then that error goes on alone."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            one, other = tasks.create_task(first), tasks.create_task(second)
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from None
+    return one.result(), other.result()
 
 
 def raise_if_cancelled() -> None:

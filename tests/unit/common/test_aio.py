@@ -17,8 +17,9 @@ from aoscore.common.aio import (
     raise_if_abandoned,
     raise_if_cancelled,
     run_services,
+    side_by_side,
 )
-from aoscore.common.errors import FailedError
+from aoscore.common.errors import FailedError, NotFoundError
 
 
 class Recorder:
@@ -163,6 +164,31 @@ async def test_event_that_comes_and_event_that_does_not() -> None:
     event.set()
     assert await waiting
     assert await comes_within(event, 0)
+
+
+async def test_two_side_by_side() -> None:
+    """Both results; or the error of the one that fails, bare, once the other has cleaned up."""
+    met, ended = asyncio.Barrier(2), asyncio.Event()
+
+    async def one(value: int) -> int:
+        await met.wait()
+        return value
+
+    async def fail() -> int:
+        raise NotFoundError("no such image")
+
+    async def wait() -> int:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        return 0
+
+    async with asyncio.timeout(10):
+        assert await side_by_side(one(1), one(2)) == (1, 2)
+        with pytest.raises(NotFoundError, match="no such image"):
+            await side_by_side(wait(), fail())
+    assert ended.is_set()
 
 
 async def test_cancellation_that_meets_an_error_is_not_lost() -> None:

@@ -120,7 +120,7 @@ class Bundle:
         folder = self.mounts / "etc"
         _make_folders(folder)
         for name, content in (("hosts", hosts), ("resolv.conf", resolv_conf)):
-            (folder / name).write_text(content)
+            (folder / name).write_bytes(content.encode())
             (folder / name).chmod(0o644)
 
     def make_mount_points(
@@ -128,12 +128,17 @@ class Bundle:
     ) -> None:
         """A directory or an empty file in the top layer for each mount: the root file system cannot be written later.
 
+        A mount in an earlier one (``/dev/pts``) needs none: its place is there or made in the file system around it.
         What exists in a layer or in a visible directory of the host is left alone, since a new directory would hide a
         symbolic link there (``/lib`` of a merged-usr system). Raises OSError naming the source of a bind mount that
         does not exist.
         """
+        above: tuple[str, ...] = ()
         for mount in mounts:
-            relative = str(mount["destination"]).lstrip("/")
+            relative = str(mount["destination"]).strip("/")
+            if relative.startswith(above):
+                continue
+            above += (f"{relative}/",)
             top = relative.partition("/")[0]
             below = [*layers, *([Path("/")] if top in host_binds else [])]
             if any((tree / relative).exists() for tree in below):

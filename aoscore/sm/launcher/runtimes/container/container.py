@@ -80,8 +80,7 @@ class Container:
         """Afterwards its process runs."""
         # What a process writes at once belongs to its run.
         started = time.time()
-        with self._tools.output.prepare(self.id) as output:
-            self.pid = await self._tools.engine.run(self.id, self.bundle.path, output)
+        self.pid = await self._tools.engine.run(self.id, self.bundle.path, self._tools.output)
         self.record = msgspec.structs.replace(self.record, started=started)
 
     async def supervise(self, *, ended: bool = False) -> None:

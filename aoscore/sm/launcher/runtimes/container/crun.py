@@ -17,14 +17,14 @@ from pathlib import Path
 
 import msgspec
 
-from aoscore.common.aio import unbroken
+from aoscore.common.aio import Worker
 from aoscore.common.config import from_json
 from aoscore.common.errors import ConfigError, DeadlineError, FailedError
 from aoscore.common.process import run_blocking, run_program, spawn
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.engine import EngineState, Exit
-from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
+from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 from aoscore.sm.processes import is_alive
 
 _log = logging.getLogger(__name__)
@@ -54,8 +54,10 @@ class _Created(msgspec.Struct, frozen=True):
 class Crun:
     """The OCI runtime with one state directory."""
 
-    def __init__(self, config: ContainerConfig, layout: CgroupLayout) -> None:
+    def __init__(self, config: ContainerConfig, layout: CgroupLayout, worker: Worker) -> None:
+        """Programs run in threads of `worker`, each of which waits for one."""
         self._config = config
+        self._worker = worker
         self._conmon = config.conmon_executable
         # The manager is named: crun's default depends on how it was built.
         self._command = (
@@ -80,38 +82,38 @@ class Crun:
         """Control group of an instance, below the mount."""
         return f"{self._config.cgroup_parent}/{instance_id}"
 
-    async def run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+    async def run(self, instance_id: str, bundle: Path, output: ContainerOutput) -> int:
         """Run the container of a bundle; returns the pid of its first process.
 
         A cancellation takes effect after it, so that nothing is made behind the back of a later `delete`.
         Raises FailedError with crun's reason, NotFoundError when conmon is not installed, DeadlineError.
         """
-        return await unbroken(asyncio.to_thread(self._run, instance_id, bundle, output))
+        return await self._worker.run(self._run, instance_id, bundle, output)
 
-    def _run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
-        exit_dir = bundle / "exit"
-        exit_dir.mkdir(exist_ok=True)
-        for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid", bundle / _CRUN_LOG):
-            mark.unlink(missing_ok=True)
+    def _run(self, instance_id: str, bundle: Path, output: ContainerOutput) -> int:
+        try:
+            (bundle / "exit").mkdir()
+        except FileExistsError:
+            for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid", bundle / _CRUN_LOG):
+                mark.unlink(missing_ok=True)
         # One that is left of a container whose removal was cut off has been killed. To the kernel that goes for what
         # is cloned into it later, too: the container would end before it can say a word.
         self._layout.remove(self.cgroup(instance_id))
-        args: list[str | Path] = [
+        args = [
             *(self._conmon, "--api-version", "1", "--cid", instance_id, "--cuuid", instance_id),
-            *("--name", instance_id, "--bundle", bundle, "--exit-dir", exit_dir, "--full-attach"),
-            *("--container-pidfile", bundle / "pid", "--conmon-pidfile", bundle / "conmon.pid"),
-            *output.arguments,
+            *("--name", instance_id, "--bundle", str(bundle), "--exit-dir", f"{bundle}/exit", "--full-attach"),
+            *("--container-pidfile", f"{bundle}/pid", "--conmon-pidfile", f"{bundle}/conmon.pid"),
             *("--runtime", self._run_command[0]),
             *(word for part in self._run_command[1:] for word in ("--runtime-arg", part)),
         ]
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
-            with (bundle / "conmon.log").open("wb") as words:
+            with (bundle / "conmon.log").open("wb", buffering=0) as words, output.prepare(instance_id) as streams:
                 try:
                     process = spawn(
-                        args,
-                        stdout=words.fileno() if output.stdout is None else output.stdout,
-                        stderr=words.fileno() if output.stderr is None else output.stderr,
+                        [*args, *streams.arguments],
+                        stdout=words.fileno() if streams.stdout is None else streams.stdout,
+                        stderr=words.fileno() if streams.stderr is None else streams.stderr,
                         pass_fds=(write_fd,),
                         env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(write_fd)},
                         cwd=bundle,
@@ -138,7 +140,7 @@ class Crun:
     async def delete(self, instance_id: str) -> None:
         """Kill it if needed and remove its state and control groups; an unknown one is success."""
         command = [*self._command, "delete", "--force", instance_id]
-        done = await asyncio.to_thread(run_blocking, command, timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT)
+        done = await self._worker.run(run_blocking, command, timeout_s=_COMMAND_TIMEOUT_S, env=_ENVIRONMENT)
         if done.code != 0:
             known = await self.list()
             if instance_id in known:
@@ -199,7 +201,7 @@ def read_exit_code(bundle: Path, instance_id: str) -> int | None:
 def conmon_pid(bundle: Path) -> int | None:
     """Pid of the container's conmon; None when it was never noted."""
     try:
-        return int((bundle / "conmon.pid").read_text())
+        return int((bundle / "conmon.pid").read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
+from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 
 
 class EngineState(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ class Engine(Protocol):
         """Control group of an instance, below the mount."""
         ...
 
-    async def run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+    async def run(self, instance_id: str, bundle: Path, output: ContainerOutput) -> int:
         """Run the instance of a bundle; the pid of its first process."""
         ...
 

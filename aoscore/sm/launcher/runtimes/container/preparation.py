@@ -13,7 +13,7 @@ from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord, 
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
 from aoscore.sm.launcher.runtimes.container.seccomp import default_profile
 from aoscore.sm.launcher.runtimes.container.spec import CpuCapacity, SpecInput, build_spec, check_platform
-from aoscore.sm.networkmanager.model import AttachedNetwork
+from aoscore.sm.networkmanager.model import netns_path
 from aoscore.sm.processes import parse_signal
 from aoscore.sm.resourcemanager.disks import disks_of
 from aoscore.sm.resourcemanager.quotas import STATES, STORAGES, Claim, DiskQuotas
@@ -51,12 +51,15 @@ class Preparation:
         bundle: Bundle,
         info: InstanceInfo,
         image: InstalledImage,
-        network: AttachedNetwork,
         secret: str,
         *,
         restarts: int = 0,
     ) -> BundleRecord:
-        """Write spec, record and files, mount the root file system. Raises AosError or OSError naming the thing."""
+        """Write spec and record and make mount points, in place of what the bundle held.
+
+        What only its network can tell is not in it yet. Raises AosError or OSError naming the thing.
+        """
+        bundle.create()
         check_platform(image.image_config, self._architectures)
         item = image.item_config or ItemConfig()
         binds = self._config.host_binds if item.base_layer_is_node_rootfs else ()
@@ -72,7 +75,7 @@ class Preparation:
                 rootfs=bundle.rootfs,
                 cgroup=f"{self._config.cgroup_parent}/{bundle.path.name}",
                 cpu=self._cpu,
-                netns=network.netns,
+                netns=netns_path(bundle.path.name),
                 secret=secret,
                 resources=self._resources.grant(item.resources),
                 host_files=[path for path in self._config.host_files if path.exists()],
@@ -100,9 +103,7 @@ class Preparation:
         )
         bundle.write_record(record)
         bundle.write_spec(spec)
-        bundle.write_host_files(network.hosts, network.resolv_conf)
         bundle.make_mount_points(spec["mounts"], layers, binds)
-        bundle.mount_rootfs(record.overlays)
         return record
 
     def _disks(self, layers: Sequence[Path], *writable: Path | None) -> list[tuple[int, int]]:

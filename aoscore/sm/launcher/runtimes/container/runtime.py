@@ -18,7 +18,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from aoscore.common.aio import Broadcast, Worker, log_and_continue
+from aoscore.common.aio import Broadcast, Worker, log_and_continue, side_by_side
 from aoscore.common.errors import FailedError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.oci import ItemConfig
@@ -129,7 +129,8 @@ class ContainerRuntime:
         self.changed: Broadcast[InstanceStatus] = Broadcast(f"statuses of runtime {runtime_type}")
         self.reboot_due = asyncio.Event()
         self._worker = Worker("container", _THREADS)
-        self._engine = engine or Crun(config, layout)
+        self._programs = Worker("crun", PARALLEL)
+        self._engine = engine or Crun(config, layout, self._programs)
         self._tools = Tools(config, self._engine, output, history, self._worker, self.changed.publish)
         self._containers: dict[str, Container] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -146,7 +147,7 @@ class ContainerRuntime:
         """Watch over containers until cancelled; they go on running then."""
         self._engine.check()
         self._config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        async with self._worker, asyncio.TaskGroup() as self._tasks:
+        async with self._worker, self._programs, asyncio.TaskGroup() as self._tasks:
             self._tasks.create_task(self._follow_iam(), name="secrets")
             started()
             while True:
@@ -325,31 +326,26 @@ class ContainerRuntime:
         self._resources.allocate(name, info.ident, [resource.name for resource in item.resources])
         await self._delete_leftover(bundle)
         wishes = network_config(info.ident, image.image_config, item, self._resources.hosts(item.resources))
-        network = await self._networks.attach(name, info.owner_id, wishes)
         secret = ""
         if item.permissions:
             secret = await self._permissions.register_instance(info.ident, item.permissions)
+        restarts = self._restarts.pop(name, 0)
+        # A network waits for the kernel most of its time.
+        network, record = await side_by_side(
+            self._networks.attach(name, info.owner_id, wishes),
+            self._worker.run(self._preparation.fill, bundle, info, image, secret, restarts=restarts),
+        )
         async with self._slots:
-            restarts = self._restarts.pop(name, 0)
-            record = await self._worker.run(self._fill, bundle, info, image, network, secret, restarts)
+            await self._worker.run(self._finish, bundle, record, network)
             container = Container(self._tools, bundle, record)
             await container.start()
         return container
 
-    def _fill(
-        self,
-        bundle: Bundle,
-        info: InstanceInfo,
-        image: InstalledImage,
-        network: AttachedNetwork,
-        secret: str,
-        restarts: int,
-    ) -> BundleRecord:
+    def _finish(self, bundle: Bundle, record: BundleRecord, network: AttachedNetwork) -> None:
         """In a worker thread."""
-        bundle.create()
-        record = self._preparation.fill(bundle, info, image, network, secret, restarts=restarts)
-        self._tools.history.note_start(bundle.path.name, info.ident, info.version)
-        return record
+        bundle.write_host_files(network.hosts, network.resolv_conf)
+        bundle.mount_rootfs(record.overlays)
+        self._tools.history.note_start(bundle.path.name, record.info.ident, record.info.version)
 
     def _keep(self, container: Container, *, ended: bool = False) -> None:
         if self._tasks is None:

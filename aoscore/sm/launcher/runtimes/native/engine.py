@@ -20,7 +20,7 @@ from aoscore.common.errors import ConfigError, DeadlineError, FailedError
 from aoscore.common.files import write_atomic
 from aoscore.common.process import run_program
 from aoscore.sm.launcher.runtimes.container.engine import EngineState, Exit
-from aoscore.sm.launcher.runtimes.container.output import ConmonOutput
+from aoscore.sm.launcher.runtimes.container.output import ContainerOutput
 from aoscore.sm.launcher.runtimes.native.config import NativeConfig
 from aoscore.sm.launcher.runtimes.native.unit import CGROUP_PARENT, native_spec, unit_name, unit_properties
 from aoscore.sm.systemd import Systemd
@@ -55,7 +55,7 @@ class SystemdEngine:
         """Control group of the unit."""
         return f"{CGROUP_PARENT}/{unit_name(instance_id)}"
 
-    async def run(self, instance_id: str, bundle: Path, output: ConmonOutput) -> int:
+    async def run(self, instance_id: str, bundle: Path, output: ContainerOutput) -> int:
         """Start the unit; its output goes to the journal. Raises FailedError with systemd's reason, DeadlineError."""
         return await unbroken(self._run(instance_id, bundle))
 
