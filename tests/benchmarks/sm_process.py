@@ -49,7 +49,7 @@ class NoteBook:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._size = 0
-        with path.open("x+b") as file:
+        with path.open("w+b") as file:
             file.truncate(_NOTES_BYTES)
             self._map = mmap.mmap(file.fileno(), _NOTES_BYTES)
 
