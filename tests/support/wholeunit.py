@@ -103,7 +103,7 @@ def instances(unit: Bed) -> dict[str, dict[str, Any]]:
         names[one["node"]["codename"]]: {**one, "version": group["version"]}
         for group in unit.ask("unit")["status"].get("instances", [])
         for one in group["instances"]
-        if one.get("node") and group["item"].get("type") == "service"
+        if one.get("node", {}).get("codename") and group["item"].get("type") == "service"
     }
 
 

@@ -156,6 +156,34 @@ def test_daemons_are_killed_one_after_the_other(unit: NspawnUnit) -> None:
     assert containers(unit) == before
 
 
+@pytest.mark.parametrize("name", ["main", "secondary"])
+def test_mp_is_killed_for_memory(unit: NspawnUnit, name: str) -> None:
+    """By the kernel, as soon as a download needs some; it comes back, and the download goes on."""
+    node, before = unit.nodes[name], containers(unit)
+    pid = main_pid(node, "aos-mp")
+    limit_memory(unit, name, "aos_messageproxy")
+    version = f"1.3.{len(name)}"
+    upload_service(unit, "secondary", version)
+    unit.wait(lambda: is_back(node, "aos-mp", pid), 90, "MP to be killed and back")
+    assert "aos-mp.service: Main process exited, code=killed, status=9/KILL" in node.run("journalctl", "-o", "cat")
+    unit.wait(lambda: instances(unit).get("secondary", {}).get("version") == version, 120, "what was wanted")
+    assert containers(unit)["main"] == before["main"]
+
+
+def limit_memory(unit: NspawnUnit, name: str, program: str) -> None:
+    """Let a program of a node have no more memory than it has.
+
+    From outside: a node in nspawn has no controller of memory. The group goes with the node's others.
+    """
+    top, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+    if not top.exists():
+        top, limit = top.parent, "memory.max"
+    group = top / unit.cgroups[name] / "limited"
+    unit.inside("sh", "-c", f"mkdir -p {group} && echo 4096 > {group / limit}")
+    [pid] = unit.inside("pgrep", "--ns", unit.nodes[name].leader, "--nslist", "pid", "-f", program).split()
+    unit.inside("sh", "-c", f"echo {pid} > {group}/cgroup.procs")
+
+
 def test_control_group_of_a_container_is_left(unit: NspawnUnit) -> None:
     """By a crun that was killed after it had ended the container and before it had removed the rest."""
     node = unit.nodes["secondary"]
