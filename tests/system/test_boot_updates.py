@@ -153,3 +153,12 @@ def test_boot_partition_that_is_not_well_is_left(unit: QemuUnit) -> None:
     trial, after = booted(unit)[len(before) :]
     assert trial != after == before[-1]
     check(unit, "2.0.0")
+
+
+def test_newer_boot_partition_is_wanted_in_the_middle(unit: QemuUnit) -> None:
+    before = boot(unit)
+    offer(unit, "2.2.0")
+    unit.wait(lambda: boot(unit) != before, 120, "the first to be tried")
+    offer(unit, "2.2.1")
+    wait_installed(unit, "2.2.1", 300)
+    check(unit, "2.2.1")
