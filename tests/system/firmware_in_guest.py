@@ -1,7 +1,7 @@
 """EFI firmware, as far as updates of boot partitions go, for a guest that has none: run there before SM at each boot.
 
 The disk with the partitions is a file, the variables are files that lie where efivarfs would be. A partition is started
-when it has a loader.
+when it has a loader; one with a file aos/sick brings up a system whose CM does not work.
 """
 
 import subprocess
@@ -12,6 +12,7 @@ from aoscore.sm.launcher.runtimes.boot.efi import EFIVARS, EfiVariables, build_n
 VARIABLES = Path("/var/aos/efivars")
 MOUNT = Path("/run/boot-partition")
 CURRENT = VARIABLES / "BootCurrent-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+DROP_IN = Path("/run/systemd/system/aos-cm.service.d/sick.conf")
 
 
 def run(*args: str | Path) -> None:
@@ -33,12 +34,18 @@ def main() -> None:
     for number in [*([] if once is None else [once]), *efi.order]:
         partition = Path("/dev/disk/by-partuuid") / str(options[number].partition)
         run("mount", "-t", "vfat", "-o", "ro", partition, MOUNT)
-        starts = (MOUNT / "efi/boot/bootx64.efi").exists()
+        starts, is_sick = (MOUNT / "efi/boot/bootx64.efi").exists(), (MOUNT / "aos/sick").exists()
         run("umount", MOUNT)
         if starts:
             print(f"boots load option {number}, partition {partition}")
             CURRENT.write_bytes(b"\6\0\0\0" + build_numbers([number]))
             break
+    else:
+        return
+    if is_sick:
+        DROP_IN.parent.mkdir(parents=True, exist_ok=True)
+        DROP_IN.write_text("[Service]\nExecStart=\nExecStart=/bin/false\nRestart=no\n")
+        run("systemctl", "daemon-reload")
 
 
 if __name__ == "__main__":

@@ -271,3 +271,22 @@ def test_services_are_placed_by_what_is_left_of_the_nodes(unit: QemuUnit) -> Non
         guest.run("systemctl", "stop", "taker")
         unit.call("unassign", item="large", target=unit.system_id)
     label_nodes(unit, "1.2.0")
+
+
+@pytest.mark.field
+def test_secondary_node_boots_long_before_the_main_node(unit: QemuUnit) -> None:
+    """It has nothing to mount then, and starts its services when there is."""
+    upload(unit, "late", "exec sleep 5004", "quotas:\n  storageLimit: 2MiB\n", node="secondary")
+    unit.call("assign", item="late", target=unit.system_id)
+    unit.wait(lambda: places(unit, "late") == ["secondary"], 120, "the service to be active")
+    for guest in unit.nodes.values():
+        guest.kill()
+    unit.secondary.start()
+    unit.secondary.wait_settled()
+    state = ("systemctl", "show", "-P", "ActiveState", "var-aos-storages.mount")
+    assert unit.secondary.run(*state).strip() == "failed"
+    unit.main.start()
+    unit.main.wait_settled()
+    unit.wait(lambda: len(unit.container_pids("secondary")) == 1, 120, "the service to run")
+    unit.wait(unit.is_online, 120, "the Unit to be online")
+    unit.wait(lambda: places(unit, "late") == ["secondary"], 120, "the cloud to know")
