@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from aoscore._speedups.unpack_types import Owners
-from aoscore.common.aio import Backoff, Service, Worker
+from aoscore.common.aio import Backoff, Service, Worker, log_and_continue
 from aoscore.common.daemon import Program, leave, run_daemon
 from aoscore.common.db import Database
 from aoscore.common.download import Downloader
@@ -35,10 +35,11 @@ from aoscore.sm.launcher.runtimes.base import Runtime
 from aoscore.sm.launcher.runtimes.boot.config import BootConfig, load_boot_config
 from aoscore.sm.launcher.runtimes.boot.runtime import BootRuntime
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig, load_container_config
+from aoscore.sm.launcher.runtimes.container.crun import Crun
 from aoscore.sm.launcher.runtimes.container.engine import Engine
 from aoscore.sm.launcher.runtimes.container.history import RunHistory
 from aoscore.sm.launcher.runtimes.container.output import JournalOutput, choose_output
-from aoscore.sm.launcher.runtimes.container.runtime import ContainerRuntime
+from aoscore.sm.launcher.runtimes.container.runtime import PARALLEL, ContainerRuntime, end_left_running
 from aoscore.sm.launcher.runtimes.native.config import NativeConfig, load_native_config
 from aoscore.sm.launcher.runtimes.native.engine import SystemdEngine
 from aoscore.sm.launcher.runtimes.rootfs.config import RootfsConfig, load_rootfs_config
@@ -134,7 +135,13 @@ def _cni_settings(network: config.NetworkConfig) -> CniSettings | None:
 
 async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.AsyncExitStack) -> list[Service]:
     """All services of an SM, in start order."""
-    core = await build_core(setup.config, stack)
+    try:
+        core = await build_core(setup.config, stack)
+    except asyncio.CancelledError:
+        # IAM may be long in coming, and the services of an earlier process shall not outlive an orderly stop.
+        with log_and_continue(_log, "Can't end services"):
+            await _end_left_running(setup)
+        raise
     networks = NetworkManager(
         NetworkStore(core.database),
         core.client.networks,
@@ -216,6 +223,16 @@ async def build(setup: Setup, options: argparse.Namespace, stack: contextlib.Asy
         before=[networks],
         after=after,
     )
+
+
+async def _end_left_running(setup: Setup) -> None:
+    layout = cgroups.probe()
+    async with Worker("crun", PARALLEL) as worker:
+        for _, section in setup.runtimes:
+            if isinstance(section, ContainerConfig):
+                await end_left_running(section, Crun(section, layout, worker), layout)
+            elif isinstance(section, NativeConfig):
+                await end_left_running(section.as_container(), SystemdEngine(section, Systemd()), layout)
 
 
 @dataclass(frozen=True)

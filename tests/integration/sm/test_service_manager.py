@@ -74,6 +74,28 @@ async def test_kill_adopt_update_stop_and_cold_start(unit: SmUnit) -> None:
     assert list(Path("/run/aos/runtime").iterdir()) == []
 
 
+async def test_stop_while_iam_is_away_ends_what_runs(unit: SmUnit) -> None:
+    async with unit.sm() as sm:
+        await unit.cm.connected(1)
+        unit.cm.update(unit.service("first"), unit.service("second"))
+        await unit.cm.wait(lambda cm: cm.states() == dict.fromkeys(("first", "second"), ("1.0.0", "active")))
+        sm.kill()
+        await sm.wait()
+    address = unit.bed.iam.public_port
+    unit.bed.iam.public_port = 1  # where nobody listens
+    async with unit.sm() as sm:
+        await until(lambda: "IAM does not answer yet" in sm.text())
+        assert len(pids("first")) == len(pids("second")) == 1
+        sm.process.terminate()
+        assert await sm.wait() == 0
+    assert pids("first") == pids("second") == []
+    assert list(Path("/run/aos/runtime").iterdir()) == []
+    unit.bed.iam.public_port = address
+    async with unit.sm():
+        await unit.cm.connected(2)
+        await unit.cm.wait(lambda cm: cm.states() == dict.fromkeys(("first", "second"), ("1.0.0", "active")))
+
+
 async def test_cold_start_without_cm(unit: SmUnit) -> None:
     async with unit.sm():
         await unit.cm.connected(1)

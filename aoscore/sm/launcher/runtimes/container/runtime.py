@@ -175,12 +175,7 @@ class ContainerRuntime:
         """Take over containers of stored instances that run; stop and clean everything else of ours."""
         wanted = {instance_id(info.ident): info for info in stored}
         bundles = {path.name for path in self._config.runtime_dir.iterdir() if path.is_dir()}
-        # Another user of the same state directory must not suffer: only containers with bundles of ours count.
-        states = {
-            name: state
-            for name, state in (await self._engine.list()).items()
-            if Path(state.bundle).parent == self._config.runtime_dir
-        }
+        states = await _own_states(self._engine, self._config)
         async with asyncio.TaskGroup() as tasks:
             for name in bundles | states.keys():
                 tasks.create_task(self._adopt_or_clean(name, states.get(name), wanted.get(name)))
@@ -372,21 +367,8 @@ class ContainerRuntime:
         container.report(InstanceState.INACTIVE)
 
     async def _end_processes(self, container: Container) -> None:
-        """SIGTERM, or what the image names, to whoever listens; what is left gets SIGKILL later, by ``crun delete``.
-
-        The first process of a pid namespace ignores a signal unless it has a handler. Where it has none, the others
-        with one get the signal, so that a service behind a shell script can finish its work too; where nobody
-        listens, waiting would be in vain.
-        """
-        number = container.record.stop_signal
-        timeout_s = float(container.record.run_parameters.stop_timeout or self._config.stop_timeout_s)
-        listeners = [container.pid] if catches(container.pid, number) else []
-        if not listeners:
-            pids = self._layout.processes(self._engine.cgroup(container.id))
-            listeners = [pid for pid in pids if catches(pid, number)]
-        async with asyncio.TaskGroup() as tasks:
-            for pid in listeners:
-                tasks.create_task(terminate(pid, timeout_s, number))
+        group = self._engine.cgroup(container.id)
+        await _end_processes(container.pid, group, container.record, self._config, self._layout)
 
     async def _clean(self, name: str, record: BundleRecord | None, *, keep_network: bool = False) -> None:
         """Remove container, network, secret, mounts and bundle, give resources back; repeatable."""
@@ -413,3 +395,49 @@ class ContainerRuntime:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
+
+
+async def end_left_running(config: ContainerConfig, engine: Engine, layout: CgroupLayout) -> None:
+    """End the instances that an earlier process has left running, and remove them but for their networks.
+
+    For an orderly stop that comes before there is a runtime to adopt them (sm.md §4.7).
+    """
+
+    async def end(state: EngineState) -> None:
+        bundle = Bundle(config.runtime_dir / state.id)
+        with log_and_continue(_log, f"Can't end instance {state.id}"):
+            record = await asyncio.to_thread(bundle.read_record)
+            if state.is_running and record is not None:
+                await _end_processes(state.pid, engine.cgroup(state.id), record, config, layout)
+            await engine.delete(state.id)
+            await asyncio.to_thread(bundle.remove)
+            _log.info(kv("Instance ended", id=state.id))
+
+    async with asyncio.TaskGroup() as tasks:
+        for state in (await _own_states(engine, config)).values():
+            tasks.create_task(end(state))
+
+
+async def _own_states(engine: Engine, config: ContainerConfig) -> dict[str, EngineState]:
+    """Instances with bundles of ours: another user of the same state directory must not suffer."""
+    states = await engine.list()
+    return {name: state for name, state in states.items() if Path(state.bundle).parent == config.runtime_dir}
+
+
+async def _end_processes(
+    first: int, group: str, record: BundleRecord, config: ContainerConfig, layout: CgroupLayout
+) -> None:
+    """SIGTERM, or what the image names, to whoever listens; what is left gets SIGKILL later, by ``crun delete``.
+
+    The `first` process of a pid namespace ignores a signal unless it has a handler. Where it has none, the others
+    with one get the signal, so that a service behind a shell script can finish its work too; where nobody
+    listens, waiting would be in vain.
+    """
+    number = record.stop_signal
+    timeout_s = float(record.run_parameters.stop_timeout or config.stop_timeout_s)
+    listeners = [first] if catches(first, number) else []
+    if not listeners:
+        listeners = [pid for pid in layout.processes(group) if catches(pid, number)]
+    async with asyncio.TaskGroup() as tasks:
+        for pid in listeners:
+            tasks.create_task(terminate(pid, timeout_s, number))
