@@ -80,9 +80,10 @@ pins: packages
 field: setup $(TOOLS)/.done
 	$(BIN)/pytest tests/system -q
 
-# The same in two parts: the demo and beds of systemd-nspawn, and
+# The same in two parts: the demo and beds of systemd-nspawn, which wait most of their time, the longest first; and
 system: setup $(TOOLS)/.done
-	AOSCORE_POWER_CUTS=$${AOSCORE_POWER_CUTS:-12} $(BIN)/pytest tests/system -q -m "not vm and not field"
+	$(BIN)/pytest tests/system/test_power_cuts.py tests/system -n $(JOBS) --dist loadfile --no-loadscope-reorder -q \
+	    -m "not vm and not field"
 
 # units of QEMU guests.
 vm: setup $(TOOLS)/.done
