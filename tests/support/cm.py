@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -138,6 +138,11 @@ class TestCm:
                     for one in getattr(frame, kind).instances
                 }
         return told
+
+    def statuses(self, connection: int = -1) -> Iterator[pb.InstanceStatus]:
+        """Each status of an instance that was told on a connection, alone or in a complete list."""
+        for frame in self.connections[connection].frames:
+            yield from (*frame.node_instances_status.instances, *frame.update_instances_status.instances)
 
     # What the SM calls
 

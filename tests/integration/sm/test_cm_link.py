@@ -199,8 +199,7 @@ async def test_bad_image_is_a_clear_status_and_nothing_is_lost(
                 blob.unlink()
         bed.cm.update(bad)
         await bed.cm.wait(lambda cm: cm.states() == {"svc": ("2.0.0", "failed")})
-        frame = bed.cm.connections[0].frames[-1]
-        (status,) = getattr(frame, frame.WhichOneof("SMOutgoingMessage")).instances
+        *_, status = bed.cm.statuses()
         assert status.error.aos_code == code
         assert text in status.error.message
         assert "Can't install item" in caplog.text

@@ -58,11 +58,8 @@ async def test_each_is_refused_with_a_reason_and_the_node_works_on(unit: SmUnit)
     cm, work = unit.cm, unit.bed.root / "sm"
 
     def failed(item: str) -> Any:
-        for frame in cm.connections[-1].frames:
-            for one in frame.update_instances_status.instances:
-                if one.instance.item_id == item and one.state == "failed":
-                    return one.error.message
-        return None
+        found = (one for one in cm.statuses() if one.instance.item_id == item and one.state == "failed")
+        return next((one.error.message for one in found), None)
 
     async with unit.sm() as sm:
         await cm.connected(1)

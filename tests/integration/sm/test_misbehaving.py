@@ -115,11 +115,7 @@ class Rogues:
         """The first failure that CM hears of a service."""
 
         def find(cm: Any) -> Any:
-            for frame in cm.connections[-1].frames:
-                for one in frame.update_instances_status.instances:
-                    if one.instance.item_id == item and one.state == "failed":
-                        return one
-            return None
+            return next((one for one in cm.statuses() if one.instance.item_id == item and one.state == "failed"), None)
 
         return await self.cm.wait(find, 60)
 
