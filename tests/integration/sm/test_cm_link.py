@@ -144,12 +144,8 @@ async def test_service_from_image_to_process_and_away(bed: SmBed) -> None:
         assert (status.instance.item_id, status.version, status.state) == ("svc", "1.0.0", "active")
         assert (status.runtime_id, status.manifest_digest) == (info.runtime_id, info.manifest_digest)
         assert status.error == common.ErrorInfo()
-        updates = [
-            frame.update_instances_status.instances[0].state
-            for frame in bed.cm.connections[0].frames
-            if frame.HasField("update_instances_status")
-        ]
-        assert updates[0] == "activating"
+        # The list may hold what no frame of its own has told.
+        assert list(dict.fromkeys(one.state for one in bed.cm.statuses())) == ["activating", "active"]
         (running_one,) = one.runtime.running()
         # The same again changes nothing.
         seen = len(bed.cm.connections[0].frames)

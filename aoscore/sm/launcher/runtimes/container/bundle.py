@@ -120,7 +120,7 @@ class Bundle:
         folder = self.mounts / "etc"
         _make_folders(folder)
         for name, content in (("hosts", hosts), ("resolv.conf", resolv_conf)):
-            (folder / name).write_bytes(content.encode())
+            (folder / name).write_text(content)
             (folder / name).chmod(0o644)
 
     def make_mount_points(

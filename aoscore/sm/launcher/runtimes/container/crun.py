@@ -91,18 +91,19 @@ class Crun:
         return await self._worker.run(self._run, instance_id, bundle, output)
 
     def _run(self, instance_id: str, bundle: Path, output: ContainerOutput) -> int:
+        exit_dir = bundle / "exit"
         try:
-            (bundle / "exit").mkdir()
+            exit_dir.mkdir()
         except FileExistsError:
             for mark in (exit_file(bundle, instance_id), bundle / "oom", bundle / "conmon.pid", bundle / _CRUN_LOG):
                 mark.unlink(missing_ok=True)
         # One that is left of a container whose removal was cut off has been killed. To the kernel that goes for what
         # is cloned into it later, too: the container would end before it can say a word.
         self._layout.remove(self.cgroup(instance_id))
-        args = [
+        args: list[str | Path] = [
             *(self._conmon, "--api-version", "1", "--cid", instance_id, "--cuuid", instance_id),
-            *("--name", instance_id, "--bundle", str(bundle), "--exit-dir", f"{bundle}/exit", "--full-attach"),
-            *("--container-pidfile", f"{bundle}/pid", "--conmon-pidfile", f"{bundle}/conmon.pid"),
+            *("--name", instance_id, "--bundle", bundle, "--exit-dir", exit_dir, "--full-attach"),
+            *("--container-pidfile", bundle / "pid", "--conmon-pidfile", bundle / "conmon.pid"),
             *("--runtime", self._run_command[0]),
             *(word for part in self._run_command[1:] for word in ("--runtime-arg", part)),
         ]

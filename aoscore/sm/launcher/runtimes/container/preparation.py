@@ -55,7 +55,7 @@ class Preparation:
         *,
         restarts: int = 0,
     ) -> BundleRecord:
-        """Write spec and record and make mount points, in place of what the bundle held.
+        """Write the spec and make mount points, in place of what the bundle held; the record that it is to get.
 
         What only its network can tell is not in it yet. Raises AosError or OSError naming the thing.
         """
@@ -101,7 +101,6 @@ class Preparation:
             stop_signal=parse_signal(image.image_config.config.stop_signal or "SIGTERM"),
             restarts=restarts,
         )
-        bundle.write_record(record)
         bundle.write_spec(spec)
         bundle.make_mount_points(spec["mounts"], layers, binds)
         return record

@@ -186,9 +186,7 @@ class ContainerRuntime:
 
     async def _adopt_or_clean(self, name: str, state: EngineState | None, info: InstanceInfo | None) -> None:
         bundle = self._bundle(name)
-        record: BundleRecord | None = None
-        with log_and_continue(_log, f"Can't read record of instance {name}"):
-            record = await self._worker.run(bundle.read_record)
+        record = await _read_record(bundle)
         if state is not None and state.is_running and info is not None and netns_path(name).exists():
             # Without a record it was started by AosCore 9.1, which adopts by name alone; so do we then.
             record = record or BundleRecord(info, started=time.time(), registered=True)
@@ -337,10 +335,11 @@ class ContainerRuntime:
         return container
 
     def _finish(self, bundle: Bundle, record: BundleRecord, network: AttachedNetwork) -> None:
-        """In a worker thread."""
+        """In a worker thread. The record last of all: who finds it takes the instance for one that has run."""
         bundle.write_host_files(network.hosts, network.resolv_conf)
         bundle.mount_rootfs(record.overlays)
         self._tools.history.note_start(bundle.path.name, record.info.ident, record.info.version)
+        bundle.write_record(record)
 
     def _keep(self, container: Container, *, ended: bool = False) -> None:
         if self._tasks is None:
@@ -406,7 +405,7 @@ async def end_left_running(config: ContainerConfig, engine: Engine, layout: Cgro
     async def end(state: EngineState) -> None:
         bundle = Bundle(config.runtime_dir / state.id)
         with log_and_continue(_log, f"Can't end instance {state.id}"):
-            record = await asyncio.to_thread(bundle.read_record)
+            record = await _read_record(bundle)
             if state.is_running and record is not None:
                 await _end_processes(state.pid, engine.cgroup(state.id), record, config, layout)
             await engine.delete(state.id)
@@ -416,6 +415,13 @@ async def end_left_running(config: ContainerConfig, engine: Engine, layout: Cgro
     async with asyncio.TaskGroup() as tasks:
         for state in (await _own_states(engine, config)).values():
             tasks.create_task(end(state))
+
+
+async def _read_record(bundle: Bundle) -> BundleRecord | None:
+    """None as well for a damaged one, which must not keep the instance from being ended and cleaned."""
+    with log_and_continue(_log, f"Can't read record of instance {bundle.path.name}"):
+        return await asyncio.to_thread(bundle.read_record)
+    return None
 
 
 async def _own_states(engine: Engine, config: ContainerConfig) -> dict[str, EngineState]:
