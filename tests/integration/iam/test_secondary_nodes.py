@@ -61,6 +61,10 @@ def connected(client: Client, node_id: str = "node-2") -> bool:
     return True
 
 
+def has_connected(main: Iam, times: int) -> bool:
+    return main.log().count("Node connected: nodeID=node-2") == times
+
+
 def state_at_main(client: Client, node_id: str = "node-2") -> str:
     return str(client.nodes.GetNodeInfo(pb.GetNodeInfoRequest(node_id=node_id)).state)
 
@@ -187,9 +191,11 @@ def test_renewal_of_the_certificate_by_which_a_node_is_connected(unit: Pair) -> 
     main, second = unit
     with main.secure() as client:
         for days in (500, 600):
+            links = main.log().count("Node connected: nodeID=node-2")
             serial = client.renew("iam", days, node_id="node-2").serial
-            wait_until(lambda: "Certificate changed, connecting to the Main Node anew" in second.log())
-            wait_until(partial(connected, client))
+            # Before, a request comes to the old link, or between the two.
+            wait_until(partial(has_connected, main, links + 1))
+        assert second.log().count("Certificate changed, connecting to the Main Node anew") == 2
         pause = client.states.PauseNode(pb.PauseNodeRequest(node_id="node-2"))
         assert not pause.HasField("error")
     # The new key is the Node's also for the next processes.
