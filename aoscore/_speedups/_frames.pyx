@@ -40,7 +40,6 @@ cdef enum:
     MOST_PAYLOAD = 65536
     RECORD_HEADER = 5
     TOGETHER = 64  # frames that are hashed without the lock before something is done with them
-    MOST_HEAD = 48  # length, two tags with a length, two with a number
     CONTENT = 0x0A
     REQUEST_ID = 0x08
     OFFSET = 0x10
