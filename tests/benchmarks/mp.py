@@ -36,7 +36,7 @@ from tests.support.sm import TestSm
 
 BLOB_BYTES = 200_000_000
 QUANTUM_BYTES = 128 * 1024
-ROUNDS = 5
+ROUNDS = 15
 NODES = 16
 IDLE_S = 10
 ASKED_EVERY_S = 0.02
