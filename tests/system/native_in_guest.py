@@ -50,7 +50,7 @@ class Networks:
     async def attach(self, instance_id: str, network_id: str, config: NetworkConfig) -> AttachedNetwork:
         if not netns_path(instance_id).exists():
             subprocess.run(["ip", "netns", "add", instance_id], check=True)
-        return AttachedNetwork(netns_path(instance_id), "127.0.0.1\tlocalhost\n", "nameserver\t10.0.0.1\n")
+        return AttachedNetwork("127.0.0.1\tlocalhost\n", "nameserver\t10.0.0.1\n")
 
     async def detach(self, instance_id: str) -> None:
         if netns_path(instance_id).exists():

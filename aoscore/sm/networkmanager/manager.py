@@ -249,7 +249,6 @@ class NetworkManager:
             raise
         network, instance = self._networks[network_id], self._instances[instance_id]
         return AttachedNetwork(
-            netns=netns_path(instance_id),
             hosts=hosts_file(
                 instance.allocated.ip, _own_names(config), network_id, config.hosts, ipv6=self._twin(instance)
             ),

@@ -56,9 +56,8 @@ class StoredInstance(msgspec.Struct, frozen=True):
 
 
 class AttachedNetwork(msgspec.Struct, frozen=True):
-    """What a container needs of its network: the namespace and two files."""
+    """What a container needs of its network besides the namespace, which is at `netns_path`: two files."""
 
-    netns: Path
     hosts: str
     resolv_conf: str
 
