@@ -77,17 +77,18 @@ pins: packages
 	$(PYTHON) tests/pins.py --jobs $(JOBS)
 
 # Whole Units of two nodes with all that happens to them in the field, in guests and in systemd-nspawn.
+# They wait most of their time. The longest first: a file is one worker's.
+UNITS := $(BIN)/pytest tests/system/test_power_cuts.py tests/system -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
 field: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system -q
+	$(UNITS)
 
-# The same in two parts: the demo and beds of systemd-nspawn, which wait most of their time, the longest first; and
+# The same in two parts: the demo and beds of systemd-nspawn; and
 system: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system/test_power_cuts.py tests/system -n $(JOBS) --dist loadfile --no-loadscope-reorder -q \
-	    -m "not vm and not field"
+	$(UNITS) -m "not vm"
 
 # units of QEMU guests.
 vm: setup $(TOOLS)/.done
-	$(BIN)/pytest tests/system -q -m "vm and not field"
+	$(UNITS) -m vm
 
 bench: setup $(TOOLS)/.done
 	$(BIN)/python -m tests.benchmarks.run

@@ -72,7 +72,7 @@ Python 3.13, all private keys in tokens, processor emulated.
 {chr(10).join(written)}
 
 Both nodes provisioned, a service on each, log level info, monitoring every 5 s instead of 35 s; `vda` is the root file
-system, `vdb` the data. `make test` checks for a minute that nothing is written, `AOSCORE_IDLE_S=600` for ten.
+system, `vdb` the data. `make test` checks for ten minutes that nothing is written on a Main Node.
 """
 
 

@@ -27,7 +27,7 @@ from tests.support.wholeunit import (
 from tests.system.conftest import running
 
 # Each reboot takes two minutes.
-pytestmark = [pytest.mark.vm, pytest.mark.field, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 _PARTITIONS = ("/dev/loop0p1", "/dev/loop0p2")
 _SECTORS = 8192

@@ -273,7 +273,6 @@ def test_services_are_placed_by_what_is_left_of_the_nodes(unit: QemuUnit) -> Non
     label_nodes(unit, "1.2.0")
 
 
-@pytest.mark.field
 def test_secondary_node_boots_long_before_the_main_node(unit: QemuUnit) -> None:
     """It has nothing to mount then, and starts its services when there is."""
     upload(unit, "late", "exec sleep 5004", "quotas:\n  storageLimit: 2MiB\n", node="secondary")
