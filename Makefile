@@ -77,8 +77,10 @@ pins: packages
 	$(PYTHON) tests/pins.py --jobs $(JOBS)
 
 # Whole Units of two nodes with all that happens to them in the field, in guests and in systemd-nspawn.
-# They wait most of their time. The longest first: a file is one worker's.
-UNITS := $(BIN)/pytest tests/system/test_power_cuts.py tests/system -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
+# They wait most of their time. A file is one worker's: the longest first.
+LONGEST := $(patsubst %,tests/system/test_%.py,guests guest_faults boot_updates power_cuts)
+FILES := $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/system/test_*.py)))
+UNITS := $(BIN)/pytest $(FILES) -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
 field: setup $(TOOLS)/.done
 	$(UNITS)
 
