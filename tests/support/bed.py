@@ -60,8 +60,8 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
     limit_s = _TIMEOUT_S if marker is None else max(_TIMEOUT_S, marker.args[0] + _GRACE_S)
     directory = tempfile.mkdtemp(prefix="aoscore-test-")
     args = [*UNSHARE, sys.executable, "-m", "pytest"]
-    # "-rP": what a test that passes has printed, for who asks for it here.
-    args += ["-q", "-rP", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={directory}/t", item.nodeid]
+    # "-rPs": what a test that passes has printed, for who asks for it here, and why one is skipped.
+    args += ["-q", "-rPs", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={directory}/t", item.nodeid]
     try:
         done = subprocess.run(
             args,
@@ -84,7 +84,8 @@ def run_inside(item: pytest.Item) -> list[pytest.TestReport]:
         code, output = -1, output + f"\n{error}".encode()
     text = output.decode(errors="replace")
     if code == 0 and " skipped" in text.splitlines()[-1]:
-        return [_report(item, "skipped", (str(item.path), item.location[1] or 0, text))]
+        why = text.partition("SKIPPED [1] ")[2].partition("\n")[0]
+        return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {why}"))]
     report = _report(item, "passed" if code == 0 else "failed", None if code == 0 else text)
     if code == 0:
         report.sections.append(("Captured stdout inside", text))

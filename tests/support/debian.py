@@ -16,7 +16,7 @@ _EXCLUDED = ("dev", "var", "tmp", "usr/share/doc", "usr/share/man", "usr/share/l
 def fetch(packages: Iterable[str]) -> str:
     """See that the layers of packages are in the cache; why that can't be, empty when they are."""
     for package in packages:
-        if _layer(package).exists():
+        if layer_file(package).exists():
             continue
         if shutil.which("mmdebstrap") is None:
             return f"mmdebstrap is not installed, which fetches Debian's {package}"
@@ -34,7 +34,7 @@ def fetch(packages: Iterable[str]) -> str:
             excluded = [f"--exclude=./{path}" for path in _EXCLUDED]
             archive = ["tar", "--sort=name", *excluded, "-C", building / "tree", "-cf", building / "layer.tar", "."]
             subprocess.run(archive, check=True, timeout=_FETCH_S)
-            (building / "layer.tar").rename(_layer(package))
+            (building / "layer.tar").rename(layer_file(package))
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             return _reason(package, error)
         finally:
@@ -68,7 +68,7 @@ def root() -> Path:
 
 def layer(package: str) -> bytes:
     """The archive with a package and all it needs; `fetch` it before."""
-    return _layer(package).read_bytes()
+    return layer_file(package).read_bytes()
 
 
 def _reason(what: str, error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
@@ -76,5 +76,6 @@ def _reason(what: str, error: subprocess.CalledProcessError | subprocess.Timeout
     return f"can't fetch Debian's {what}: {said[-1] if said else error}"
 
 
-def _layer(package: str) -> Path:
+def layer_file(package: str) -> Path:
+    """Where the layer is in the cache."""
     return _CACHE / f"debian-{_SUITE}-{package}.tar"

@@ -6,44 +6,43 @@ which has none, out of Debian 13's package, which runs there too.
 
 import os
 import shutil
-import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aoscore"
-_SUITE = "trixie"
+from tests.support import debian
+
+PACKAGE = "pkcs11-provider"
 _MODULE = "ossl-modules/pkcs11.so"
 
 
-def _from_package() -> Path | None:
-    """The module out of Debian's package, unpacked once into the cache and never installed."""
-    target = _CACHE / f"pkcs11-provider-{_SUITE}"
-    if not target.is_dir() and shutil.which("mmdebstrap"):
-        building = _CACHE / f"building-provider-{os.getpid()}"
-        command = ["mmdebstrap", "--variant=extract", "--include=pkcs11-provider", _SUITE, building]
-        _CACHE.mkdir(parents=True, exist_ok=True)
-        try:
-            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                (found,) = building.rglob(_MODULE)
-                kept = _CACHE / f"building-module-{os.getpid()}"
-                kept.mkdir()
-                shutil.copy(found, kept / "pkcs11.so")
-                if not target.exists():
-                    kept.rename(target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return target / "pkcs11.so" if target.is_dir() else None
-
-
 def provider_module() -> Path:
-    """The provider's module; the test is skipped where there is none."""
+    """The provider's module; the test is skipped where there is none.
+
+    A test without a network asks for it by the marker `debian(PACKAGE)`.
+    """
     given = os.environ.get("AOSCORE_PKCS11_PROVIDER")
     candidates = [Path(given)] if given else list(Path("/usr/lib").glob(f"*/{_MODULE}"))
-    module = next((path for path in candidates if path.exists()), None) or _from_package()
-    if module is None:
-        pytest.skip("OpenSSL's pkcs11 provider is not here: install pkcs11-provider or set AOSCORE_PKCS11_PROVIDER")
-    return module
+    return next((path for path in candidates if path.exists()), None) or _from_package()
+
+
+def _from_package() -> Path:
+    """The module out of Debian's package, which is never installed."""
+    if lacks := debian.fetch([PACKAGE]):
+        pytest.skip(f"install {PACKAGE}, OpenSSL's provider of that name, or set AOSCORE_PKCS11_PROVIDER: {lacks}")
+    layer = debian.layer_file(PACKAGE)
+    target = layer.with_suffix(".so")
+    if not target.exists():
+        building = target.with_name(f"building-{os.getpid()}-{target.name}")
+        with tarfile.open(layer) as archive:
+            (found,) = (member for member in archive if member.name.endswith(_MODULE))
+            content = archive.extractfile(found)
+            assert content is not None
+            with building.open("wb") as file:
+                shutil.copyfileobj(content, file)
+        building.rename(target)
+    return target
 
 
 def provider_environment(directory: Path, library: Path, pin_file: Path) -> dict[str, str]:

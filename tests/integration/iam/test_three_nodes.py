@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 from aoscore._pb.iamanager.v6 import iamanager_pb2 as pb
+from tests.support import provider
 from tests.support.cloudtools import Tools, new_user
 from tests.support.devcloud import DevcloudProcess
 from tests.support.iam import SECONDARY_TYPES, TYPES, Client, Iam, wait_until
@@ -24,7 +25,10 @@ from tests.support.tokeniam import TokenIam
 pytestmark = [pytest.mark.net, pytest.mark.timeout(300)]
 
 # Keys in files, and on tokens of SoftHSM: all types of all Nodes.
-KINDS: list[type[Iam]] = [Iam, TokenIam]
+KINDS = [
+    pytest.param(Iam, id="files"),
+    pytest.param(TokenIam, id="tokens", marks=pytest.mark.debian(provider.PACKAGE)),
+]
 
 
 def ip(*words: str) -> None:
@@ -92,7 +96,7 @@ class Unit:
         return {node_id: nodes.GetNodeInfo(pb.GetNodeInfoRequest(node_id=node_id)).state for node_id in ids}
 
 
-@pytest.fixture(params=KINDS, ids=["files", "tokens"])
+@pytest.fixture(params=KINDS)
 def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Unit]:
     unit = Unit(tmp_path, Network(), request.param)
     yield unit
