@@ -26,26 +26,32 @@ def main() -> int:
             label_nodes(unit)
             run_services(unit)
             go_idle(unit)
-            began = {name: (written_sectors(guest), cpu_s(guest, name)) for name, guest in unit.nodes.items()}
+            busy_before = {name: cpu_s(guest, name) for name, guest in unit.nodes.items()}
+            before = {name: synced_sectors(guest) for name, guest in unit.nodes.items()}
             time.sleep(IDLE_S)
+            after = {name: synced_sectors(guest) for name, guest in unit.nodes.items()}
             rows, written = [], []
             for name, guest in unit.nodes.items():
-                guest.run("sync")
-                before, busy_before = began[name]
                 busy = cpu_s(guest, name)
                 for daemon in DAEMONS[name]:
                     sizes = guest.run("cat", f"/proc/{main_pid(guest, f'aos-{daemon}')}/smaps_rollup")
-                    percent = (busy[daemon] - busy_before[daemon]) / IDLE_S * 100
+                    percent = (busy[daemon] - busy_before[name][daemon]) / IDLE_S * 100
                     rows.append(
                         f"| {name} | {daemon.upper()} | {size_mb(sizes, 'Pss'):.0f} | {size_mb(sizes, 'Rss'):.0f} "
                         f"| {percent:.2f} |"
                     )
-                after = written_sectors(guest)
-                written += [f"| {name} | {disk} | {after[disk] - before[disk]} |" for disk in after]
+                for disk, count in after[name].items():
+                    written.append(f"| {name} | {disk} | {count - before[name][disk]} |")
     text = report(rows, written)
     print(text)
     put_section(PAGE, "guests", "A Unit of two guests that has nothing to do", text)
     return 0
+
+
+def synced_sectors(guest: Guest) -> dict[str, int]:
+    """What is written by now, with the times of access of the programs that were run to measure something."""
+    guest.run("sync")
+    return written_sectors(guest)
 
 
 def cpu_s(guest: Guest, node: str) -> dict[str, float]:

@@ -67,7 +67,7 @@ _LEAST_QUANTUM_BYTES = 64 * 1024
 _MOST_QUANTUM_BYTES = 128 * 1024
 _AT_ONCE_S = 0.005
 # So many goes of a download may wait while the link takes them at once: he who sends and he who writes to the link take
-# turns less often, which is a tenth of the time that a download takes.
+# turns less often, which is up to a tenth of the time that a download takes.
 _MOST_GOES = 8
 
 
