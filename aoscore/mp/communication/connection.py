@@ -66,9 +66,6 @@ _CONTROL_LIMIT_BYTES = 64 * 1024
 _LEAST_QUANTUM_BYTES = 64 * 1024
 _MOST_QUANTUM_BYTES = 128 * 1024
 _AT_ONCE_S = 0.005
-# So many goes of a download may wait while the link takes them at once: he who sends and he who writes to the link take
-# turns less often, which is up to a tenth of the time that a download takes.
-_MOST_GOES = 8
 
 
 Contexts = Mapping[int, Callable[[], ssl.SSLContext]]
@@ -212,9 +209,8 @@ class Stream:
         self._slot.core.send_encoded(messages)
 
     async def _has_room(self) -> None:
-        connection = self._connection
         bulk = self.port == PROXY
-        await self._drained(connection.ahead_bytes if bulk else connection.settings.channel_buffer_bytes)
+        await self._drained(self.quantum_bytes if bulk else self._connection.settings.channel_buffer_bytes)
         if self._reason is not None:
             raise ChannelClosedError(self._reason)
 
@@ -317,8 +313,6 @@ class Connection:
         self.counters = Counters()
         self.quantum_bytes = _LEAST_QUANTUM_BYTES
         """What goes to the link in one go at present."""
-        self.ahead_bytes = _LEAST_QUANTUM_BYTES
-        """What of downloads may wait for the link before more is added."""
         self._reader = reader
         self._writer = writer
         self._scheduler = Scheduler(settings.ports.order)
@@ -553,10 +547,9 @@ class Connection:
             began_s = self._now()
             await self._writer.drain()
             if self._now() - began_s > _AT_ONCE_S:
-                self.ahead_bytes = self.quantum_bytes = max(self.quantum_bytes // 2, _LEAST_QUANTUM_BYTES)
+                self.quantum_bytes = max(self.quantum_bytes // 2, _LEAST_QUANTUM_BYTES)
             elif size >= self.quantum_bytes:
                 self.quantum_bytes = min(self.quantum_bytes * 2, _MOST_QUANTUM_BYTES)
-                self.ahead_bytes = _MOST_GOES * self.quantum_bytes
 
     async def _watch(self) -> None:
         while True:
