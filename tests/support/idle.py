@@ -31,6 +31,7 @@ def go_idle(unit: QemuUnit) -> None:
 
 
 def written_sectors(guest: Guest) -> dict[str, int]:
-    """Sectors of 512 bytes written since the boot, by disk: root and data."""
+    """Sectors of 512 bytes written since the boot, by disk: root and data; what waits in memory is written before."""
+    guest.run("sync")
     lines = guest.shell("for disk in vda vdb; do echo $disk $(cat /sys/block/$disk/stat); done").splitlines()
     return {line.split()[0]: int(line.split()[7]) for line in lines}
