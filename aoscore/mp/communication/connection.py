@@ -52,7 +52,7 @@ from aoscore.mp.communication.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-_READ_BYTES = 256 * 1024
+_READ_BYTES = 512 * 1024
 _TICK_S = 1.0
 _OPEN_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 5.0
@@ -64,7 +64,7 @@ _CONTROL_LIMIT_BYTES = 64 * 1024
 # What goes to the link in one go: each go costs as much as the bytes of some frames. Little of a download waits here,
 # so that what is more urgent does not wait behind it in the kernel either: more only while the link takes it at once.
 _LEAST_QUANTUM_BYTES = 64 * 1024
-_MOST_QUANTUM_BYTES = 128 * 1024
+_MOST_QUANTUM_BYTES = 256 * 1024
 _AT_ONCE_S = 0.005
 
 

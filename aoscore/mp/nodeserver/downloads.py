@@ -31,8 +31,10 @@ from aoscore.mp.nodeserver.link import NodeLink, OnDemandChannel
 
 _WAITING_BYTES = 4 * 1024 * 1024
 # Pieces that come together are handed on together; not larger than what malloc keeps for the next ones.
-_JOINED_BYTES = 256 * 1024
-# The most that a reader which falls behind holds up the link, and with it what is more urgent.
+_JOINED_BYTES = 512 * 1024
+# The most that a reader which falls behind holds up the link, and with it what is more urgent: one that takes so much
+# per second just slows it down.
+_LEAST_BYTES_PER_S = 32 * 1024 * 1024
 _HELD_UP_S = 0.002
 _IDLE_TIMEOUT_S = 90.0
 
@@ -167,8 +169,9 @@ class DownloadClient:
                 self._take_one(bytes(piece))
         if all(download.room.is_set() for download in self._downloads.values()):
             return
+        patience_s = max(_HELD_UP_S, sum(map(len, messages)) / _LEAST_BYTES_PER_S)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_HELD_UP_S):
+            async with asyncio.timeout(patience_s):
                 for download in list(self._downloads.values()):
                     if not download.is_behind:
                         await download.room.wait()

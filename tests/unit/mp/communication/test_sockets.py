@@ -158,6 +158,34 @@ async def test_what_comes_is_read_in_its_order_and_no_more_than_fits_is_taken() 
     assert largest <= 100_003
 
 
+async def test_what_follows_a_download_does_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bytearray()
+    woken_for: list[int] = []
+    is_there = asyncio.Event()
+    wake_for = sockets._Input._wake_for
+
+    def seen(reader: sockets._Input, least_bytes: int) -> None:
+        wake_for(reader, least_bytes)
+        woken_for.append(least_bytes)
+
+    monkeypatch.setattr(sockets._Input, "_wake_for", seen)
+
+    async def handler(reader: Reader, writer: asyncio.StreamWriter, peer: str) -> None:
+        is_there.set()
+        while part := await reader.read(1 << 20):
+            found.extend(part)
+
+    listener = Listener("127.0.0.1:0", handler)
+    async with running(listener):
+        with socket.create_connection(("127.0.0.1", listener.port)) as sock:
+            await is_there.wait()
+            for size in (1, sockets._DOWNLOAD_BYTES, 1):
+                found.clear()
+                sock.sendall(bytes(size))  # the kernel takes all of it before the reader's turn comes
+                await until(lambda size=size: len(found) == size)
+            assert woken_for == [sockets._WORTH_WAKING_BYTES, 1]
+
+
 async def test_what_came_before_a_reset_is_read_first() -> None:
     found: list[bytes | BaseException] = []
     go_on, is_over = asyncio.Event(), asyncio.Event()
