@@ -35,7 +35,7 @@ from tests.support.running import until
 from tests.support.sm import TestSm
 
 BLOB_BYTES = 200_000_000
-QUANTUM_BYTES = 128 * 1024
+QUANTUM_BYTES = 256 * 1024
 ROUNDS = 15
 NODES = 16
 IDLE_S = 10
