@@ -13,6 +13,7 @@ from aoscore.common.errors import AosError, FailedError, InvalidArgumentError
 from aoscore.common.fileserver import FileServer
 from aoscore.mp.communication.connection import ChannelClosedError
 from aoscore.mp.filechunker.downloads import DownloadServer
+from aoscore.mp.nodeserver import downloads
 from aoscore.mp.nodeserver.downloads import DownloadClient
 from aoscore.mp.nodeserver.link import NodeLink
 from tests.support.links import Contexts, Link, contexts, linked
@@ -34,6 +35,16 @@ class NoRanges(FileServer):
         headers = [(name, value) for name, value in request.headers if name != b"range"]
         plain = h11.Request(method=request.method, target=request.target, headers=headers)
         await super()._answer(connection, writer, plain)
+
+
+class Counting(FileServer):
+    """Knows how often it was asked."""
+
+    asked = 0
+
+    async def _answer(self, connection: h11.Connection, writer: asyncio.StreamWriter, request: h11.Request) -> None:
+        Counting.asked += 1
+        await super()._answer(connection, writer, request)
 
 
 class Bed:
@@ -117,6 +128,24 @@ async def test_slow_reader_stops_nobody_and_gets_everything(tls: tuple[Contexts,
             async for piece in pieces:
                 received += piece
         assert bytes(received) == content
+
+
+async def test_reader_that_is_only_slower_than_the_link_is_sent_nothing_twice(
+    tls: tuple[Contexts, Contexts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Far below what this reader takes: it is not to depend on how busy the machine is.
+    monkeypatch.setattr(downloads, "_LEAST_BYTES_PER_S", 1024 * 1024)
+    monkeypatch.setattr(Counting, "asked", 0)
+    content = os.urandom(24_000_000)
+    (tmp_path / "big").write_bytes(content)
+    async with bed(tls, tmp_path, server=Counting) as one:
+        received = bytearray()
+        async with contextlib.aclosing(one.client.fetch(one.offer("big"), 0)) as pieces:
+            async for piece in pieces:
+                received += piece
+                await asyncio.sleep(len(piece) / 60e6)
+        assert bytes(received) == content
+        assert Counting.asked == 1
 
 
 async def test_only_what_was_offered(tls: tuple[Contexts, Contexts], tmp_path: Path) -> None:
