@@ -75,25 +75,30 @@ async def test_kill_adopt_update_stop_and_cold_start(unit: SmUnit) -> None:
 
 
 async def test_stop_while_iam_is_away_ends_what_runs(unit: SmUnit) -> None:
+    services = [unit.service(item, priority=priority) for item, priority in (("b", 2), ("c", 0), ("a", 1))]
+    up = dict.fromkeys("abc", ("1.0.0", "active"))
     async with unit.sm() as sm:
         await unit.cm.connected(1)
-        unit.cm.update(unit.service("first"), unit.service("second"))
-        await unit.cm.wait(lambda cm: cm.states() == dict.fromkeys(("first", "second"), ("1.0.0", "active")))
+        unit.cm.update(*services)
+        await unit.cm.wait(lambda cm: cm.states() == up)
         sm.kill()
         await sm.wait()
     address = unit.bed.iam.public_port
     unit.bed.iam.public_port = 1  # where nobody listens
     async with unit.sm() as sm:
         await until(lambda: "IAM does not answer yet" in sm.text())
-        assert len(pids("first")) == len(pids("second")) == 1
+        assert all(len(pids(item)) == 1 for item in "abc")
         sm.process.terminate()
         assert await sm.wait() == 0
-    assert pids("first") == pids("second") == []
+    assert not any(pids(item) for item in "abc")
     assert list(Path("/run/aos/runtime").iterdir()) == []
+    lowest_first = sorted(services, key=lambda service: service.priority)
+    ended = [line for line in sm.text().splitlines() if "Instance ended" in line]
+    assert [instance_id(service.ident) in line for service, line in zip(lowest_first, ended, strict=True)] == [True] * 3
     unit.bed.iam.public_port = address
     async with unit.sm():
         await unit.cm.connected(2)
-        await unit.cm.wait(lambda cm: cm.states() == dict.fromkeys(("first", "second"), ("1.0.0", "active")))
+        await unit.cm.wait(lambda cm: cm.states() == up)
 
 
 async def test_cold_start_without_cm(unit: SmUnit) -> None:

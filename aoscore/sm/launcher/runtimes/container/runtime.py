@@ -399,22 +399,26 @@ class ContainerRuntime:
 async def end_left_running(config: ContainerConfig, engine: Engine, layout: CgroupLayout) -> None:
     """End the instances that an earlier process has left running, and remove them but for their networks.
 
-    For an orderly stop that comes before there is a runtime to adopt them (sm.md §4.7).
+    Those of the lowest priority end first. For an orderly stop that comes before there is a runtime to adopt them
+    (sm.md §4.7).
     """
 
-    async def end(state: EngineState) -> None:
-        bundle = Bundle(config.runtime_dir / state.id)
+    async def end(state: EngineState, record: BundleRecord | None) -> None:
         with log_and_continue(_log, f"Can't end instance {state.id}"):
-            record = await _read_record(bundle)
             if state.is_running and record is not None:
                 await _end_processes(state.pid, engine.cgroup(state.id), record, config, layout)
             await engine.delete(state.id)
-            await asyncio.to_thread(bundle.remove)
+            await asyncio.to_thread(Bundle(config.runtime_dir / state.id).remove)
             _log.info(kv("Instance ended", id=state.id))
 
-    async with asyncio.TaskGroup() as tasks:
-        for state in (await _own_states(engine, config)).values():
-            tasks.create_task(end(state))
+    levels: dict[int, list[tuple[EngineState, BundleRecord | None]]] = {}
+    for state in (await _own_states(engine, config)).values():
+        record = await _read_record(Bundle(config.runtime_dir / state.id))
+        levels.setdefault(record.info.priority if record else -1, []).append((state, record))
+    for _, level in sorted(levels.items()):
+        async with asyncio.TaskGroup() as tasks:
+            for state, record in level:
+                tasks.create_task(end(state, record))
 
 
 async def _read_record(bundle: Bundle) -> BundleRecord | None:
