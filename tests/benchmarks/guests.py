@@ -8,7 +8,7 @@ from pathlib import Path
 from aoscore.ctl.host import describe
 from qemu.guest import Guest
 from tests.benchmarks.footprint import PAGE, size_mb
-from tests.support.idle import go_idle, written_sectors
+from tests.support.idle import go_idle, what_was_written, written_sectors
 from tests.support.pages import put_section
 from tests.support.wholeunit import label_nodes, main_pid, provision_both, run_services
 from tests.system.conftest import running, saved_qemu_unit
@@ -41,6 +41,8 @@ def main() -> int:
                         f"| {name} | {daemon.upper()} | {size_mb(sizes, 'Pss'):.0f} | {size_mb(sizes, 'Rss'):.0f} "
                         f"| {percent:.2f} |"
                     )
+                if after[name] != before[name]:
+                    print(f"{name} wrote:\n{what_was_written(guest, IDLE_S)}")
                 for disk, count in after[name].items():
                     written.append(f"| {name} | {disk} | {count - before[name][disk]} |")
     text = report(rows, written)

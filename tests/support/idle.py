@@ -35,3 +35,9 @@ def written_sectors(guest: Guest) -> dict[str, int]:
     guest.run("sync")
     lines = guest.shell("for disk in vda vdb; do echo $disk $(cat /sys/block/$disk/stat); done").splitlines()
     return {line.split()[0]: int(line.split()[7]) for line in lines}
+
+
+def what_was_written(guest: Guest, seconds: float) -> str:
+    """Files that have changed, and what the journal has to say, since `seconds` ago: why sectors were written."""
+    files = guest.shell(f"find / /var/aos -xdev -newermt '-{seconds:.0f} seconds' -type f 2>/dev/null || true")
+    return files + guest.run("journalctl", "--quiet", "--since", f"-{seconds:.0f} seconds")

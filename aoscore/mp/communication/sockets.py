@@ -21,9 +21,9 @@ STREAM_LIMIT_BYTES = 256 * 1024
 # Of each half of an input, and the most that is read at a time: with room for two nobody has to wait for the reader.
 _BUFFER_BYTES = 1024 * 1024
 _READ_BYTES = 512 * 1024
-# A read of so much is part of a download. From then on so much is to be there before we are woken, as long as at least
-# so much comes in each of these times. Who takes each segment at once pays for it twice: many turns of the event loop,
-# and a sender that writes to memory which the other core still has in its cache.
+# In the middle of a download, which a read of _DOWNLOAD_BYTES shows, the kernel wakes us (SO_RCVLOWAT, socket(7)) for no
+# less than _WORTH_WAKING_BYTES, as long as _STILL_DOWNLOAD_BYTES come between two looks. Who takes each segment at once
+# pays twice: with many turns of the event loop, and with a sender that copies to memory which is in the reader's cache.
 _DOWNLOAD_BYTES = 128 * 1024
 _WORTH_WAKING_BYTES = 512 * 1024
 _STILL_DOWNLOAD_BYTES = 256 * 1024
@@ -104,7 +104,7 @@ class _Input:
             self._transport.pause_reading()
 
     def _be_patient(self) -> None:
-        """Be woken for much at a time. What is urgent and comes last of all waits for `_look`."""
+        """Be woken for much at a time, until `_look` finds that it was in vain: what came last has waited for that."""
         self._is_patient = True
         self._came_bytes = 0
         self._wake_for(_WORTH_WAKING_BYTES)
