@@ -21,16 +21,16 @@ STREAM_LIMIT_BYTES = 256 * 1024
 # Of each half of an input, and the most that is read at a time: with room for two nobody has to wait for the reader.
 _BUFFER_BYTES = 1024 * 1024
 _READ_BYTES = 512 * 1024
-# In the middle of a download, which a read of _DOWNLOAD_BYTES shows, the kernel wakes us (SO_RCVLOWAT, socket(7)) for no
-# less than _WORTH_WAKING_BYTES, as long as _STILL_DOWNLOAD_BYTES come between two looks. Who takes each segment at once
-# pays twice: with many turns of the event loop, and with a sender that copies to memory which is in the reader's cache.
+# In the middle of a download, which a read of _DOWNLOAD_BYTES shows, the kernel wakes us (SO_RCVLOWAT, socket(7)) for
+# _WORTH_WAKING_BYTES and no less, as long as _STILL_DOWNLOAD_BYTES come between two looks. Who takes each segment at
+# once pays twice: with many turns of the event loop, and with a sender that copies to memory in the reader's cache.
 _DOWNLOAD_BYTES = 128 * 1024
 _WORTH_WAKING_BYTES = 512 * 1024
 _STILL_DOWNLOAD_BYTES = 256 * 1024
 _LOOK_S = 0.001
 WRITE_BUFFER_BYTES = 64 * 1024
 _NOT_SENT_BYTES = 128 * 1024
-# What is on its way of a download is what an urgent message waits for: the kernel's own choice would be megabytes.
+# What is on its way of a download is what an urgent message waits for: the kernel's own choice would be many megabytes.
 _RECEIVE_BYTES = 1024 * 1024
 # Not in the socket module of Python 3.11 on every platform (linux/tcp.h).
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
