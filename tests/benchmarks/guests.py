@@ -75,7 +75,9 @@ Python 3.13, all private keys in tokens, processor emulated.
 {chr(10).join(written)}
 
 Both nodes provisioned, a service on each, log level info, monitoring every 5 s instead of 35 s; `vda` is the root file
-system, `vdb` the data. `make test` checks for ten minutes that nothing is written on a Main Node.
+system, `vdb` the data. Where something is written, the command says which files have changed: so far those of
+Debian's journald, which brings to the disk after five minutes what it was told before the count began. `make test`
+checks for ten minutes that nothing is written on a Main Node.
 """
 
 
