@@ -11,18 +11,18 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue
+from aoscore.common.aio import Backoff, Broadcast, comes_within, log_and_continue, together
 from aoscore.common.errors import NotFoundError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.types import ErrorInfo, InstanceIdent, InstanceInfo, InstanceState, InstanceStatus, ItemType
 from aoscore.sm.imagemanager.model import InstalledImage, ItemKey, item_key
 from aoscore.sm.launcher.model import NodeStatuses
 from aoscore.sm.launcher.offline import OfflineClock
-from aoscore.sm.launcher.plan import Plan, Situation, desired, plan
+from aoscore.sm.launcher.plan import Plan, Situation, desired, plan, priority
 from aoscore.sm.launcher.retries import Retries
 from aoscore.sm.launcher.runtimes.base import Runtime
 from aoscore.sm.launcher.store import LauncherStore, Stored
@@ -357,7 +357,7 @@ class Launcher:
     ) -> None:
         """In ascending priority: one that others need ends after them."""
         for _, level in itertools.groupby(idents, self._priority):
-            await _together(self._stop(ident, restart=restart(ident)) for ident in level)
+            await together(self._stop(ident, restart=restart(ident)) for ident in level)
 
     def _is_restarted(self, ident: InstanceIdent) -> bool:
         """Whether what is stopped now is to run again where it ran."""
@@ -425,8 +425,8 @@ class Launcher:
                 images[key] = error
 
         # Once per item, however many instances it has.
-        await _together(load(key) for key in dict.fromkeys(map(item_key, infos)))
-        await _together(self._start(info, images[item_key(info)]) for info in infos)
+        await together(load(key) for key in dict.fromkeys(map(item_key, infos)))
+        await together(self._start(info, images[item_key(info)]) for info in infos)
 
     async def _start(self, info: InstanceInfo, image: InstalledImage | Exception) -> None:
         try:
@@ -511,8 +511,7 @@ class Launcher:
         return self._changes.get(info.ident, info) == info
 
     def _priority(self, ident: InstanceIdent) -> int:
-        info = self._instances.get(ident)
-        return info.priority if info else -1
+        return priority(self._instances.get(ident))
 
 
 def _status(info: InstanceInfo, state: InstanceState, error: ErrorInfo | None = None) -> InstanceStatus:
@@ -524,13 +523,6 @@ def _status(info: InstanceInfo, state: InstanceState, error: ErrorInfo | None = 
         manifest_digest=info.manifest_digest,
         error=error,
     )
-
-
-async def _together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run jobs side by side; they begin in their order."""
-    async with asyncio.TaskGroup() as tasks:
-        for job in jobs:
-            tasks.create_task(job)
 
 
 async def _each(queue: asyncio.Queue[T], handle: Callable[[T], None]) -> None:

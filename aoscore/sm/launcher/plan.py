@@ -80,7 +80,7 @@ def plan(situation: Situation) -> Plan:
         )
     ]
     if stop:
-        stop.sort(key=lambda ident: (_priority(instances.get(ident)), ident))
+        stop.sort(key=lambda ident: (priority(instances.get(ident)), ident))
         return msgspec.structs.replace(steps, stop=tuple(stop))
     if ready:
         return msgspec.structs.replace(steps, apply=ready)
@@ -98,7 +98,8 @@ def plan(situation: Situation) -> Plan:
     return msgspec.structs.replace(steps, remove_items=tuple(sorted(situation.installed - used - situation.held)))
 
 
-def _priority(info: InstanceInfo | None) -> int:
+def priority(info: InstanceInfo | None) -> int:
+    """In what order instances end, lowest first; what is not known any more ends before all else."""
     return info.priority if info else -1
 
 

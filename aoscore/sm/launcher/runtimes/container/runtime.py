@@ -9,6 +9,7 @@ For that SM's unit must leave other processes of its control group alone when it
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +19,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from aoscore.common.aio import Broadcast, Worker, log_and_continue, side_by_side
+from aoscore.common.aio import Broadcast, Worker, log_and_continue, side_by_side, together
 from aoscore.common.errors import FailedError, NotSupportedError, to_error_info
 from aoscore.common.log import kv
 from aoscore.common.oci import ItemConfig
@@ -33,6 +34,7 @@ from aoscore.common.types import (
 )
 from aoscore.sm.cgroups import CgroupLayout
 from aoscore.sm.imagemanager.model import InstalledImage
+from aoscore.sm.launcher.plan import priority
 from aoscore.sm.launcher.runtimes.base import RunningInstance, SampleTarget, instance_id, runtime_info
 from aoscore.sm.launcher.runtimes.container.bundle import Bundle, BundleRecord
 from aoscore.sm.launcher.runtimes.container.config import ContainerConfig
@@ -411,14 +413,17 @@ async def end_left_running(config: ContainerConfig, engine: Engine, layout: Cgro
             await asyncio.to_thread(Bundle(config.runtime_dir / state.id).remove)
             _log.info(kv("Instance ended", id=state.id))
 
-    levels: dict[int, list[tuple[EngineState, BundleRecord | None]]] = {}
-    for state in (await _own_states(engine, config)).values():
-        record = await _read_record(Bundle(config.runtime_dir / state.id))
-        levels.setdefault(record.info.priority if record else -1, []).append((state, record))
-    for _, level in sorted(levels.items()):
-        async with asyncio.TaskGroup() as tasks:
-            for state, record in level:
-                tasks.create_task(end(state, record))
+    left = [
+        (state, await _read_record(Bundle(config.runtime_dir / state.id)))
+        for state in (await _own_states(engine, config)).values()
+    ]
+
+    def order(one: tuple[EngineState, BundleRecord | None]) -> int:
+        _, record = one
+        return priority(record.info if record else None)
+
+    for _, level in itertools.groupby(sorted(left, key=order), order):
+        await together(end(state, record) for state, record in level)
 
 
 async def _read_record(bundle: Bundle) -> BundleRecord | None:
