@@ -22,6 +22,7 @@ from aoscore._pb.servicemanager.v5 import servicemanager_pb2 as pb
 from aoscore._speedups.frames import FrameCutter, encode_pieces, encode_records, join_pieces
 from aoscore.common.memory import expect_much_through_few_objects
 from aoscore.common.tls import TlsIdentity
+from aoscore.mp.communication.connection import MOST_QUANTUM_BYTES
 from aoscore.mp.communication.frames import Bytes, MessageDecoder
 from aoscore.mp.communication.ports import PROXY
 from aoscore.mp.communication.tlscore import TlsCore
@@ -35,7 +36,6 @@ from tests.support.running import until
 from tests.support.sm import TestSm
 
 BLOB_BYTES = 200_000_000
-QUANTUM_BYTES = 256 * 1024
 ROUNDS = 15
 NODES = 16
 IDLE_S = 10
@@ -233,7 +233,7 @@ def steps(identity: TlsIdentity) -> dict[str, float]:
         server.feed([client.output()])
         client.feed([server.output()])
     client.feed([server.output() or b""])
-    data, room = memoryview(bytes(QUANTUM_BYTES)), memoryview(bytearray(2 * QUANTUM_BYTES))
+    data, room = memoryview(bytes(MOST_QUANTUM_BYTES)), memoryview(bytearray(2 * MOST_QUANTUM_BYTES))
     cutter, messages = FrameCutter(), MessageDecoder(1 << 20)
     spent: dict[str, list[float]] = {}
 
@@ -248,7 +248,7 @@ def steps(identity: TlsIdentity) -> dict[str, float]:
         return server.output()
 
     def joined(plain: Bytes) -> None:
-        join_pieces([*messages.feed(plain)], QUANTUM_BYTES)
+        join_pieces([*messages.feed(plain)], MOST_QUANTUM_BYTES)
 
     def received() -> memoryview:
         room[: len(frames)] = frames
@@ -257,11 +257,11 @@ def steps(identity: TlsIdentity) -> dict[str, float]:
     for _ in range(1000):
         encoded = encode_pieces(1, 0, data, PIECE_BYTES)
         written = step("TLS records written", records)
-        ((frames, _),) = step("frames made of them", partial(encode_records, PROXY, written, 2 * QUANTUM_BYTES))
+        ((frames, _),) = step("frames made of them", partial(encode_records, PROXY, written, 2 * MOST_QUANTUM_BYTES))
         ((_, payloads),) = step("frames cut and checked", partial(cutter.feed, received()))
         plain = step("TLS records read", partial(client.feed, payloads))
         step("pieces joined", partial(joined, plain))
-    return {name: QUANTUM_BYTES / 1e6 / statistics.median(times) for name, times in spent.items()}
+    return {name: MOST_QUANTUM_BYTES / 1e6 / statistics.median(times) for name, times in spent.items()}
 
 
 async def path_rate(bed: MpBed, digest: str) -> float:

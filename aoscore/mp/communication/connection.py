@@ -37,7 +37,7 @@ from aoscore.mp.communication.channelcore import (
     SecureChannel,
     State,
 )
-from aoscore.mp.communication.connector import Reader
+from aoscore.mp.communication.connector import READ_BYTES, Reader
 from aoscore.mp.communication.control import SILENCE_LIMIT_S, Control, Role
 from aoscore.mp.communication.frames import (
     MAX_OPEN_MESSAGE_BYTES,
@@ -52,7 +52,6 @@ from aoscore.mp.communication.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-_READ_BYTES = 512 * 1024
 _TICK_S = 1.0
 _OPEN_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 5.0
@@ -64,7 +63,7 @@ _CONTROL_LIMIT_BYTES = 64 * 1024
 # What goes to the link in one go: each go costs as much as the bytes of some frames. Little of a download waits here,
 # so that what is more urgent does not wait behind it in the kernel either: more only while the link takes it at once.
 _LEAST_QUANTUM_BYTES = 64 * 1024
-_MOST_QUANTUM_BYTES = 256 * 1024
+MOST_QUANTUM_BYTES = 256 * 1024
 _AT_ONCE_S = 0.005
 
 
@@ -512,7 +511,7 @@ class Connection:
 
     async def _read(self) -> None:
         decoder = self._decoder
-        while data := await self._reader.read(_READ_BYTES):
+        while data := await self._reader.read(READ_BYTES):
             self.counters.bytes_in += len(data)
             self._heard_s = self._now()
             self._control.on_bytes(self._heard_s)
@@ -549,7 +548,7 @@ class Connection:
             if self._now() - began_s > _AT_ONCE_S:
                 self.quantum_bytes = max(self.quantum_bytes // 2, _LEAST_QUANTUM_BYTES)
             elif size >= self.quantum_bytes:
-                self.quantum_bytes = min(self.quantum_bytes * 2, _MOST_QUANTUM_BYTES)
+                self.quantum_bytes = min(self.quantum_bytes * 2, MOST_QUANTUM_BYTES)
 
     async def _watch(self) -> None:
         while True:

@@ -13,6 +13,10 @@ from aoscore.common.log import kv
 _log = logging.getLogger(__name__)
 
 
+READ_BYTES = 512 * 1024
+"""The most that is read from a link at a time."""
+
+
 class Reader(Protocol):
     """The reading half of a link; a StreamReader of asyncio is one."""
 

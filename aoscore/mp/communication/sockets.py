@@ -11,16 +11,15 @@ from aoscore.common.aio import log_and_continue
 from aoscore.common.errors import AlreadyExistsError, AosError, DeadlineError, FailedError
 from aoscore.common.log import kv
 from aoscore.common.rpc import split_address
-from aoscore.mp.communication.connector import Handler, Reader, Streams
+from aoscore.mp.communication.connector import READ_BYTES, Handler, Reader, Streams
 
 _log = logging.getLogger(__name__)
 
 MAX_LINKS = 64
 _CONNECT_TIMEOUT_S = 10.0
 STREAM_LIMIT_BYTES = 256 * 1024
-# Of each half of an input, and the most that is read at a time: with room for two nobody has to wait for the reader.
-_BUFFER_BYTES = 1024 * 1024
-_READ_BYTES = 512 * 1024
+# Of each half of an input: with room for two reads nobody has to wait for the reader.
+_BUFFER_BYTES = 2 * READ_BYTES
 # In the middle of a download, which a read of _DOWNLOAD_BYTES shows, the kernel wakes us (SO_RCVLOWAT, socket(7)) for
 # _WORTH_WAKING_BYTES and no less, as long as _STILL_DOWNLOAD_BYTES come between two looks. Who takes each segment at
 # once pays twice: with many turns of the event loop, and with a sender that copies to memory in the reader's cache.
@@ -91,7 +90,7 @@ class _Input:
         self._transport = transport
 
     def room(self) -> memoryview:
-        return self._filling[self._filled : self._filled + _READ_BYTES]
+        return self._filling[self._filled : self._filled + READ_BYTES]
 
     def add(self, count: int) -> None:
         self._filled += count
@@ -106,15 +105,18 @@ class _Input:
     def _be_patient(self) -> None:
         """Be woken for much at a time, until `_look` finds that it was in vain: what came last has waited for that."""
         self._is_patient = True
-        self._came_bytes = 0
         self._wake_for(_WORTH_WAKING_BYTES)
+        self._look_later()
+
+    def _look_later(self) -> None:
+        self._came_bytes = 0
         asyncio.get_running_loop().call_later(_LOOK_S, self._look)
 
     def _look(self) -> None:
         if self._is_over:
             return
         if self._came_bytes >= _STILL_DOWNLOAD_BYTES:
-            self._be_patient()
+            self._look_later()
         else:
             self._is_patient = False
             self._wake_for(1)

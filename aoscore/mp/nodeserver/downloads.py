@@ -25,13 +25,12 @@ from aoscore.common.errors import (
     from_error_info,
 )
 from aoscore.mp.communication.connection import ChannelClosedError, Stream
+from aoscore.mp.communication.connector import READ_BYTES
 from aoscore.mp.communication.frames import Bytes
 from aoscore.mp.communication.ports import PROXY
 from aoscore.mp.nodeserver.link import NodeLink, OnDemandChannel
 
 _WAITING_BYTES = 4 * 1024 * 1024
-# Pieces that come together are handed on together; not larger than what malloc keeps for the next ones.
-_JOINED_BYTES = 512 * 1024
 # The most that a reader which falls behind holds up the link, and with it what is more urgent: one that takes so much
 # per second just slows it down.
 _LEAST_BYTES_PER_S = 32 * 1024 * 1024
@@ -162,7 +161,8 @@ class DownloadClient:
         await stream.send(pb.ProxyOutgoingMessages(node_id=self._link.node_id).SerializeToString())
 
     async def _take(self, messages: list[Bytes]) -> None:
-        for piece in join_pieces(messages, _JOINED_BYTES):
+        # Pieces that come together are handed on together; not larger than what malloc keeps for the next ones.
+        for piece in join_pieces(messages, READ_BYTES):
             if isinstance(piece, tuple):
                 self._add(piece[0], _Piece(*piece[1:]))
             else:
