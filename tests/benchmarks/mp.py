@@ -38,7 +38,8 @@ from tests.support.sm import TestSm
 BLOB_BYTES = 200_000_000
 ROUNDS = 15
 NODES = 16
-IDLE_S = 10
+# Memory that the start has left behind is given back within two intervals of 10 s (common.memory).
+IDLE_S = 25
 ASKED_EVERY_S = 0.02
 
 T = TypeVar("T")
